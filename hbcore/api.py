@@ -1,0 +1,75 @@
+"""The names that a plugin may import; everything else in hbcore may change without notice.
+
+What a manifest needs comes at once and without torch. What a rule needs is imported on first use, so that
+``from hbcore.api import OptimizerSpec, hookimpl`` stays light.
+
+``API_VERSION`` follows what is listed here: a new name raises the minor number, a removed or changed one the major
+number. A manifest states the version that it was written for as ``API = (1, 0)``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hbcore.registry.hookspecs import API_VERSION, hookimpl
+from hbcore.registry.spec import Alias, CodecSpec, OptimizerSpec
+
+if TYPE_CHECKING:
+    from hbcore.engine.optimizer import Optimizer
+    from hbcore.engine.options import Options
+    from hbcore.rules.moments import Momentum, ScaleByAdam
+    from hbcore.rules.numerics import debiased, ema
+    from hbcore.rules.stages import CoupleDecay
+    from hbcore.rules.transform import Context, Domain, Slot, State, Transform, hyper, zeros
+
+__all__ = [
+    "API_VERSION",
+    "Alias",
+    "CodecSpec",
+    "Context",
+    "CoupleDecay",
+    "Domain",
+    "Momentum",
+    "Optimizer",
+    "OptimizerSpec",
+    "Options",
+    "ScaleByAdam",
+    "Slot",
+    "State",
+    "Transform",
+    "debiased",
+    "ema",
+    "hookimpl",
+    "hyper",
+    "zeros",
+]
+
+_LAZY = {
+    "Context": "hbcore.rules.transform:Context",
+    "CoupleDecay": "hbcore.rules.stages:CoupleDecay",
+    "Domain": "hbcore.rules.transform:Domain",
+    "Momentum": "hbcore.rules.moments:Momentum",
+    "Optimizer": "hbcore.engine.optimizer:Optimizer",
+    "Options": "hbcore.engine.options:Options",
+    "ScaleByAdam": "hbcore.rules.moments:ScaleByAdam",
+    "Slot": "hbcore.rules.transform:Slot",
+    "State": "hbcore.rules.transform:State",
+    "Transform": "hbcore.rules.transform:Transform",
+    "debiased": "hbcore.rules.numerics:debiased",
+    "ema": "hbcore.rules.numerics:ema",
+    "hyper": "hbcore.rules.transform:hyper",
+    "zeros": "hbcore.rules.transform:zeros",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; plugins may use {', '.join(__all__)}")
+    module, _, attribute = _LAZY[name].partition(":")
+    value = globals()[name] = getattr(import_module(module), attribute)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

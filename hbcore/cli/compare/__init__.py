@@ -1,0 +1,87 @@
+"""``hbcore compare``: train one small model once per optimizer, then show who got where, how fast, at what memory.
+
+This module holds the command line alone and imports no torch, so that ``hbcore --help`` stays quick. The work is in
+
+- ``options.py``  words on the command line -> entries (label, name, keyword arguments)
+- ``data.py``     real text found on every machine: the standard library of the running Python
+- ``model.py``    a byte-level GPT
+- ``train.py``    the loop that all optimizers share, and what is timed in it
+- ``record.py``   what one run leaves behind: plain lists of numbers
+- ``progress.py`` the live display
+- ``report.py``   the table and ``compare.json``; ``plot.py`` draws ``compare.png``
+- ``command.py``  ties these together
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hbcore.cli.compare.command import Resolver
+
+__all__ = ["add_arguments", "run"]
+
+_DESCRIPTION = """\
+Train a small byte-level GPT from one initialisation on the same batches, once per optimizer; print a table and write
+compare.png and compare.json. The text is the source of Python's own standard library: nothing is downloaded.
+"""
+_EPILOG = """\
+examples:
+  hbcore compare AdamW SGD
+  hbcore compare AdamW SGD --optimizer-args AdamW:betas=0.9,0.95 SGD:lr=0.03
+  hbcore compare slow=AdamW fast=AdamW --optimizer-args fast:lr=0.01
+"""
+
+
+def _positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+_positive.__name__ = "positive integer"  # argparse names the type in "invalid ... value"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``hbcore compare`` to ``parser``. Imports no torch."""
+    parser.description = _DESCRIPTION
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("optimizers", nargs="+", metavar="[LABEL=]NAME", help="optimizers to train with; a label allows one name twice")
+    add(
+        "--optimizer-args",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="[LABEL:]KEY=VALUE",
+        help="constructor arguments, for all or for one label: lr=0.003 SGD:momentum=0.9 betas=0.9,0.95",
+    )
+    add("--steps", type=_positive, default=300, help="optimizer steps per run (default: 300)")
+    add("--model-size", choices=("nano", "small", "medium"), default="nano", help="0.5, 3 or 26 M parameters")
+    add("--data", metavar="FILE", help="train on this file's bytes (default: the standard library's source)")
+    add("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
+    add("--seed", type=int, default=0, help="of weights, batches and torch's generator (default: 0)")
+    add("--batch-size", type=_positive, help="sequences per batch (default: 32)")
+    add("--eval-every", type=_positive, metavar="STEPS", help="steps between validations (default: a tenth of --steps)")
+    add("--threads", type=_positive, help="CPU threads (default: torch's choice)")
+    add("--out", default=".", metavar="DIR", help="where compare.png and compare.json go (default: here)")
+
+
+def run(args: argparse.Namespace, *, resolve: Resolver | None = None) -> int:
+    """Run the comparison.
+
+    Args:
+        args: what a parser prepared by :func:`add_arguments` returned.
+        resolve: name -> optimizer class; :func:`hbcore.get` unless given.
+
+    Returns:
+        The exit status: 0, 1 (a run raised), 2 (unusable arguments; nothing was trained), 130 (Ctrl-C; what was done is
+        reported and written).
+    """
+    from hbcore.cli.compare.command import compare
+
+    return compare(args, resolve)

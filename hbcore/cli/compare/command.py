@@ -1,0 +1,178 @@
+"""``hbcore compare`` from parsed arguments to exit status."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hbcore.cli.compare import report
+from hbcore.cli.compare.data import load_corpus
+from hbcore.cli.compare.model import SIZES
+from hbcore.cli.compare.options import Entry, parse_entries
+from hbcore.cli.compare.progress import PIP_LINE, make_display
+from hbcore.cli.compare.record import Run
+from hbcore.cli.compare.train import OptimizerFactory, Task, train
+from hbcore.errors import HbcoreError, OptionError
+
+Resolver = Callable[[str], Callable[..., torch.optim.Optimizer]]
+
+DEFAULT_BATCH_SIZE = 32
+VALIDATIONS = 10
+_OPTIONS = ("steps", "model_size", "data", "device", "seed", "batch_size", "eval_every", "threads", "out")
+RAISED, UNUSABLE, INTERRUPTED = 1, 2, 130  # exit statuses; 130 is the shell's own for Ctrl-C
+
+
+def compare(args: argparse.Namespace, resolve: Resolver | None = None) -> int:
+    """See :func:`hbcore.cli.compare.run`."""
+    try:
+        entries = parse_entries(args.optimizers, args.optimizer_args)
+        out = _output_folder(args.out)
+        task = _prepare(args)
+        factories = _build_all(entries, resolve or _registry(), task)
+    except HbcoreError as error:
+        message = " ".join(str(error).split())  # one line, whatever a plugin put into it
+        print(f"hbcore compare: error: {message}", file=sys.stderr)
+        return UNUSABLE
+    runs = [Run(entry.label, entry.name, entry.kwargs) for entry in entries]
+    print(f"{_title(args, task)}: {_subtitle(args, task)}", flush=True)
+    task.warm_up()
+    interrupted = _train_all(runs, factories, task)
+    runs = [run for run in runs if run.status != "pending"]  # Ctrl-C leaves those behind it without a trace
+    print(f"\n{report.table(runs)}\n")
+    _write(runs, args, task, out)
+    if interrupted:
+        return INTERRUPTED
+    return RAISED if any(run.status == "failed" for run in runs) else 0
+
+
+def _registry() -> Resolver:
+    import hbcore
+
+    return hbcore.get
+
+
+def _output_folder(text: str) -> Path:
+    """Make the folder now: not being able to write is better known before the training than after it."""
+    out = Path(text)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"--out {text}: {error.strerror or error}") from error
+    return out
+
+
+def _device(text: str | None) -> torch.device:
+    try:
+        device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()  # a well-formed name is not yet a device that works
+    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: each backend has its own
+        reason = str(error).strip().splitlines()
+        raise OptionError(f"--device {text}: {reason[0] if reason else type(error).__name__}") from error
+    return device
+
+
+def _prepare(args: argparse.Namespace) -> Task:
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    config = SIZES[args.model_size]
+    return Task.build(
+        config,
+        load_corpus(args.data, config.context),
+        batch_size=args.batch_size or DEFAULT_BATCH_SIZE,
+        steps=args.steps,
+        eval_every=args.eval_every or max(1, args.steps // VALIDATIONS),
+        seed=args.seed,
+        device=_device(args.device),
+    )
+
+
+def _build_all(entries: Sequence[Entry], resolve: Resolver, task: Task) -> list[OptimizerFactory]:
+    """Resolve every name and build every optimizer once, on a throwaway model: a typo is found before any training.
+
+    It also keeps torch's imports, which the first optimizer of a process pays for, off the first run's stopwatch.
+
+    Raises:
+        HbcoreError: an unknown name, or a constructor that refuses its arguments; the message names the run.
+    """
+    factories: list[OptimizerFactory] = []
+    for entry in entries:
+        cls = resolve(entry.name)
+        factory = partial(cls, **entry.kwargs)
+        try:
+            factory(task.new_model().named_parameters())
+        except Exception as error:  # whatever a plugin's constructor raises, the user gets one line
+            raise OptionError(f"{entry.label}: {type(error).__name__}: {error}") from error
+        factories.append(factory)
+    return factories
+
+
+def _train_all(runs: Sequence[Run], factories: Sequence[OptimizerFactory], task: Task) -> bool:
+    """Train run after run; True where Ctrl-C ended it. An optimizer that raises fails its own run alone."""
+    with make_display([run.label for run in runs], task.steps, sys.stdout) as display:
+        for run, factory in zip(runs, factories, strict=True):
+            display.start(run.label)
+            try:
+                train(factory, task, run, display.update)
+            except KeyboardInterrupt:
+                display.finish(run)
+                return True
+            except BrokenPipeError:
+                raise  # the reader of our output is gone (`| head`): not the optimizer's fault
+            except Exception as error:
+                run.status, run.error = "failed", f"{type(error).__name__}: {error}"
+                traceback.print_exc()
+            display.finish(run)
+    return False
+
+
+def _title(args: argparse.Namespace, task: Task) -> str:
+    return f"Byte-level GPT ({args.model_size}, {task.num_parameters / 1e6:.2f} M parameters)"
+
+
+def _subtitle(args: argparse.Namespace, task: Task) -> str:
+    text = f"{task.corpus.name} ({task.corpus.num_bytes / 1e6:.1f} MB)"
+    return f"{text}, {task.steps} steps of {task.batch_size} x {task.context} bytes, seed {task.seed}, {task.device}"
+
+
+def _command_line(args: argparse.Namespace) -> str:
+    """A shell line that repeats this comparison."""
+    words = ["hbcore", "compare", *args.optimizers]
+    if args.optimizer_args:
+        words += ["--optimizer-args", *args.optimizer_args]
+    for name in _OPTIONS:
+        if (value := getattr(args, name)) is not None:
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return shlex.join(words)
+
+
+def _document(runs: Sequence[Run], args: argparse.Namespace, task: Task) -> dict[str, Any]:
+    return report.document(
+        runs,
+        command=_command_line(args),
+        args={name: getattr(args, name) for name in ("optimizers", "optimizer_args", *_OPTIONS)},
+        model={"size": args.model_size, "parameters": task.num_parameters, **vars(SIZES[args.model_size])},
+        data={"name": task.corpus.name, "bytes": task.corpus.num_bytes, "sha256": task.corpus.sha256},
+        environment=report.environment(task.device),
+    )
+
+
+def _write(runs: Sequence[Run], args: argparse.Namespace, task: Task, out: Path) -> None:
+    """Write both files; the numbers first, as drawing needs a package that may be missing."""
+    report.write_json(_document(runs, args, task), out / "compare.json")
+    print(f"wrote {out / 'compare.json'}")
+    try:
+        from hbcore.cli.compare import plot
+
+        plot.draw(runs, _title(args, task), _subtitle(args, task), out / "compare.png")
+    except ImportError:
+        print(f"no picture: matplotlib is not installed ({PIP_LINE})", file=sys.stderr)
+    else:
+        print(f"wrote {out / 'compare.png'}")

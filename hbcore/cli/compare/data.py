@@ -1,0 +1,119 @@
+"""Text to train on, as bytes: the standard library's source, or a file of the user's."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hbcore.errors import OptionError
+
+MAX_BYTES = 16 * 2**20  # a few hundred steps see a fraction of this; a larger file would only cost time to read
+VALIDATION_SHARE = 0.1
+VALIDATION_WINDOWS = 256
+_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Bytes for training and held-out bytes for validation, each a 1-d uint8 tensor on the CPU."""
+
+    name: str
+    train: Tensor
+    validation: Tensor
+    sha256: str
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes both parts hold."""
+        return self.train.numel() + self.validation.numel()
+
+
+def _stdlib_files(root: Path) -> list[Path]:
+    """Source files under ``root``, without tests and installed packages.
+
+    They are ordered by a checksum of their relative path: the same on every machine, and shuffled, so that the held-out
+    block at the end resembles the rest. In alphabetical order it would be ``xml`` and ``zipfile`` alone.
+    """
+
+    def key(path: Path) -> tuple[int, str]:
+        relative = path.relative_to(root).as_posix()
+        return zlib.crc32(relative.encode()), relative
+
+    files = (path for path in root.rglob("*.py") if _SKIPPED.isdisjoint(path.relative_to(root).parts))
+    return sorted(files, key=key)
+
+
+def stdlib_source(root: Path | None = None, limit: int = MAX_BYTES) -> bytes:
+    """At most ``limit`` bytes of Python source from ``root``, by default the running Python's standard library.
+
+    Files that cannot be read are left out; an installation that ships no source yields ``b""``.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
+    chunks, size = [], 0
+    for path in _stdlib_files(root):
+        if size >= limit:
+            break
+        try:
+            chunks.append(path.read_bytes() + b"\n")
+        except OSError:
+            continue
+        size += len(chunks[-1])
+    return b"".join(chunks)[:limit]
+
+
+def load_corpus(file: str | None, context: int) -> Corpus:
+    """Read the text and hold out its last tenth.
+
+    Args:
+        file: path of the user's text, or None for the standard library.
+        context: sequence length in bytes; each part must hold one sequence and the byte after it.
+
+    Raises:
+        OptionError: the file cannot be read, or there is too little text.
+    """
+    if file is None:
+        name, text = "Python standard library", stdlib_source()
+    else:
+        name = Path(file).name
+        try:
+            with open(file, "rb") as handle:
+                text = handle.read(MAX_BYTES)
+        except OSError as error:
+            raise OptionError(f"--data {file}: {error.strerror or error}") from error
+    held_out = int(len(text) * VALIDATION_SHARE)
+    if held_out < context + 1:
+        needed = int((context + 1) / VALIDATION_SHARE) + 1
+        remedy = "this Python ships no source: give a text with --data FILE" if file is None else "give a longer text"
+        raise OptionError(f"{name}: {len(text)} bytes of text, at least {needed} are needed; {remedy}")
+    # bytearray: torch refuses to promise that it will not write into immutable bytes
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return Corpus(name, data[:-held_out], data[-held_out:], hashlib.sha256(text).hexdigest())
+
+
+def _windows(data: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets ``[len(starts), context]``, int64: the target is the input moved on by one byte."""
+    rows = data[starts[:, None] + torch.arange(context + 1)].long()
+    return rows[:, :-1], rows[:, 1:]
+
+
+def training_batches(data: Tensor, context: int, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless random batches ``[batch_size, context]`` that depend on ``seed`` alone, not on the global generator."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        starts = torch.randint(data.numel() - context, (batch_size,), generator=generator)
+        yield _windows(data, starts, context)
+
+
+def validation_batches(data: Tensor, context: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+    """Windows spread evenly over the held-out bytes, in batches: the same for every run, so losses compare exactly."""
+    last = data.numel() - context - 1
+    count = min(VALIDATION_WINDOWS, last + 1)
+    starts = torch.linspace(0, last, count, dtype=torch.float64).long()
+    return [_windows(data, chunk, context) for chunk in torch.split(starts, batch_size)]

@@ -1,0 +1,117 @@
+"""The live display: a bar for each run on a terminal, a line for each tenth of a run elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Protocol, TextIO
+
+from hbcore.cli.compare.record import Run
+
+PIP_LINE = 'pip install "hbcore[cli]"'
+
+
+class Display(Protocol):
+    """What the training loop reports to. A context manager, so that a terminal is left in order whatever happens."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+    def start(self, label: str) -> None:
+        """The run ``label`` begins."""
+
+    def update(self, step: int, loss: float) -> None:
+        """``step`` steps are done; ``loss`` is a moving average of the training loss."""
+
+    def finish(self, run: Run) -> None:
+        """The current run ended, in whatever way ``run.status`` says."""
+
+
+def outcome(run: Run) -> str:
+    """How a run ended, in a few words."""
+    if run.status == "failed":
+        return f"failed: {run.error}"
+    if run.status == "diverged":
+        return f"diverged at step {len(run.steps)}"
+    loss = "no validation loss yet" if run.final_val_loss is None else f"val loss {run.final_val_loss:.4f}"
+    return loss if run.status == "completed" else f"stopped at step {len(run.steps)}, {loss}"
+
+
+class PlainDisplay:
+    """Lines of text, about ten a run: for logs, pipes and terminals without rich."""
+
+    def __init__(self, labels: Sequence[str], steps: int, stream: TextIO) -> None:
+        self._width, self._steps, self._stream = max(map(len, labels)), steps, stream
+        self._label = ""
+
+    def __enter__(self) -> PlainDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def start(self, label: str) -> None:
+        """Note whose lines come next."""
+        self._label = label
+
+    def update(self, step: int, loss: float) -> None:
+        """Print a line when another tenth of the run is done."""
+        if step * 10 // self._steps > (step - 1) * 10 // self._steps:
+            self._print(f"step {step:>{len(str(self._steps))}}/{self._steps}  train loss {loss:.4f}")
+
+    def finish(self, run: Run) -> None:
+        """Print how the run ended."""
+        self._print(outcome(run))
+
+    def _print(self, text: str) -> None:
+        print(f"{self._label:<{self._width}}  {text}", file=self._stream, flush=True)
+
+
+class RichDisplay:
+    """One progress bar a run, with the loss as it falls. Raises ImportError where rich is not installed."""
+
+    def __init__(self, labels: Sequence[str], steps: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[news]}", markup=False),
+            refresh_per_second=4,  # the bar shares the cores with what it measures
+        )
+        self._width, self._steps = max(map(len, labels)), steps
+        self._bar: Any = None
+
+    def __enter__(self) -> RichDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def start(self, label: str) -> None:
+        """Add the bar of this run under the earlier ones."""
+        self._bar = self._progress.add_task(label.ljust(self._width), total=self._steps, news="")
+
+    def update(self, step: int, loss: float) -> None:
+        """Move the bar."""
+        self._progress.update(self._bar, completed=step, news=f"train loss {loss:.4f}")
+
+    def finish(self, run: Run) -> None:
+        """Stop the clock and show how the run ended."""
+        self._progress.update(self._bar, news=outcome(run))
+        self._progress.stop_task(self._bar)
+
+
+def make_display(labels: Sequence[str], steps: int, stream: TextIO) -> Display:
+    """Bars on a terminal, lines elsewhere; lines too, with a hint on stderr, where rich is missing."""
+    if stream.isatty():
+        try:
+            return RichDisplay(labels, steps)
+        except ImportError:
+            print(f"no progress bar: rich is not installed ({PIP_LINE})", file=sys.stderr)
+    return PlainDisplay(labels, steps, stream)

@@ -1,0 +1,95 @@
+"""What one run leaves behind: plain numbers, noted as the run goes, so that an interrupted one is worth reporting."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+Status = Literal["pending", "partial", "completed", "diverged", "failed"]
+
+
+class Step(NamedTuple):
+    """One training step. ``loss`` and ``seconds`` (of training so far) were taken before the update."""
+
+    loss: float
+    seconds: float
+    step_ms: float  # optimizer.step() alone
+    iteration_ms: float  # batch, forward, backward and step
+
+
+class Validation(NamedTuple):
+    """One validation: the loss after ``step`` updates and ``seconds`` of training."""
+
+    step: int
+    loss: float
+    seconds: float
+
+
+@dataclass
+class Run:
+    """The record of one optimizer's run. Losses are nats per byte.
+
+    Seconds count from just before the optimizer's constructor and include compiling; validation is left out, so that a
+    run that is validated more often does not look slower. Everything measured together is appended in one go: Ctrl-C
+    cannot leave half of it behind.
+    """
+
+    label: str
+    optimizer: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    status: Status = "pending"
+    error: str | None = None
+    steps: list[Step] = field(default_factory=list)
+    validations: list[Validation] = field(default_factory=list)
+    constructor_seconds: float = 0.0
+    state_bytes_per_param: float | None = None
+    backend: str | None = None
+
+    @property
+    def last_validation(self) -> Validation | None:
+        """The one that counts; None where the run diverged, or none has been made since the first step."""
+        if self.status == "diverged" or len(self.validations) < 2 or not math.isfinite(self.validations[-1].loss):
+            return None
+        return self.validations[-1]
+
+    @property
+    def final_val_loss(self) -> float | None:
+        """Its loss."""
+        return None if self.last_validation is None else self.last_validation.loss
+
+    @property
+    def first_step_seconds(self) -> float | None:
+        """Constructor plus first ``step()``, compiling included."""
+        return self.constructor_seconds + self.steps[0].step_ms / 1e3 if self.steps else None
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of the table. Timings leave the first step out, which has a figure of its own.
+
+        ``ms_per_step`` is a median and says what a usual step costs. ``ms_per_iteration`` is a mean: a rule that does
+        its expensive part every tenth step pays for it there.
+        """
+        later = self.steps[1:]
+        return {
+            "final_val_loss": self.final_val_loss,
+            "final_val_step": None if self.last_validation is None else self.last_validation.step,
+            "ms_per_step": statistics.median(step.step_ms for step in later) if later else None,
+            "ms_per_iteration": statistics.fmean(step.iteration_ms for step in later) if later else None,
+            "first_step_seconds": self.first_step_seconds,
+            "state_bytes_per_param": self.state_bytes_per_param,
+            "backend": self.backend,
+        }
+
+
+class Average:
+    """An exponential moving average without the pull of its starting value: the first result is the first value."""
+
+    def __init__(self, decay: float = 0.95) -> None:
+        self._decay, self._sum, self._weight = decay, 0.0, 0.0
+
+    def add(self, value: float) -> float:
+        """Take ``value`` in and return the average so far."""
+        self._sum = self._decay * self._sum + (1 - self._decay) * value
+        self._weight = self._decay * self._weight + (1 - self._decay)
+        return self._sum / self._weight

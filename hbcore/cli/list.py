@@ -1,0 +1,61 @@
+"""``hbcore list``: the installed optimizers. Imports no torch and no optimizer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from hbcore import registry
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("pattern", nargs="?", default="*", metavar="GLOB", help="only these names, such as 'PSGD*'")
+    parser.add_argument("--aliases", action="store_true", help="other names too")
+    parser.add_argument("--json", action="store_true", help="a JSON array of objects, one a name")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the names. The exit status is 0 even if none matches.
+
+    Raises:
+        PluginError: a plugin is broken and ``HBCORE_STRICT`` is set.
+    """
+    rows = [_row(name) for name in registry.list_optimizers(args.pattern, aliases=args.aliases)]
+    if args.json:
+        print(json.dumps(rows, indent=2, default=repr))
+    elif rows:
+        widths = [max(len(row[column]) for row in rows) for column in ("name", "plugin")]
+        for row in rows:
+            print(f"{row['name']:<{widths[0]}}  {row['plugin']:<{widths[1]}}  {_summary(row)}".rstrip())
+    elif registry.plugins():
+        print(f"no optimizer matches {args.pattern!r}; 'hbcore list' shows all", file=sys.stderr)
+    else:
+        print("no plugin is in use; pip install hb_adam (or hb_muon, hb_psgd, hb_soap)", file=sys.stderr)
+    return 0
+
+
+def _row(name: str) -> dict[str, Any]:
+    info = registry.info(name)
+    spec = info.spec
+    row: dict[str, Any] = {
+        "name": name,
+        "plugin": info.plugin,
+        "distribution": info.distribution,
+        "version": info.version,
+        "summary": spec.summary,
+        "paper": spec.paper,
+        "capabilities": sorted(spec.capabilities),
+        "target": spec.target,
+    }
+    if info.alias is None:
+        return row | {"aliases": list(info.aliases)}
+    return row | {"alias_of": spec.name, "preset": dict(info.alias.preset), "preset_text": info.alias.preset_text}
+
+
+def _summary(row: dict[str, Any]) -> str:
+    if "alias_of" not in row:
+        return str(row["summary"])
+    return f"= {row['alias_of']}({row['preset_text']})" if row["preset"] else f"= {row['alias_of']}"

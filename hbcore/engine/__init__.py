@@ -1,0 +1,1 @@
+"""How a chain of rules runs: planning, tracing, backends, fallback. Nothing here knows an optimizer by name."""

@@ -1,0 +1,71 @@
+"""What a backend is: it compiles a program, and runs its phases over a batch of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hbcore.engine.program import Program
+
+
+@dataclass
+class Batch:
+    """The parameters of one lane that have a gradient this step, column by column.
+
+    Attributes:
+        tensors: stored tensor -> one tensor for each parameter; ``param`` and ``grad`` among them.
+        rows: for each parameter, which row of ``scalars`` is its own.
+        scalars: one row of hoisted 0-d scalars for each distinct (group, step).
+        sums: reduction -> one 0-d tensor for each parameter; the phases fill it.
+        model: reduction over the whole model -> its 0-d result, once every lane has contributed.
+    """
+
+    tensors: Mapping[str, list[Tensor]]
+    rows: list[int]
+    scalars: list[tuple[Tensor, ...]]
+    sums: dict[str, list[Tensor]] = field(default_factory=dict)
+    model: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tensors["param"])
+
+    def summed(self, name: str, i: int) -> Tensor:
+        """The result of a reduction for parameter ``i``: its own, or the whole model's."""
+        return self.model[name] if name in self.model else self.sums[name][i]
+
+
+class Executable(Protocol):
+    """A compiled program."""
+
+    def run(self, phase: int, batch: Batch) -> int:
+        """Run one phase over the batch: writes its tensors in place, adds its reductions to ``batch.sums``.
+
+        Returns:
+            The number of kernels launched, 0 where that is not counted.
+        """
+
+
+class Backend(Protocol):
+    """A way to run programs. Stateless; a machine that cannot run it raises :class:`hbcore.errors.CompileError`."""
+
+    name: str
+
+    def compile(self, program: Program, batch: Batch) -> tuple[Executable, int]:
+        """Compile every phase before anything is written; return it with the number of graphs compiled.
+
+        Args:
+            program: what to run.
+            batch: an example, which is only looked at.
+
+        Raises:
+            CompileError: this machine or this program is not for this backend; the message says why.
+        """
+
+
+def numel_of(tensor: Tensor) -> Tensor:
+    """``c.numel`` for one tensor: 0-d float64 on the host."""
+    return torch.tensor(float(tensor.numel()), dtype=torch.float64)

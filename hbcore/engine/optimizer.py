@@ -1,0 +1,222 @@
+"""The one optimizer class. A rule subclasses it, names its hyperparameters and returns its chain; the rest is here."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hbcore.engine.lanes import Group
+from hbcore.engine.options import OPTIONS, Settings, resolve
+from hbcore.engine.params import check_params, describe_param
+from hbcore.engine.plan import Plan
+from hbcore.engine.recipe import Recipe
+from hbcore.engine.report import Report
+from hbcore.errors import HyperparameterError
+from hbcore.rules.transform import Transform
+from hbcore.state import checkpoint
+
+
+class Assembly:
+    """A class's rule with its options' stages around it, as one callable that compares equal to itself only.
+
+    Each optimizer has one, so that its groups share lanes and two optimizers never do.
+    """
+
+    def __init__(self, rule: Callable[[Any], tuple[Transform, ...]], settings: Settings) -> None:
+        self.rule, self.settings = rule, settings
+
+    def __call__(self, h: Any) -> tuple[Transform, ...]:
+        return self.settings.stages(h, self.rule(h))
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base of every hbcore optimizer, and a full ``torch.optim.Optimizer``.
+
+    A subclass names its hyperparameters in ``__init__``, passes them on as one dict together with ``**options``, and returns
+    its transforms from :meth:`chain`::
+
+        class Lion(Optimizer):
+            def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), **options: Unpack[Options]):
+                super().__init__(params, {"lr": lr, "betas": betas}, options)
+
+            @staticmethod
+            def chain(h):
+                return (ScaleByLion(h.betas),)
+
+    An entry of the dict that a transform declares with ``hyper()`` may change every step, by a scheduler or by hand, and
+    compiles nothing anew; every other entry is structure.
+
+    Attributes:
+        report: how the last step ran: backend, reasons for falling back, compiles, launches.
+
+    Raises:
+        HyperparameterError: a hyperparameter is outside its bounds.
+        OptionError: an option does not exist, was removed, or has no such value.
+        ParameterError: ``params`` is empty, holds a duplicate, or something that is no floating-point tensor.
+    """
+
+    option_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Shared options whose default differs in this class: ``{"weight_decay": 0.01}``."""
+
+    own: ClassVar[tuple[str, ...]] = ()
+    """The names of the class's own constructor parameters."""
+
+    def __init__(self, params: ParamsT, hyperparameters: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        name = type(self).__name__
+        self.settings, scheduled = resolve(name, self.own, {**self.option_defaults, **options})
+        self._assembly = Assembly(type(self).chain, self.settings)
+        self.report = Report()
+        self._plan: Plan | None = None
+        defaults = {**scheduled, **hyperparameters}
+        self._keys = tuple(defaults)
+        super().__init__(check_params(name, params), {k: _tupled(v) for k, v in defaults.items()})
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__ and "__signature__" not in cls.__dict__:
+            parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+            named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+            taken = {p.name for p in named}
+            shared = [
+                inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=cls.option_defaults.get(n, option.default))
+                for n, option in OPTIONS.items()
+                if n not in taken
+            ]
+            cls.own = tuple(p.name for p in named if p.name != "params")
+            cls.__signature__ = inspect.Signature([*named, *shared])  # type: ignore[attr-defined]
+
+    @staticmethod
+    def chain(h: Any) -> tuple[Transform, ...]:
+        """The rule's transforms for a group's hyperparameters ``h`` (attribute access). No branch on a ``hyper`` entry."""
+        raise NotImplementedError("an Optimizer subclass defines chain(h)")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss anew and returns it; called once, with gradients enabled.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._plan is None:
+            self._plan = self._new_plan()
+        stepped = self._plan.step()
+        if self.settings.consume_grad:
+            for p in stepped:
+                p.grad = None
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, at any time. Its hyperparameters default to the constructor's.
+
+        Raises:
+            HyperparameterError: one of its hyperparameters is outside its bounds.
+            ParameterError: a parameter is a duplicate, or no floating-point tensor.
+        """
+        name, index = type(self).__name__, len(self.param_groups)
+        group = dict(param_group)
+        [group["params"]] = [g["params"] for g in check_params(name, [group], self.param_groups)]
+        for key in self._keys:
+            group[key] = _tupled(group.get(key, self.defaults[key]))
+        self._check_hyperparameters(group, index)
+        super().add_param_group(group)
+        added = self.param_groups[-1]
+        added["hbcore"] = checkpoint.metadata(self._transforms(added), self.settings.codec.name)
+        self._plan = None
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state dict exactly: every tensor keeps the dtype it was saved with. All or nothing.
+
+        Parameters are matched by name where both sides have names, by position otherwise. Numbers come from the checkpoint,
+        structure (``nesterov=True``, a codec) from this optimizer.
+
+        Raises:
+            CheckpointError: it does not fit; the message names the parameter, and nothing was changed.
+        """
+        checkpoint.load(self, state_dict)
+
+    def _recipe(self, group: Group) -> Recipe:
+        """The static description of a group; equal for groups that differ only in numbers."""
+        dynamic = self._dynamic(group)
+        return Recipe(
+            chain=self._assembly,
+            static=tuple((k, group[k]) for k in self._keys if k not in dynamic and k != "maximize"),
+            dynamic=tuple(dynamic.items()),
+            divide=self.settings.divide,
+            codec=self.settings.codec,
+            maximize=bool(group["maximize"]),
+        )
+
+    def _dynamic(self, group: Group) -> dict[str, int | None]:
+        """The group's entries that some transform of its chain declares with ``hyper``; None for a plain number."""
+        names = {n for t in self._transforms(group) for n, _, _ in t.hypers()}
+        return {
+            k: len(group[k]) if isinstance(group[k], tuple) else None for k in self._keys if k in names and group[k] is not None
+        }
+
+    def _transforms(self, group: Group) -> tuple[Transform, ...]:
+        """The group's chain with its present numbers, checked against their bounds."""
+        return self._assembly(SimpleNamespace(**{k: group[k] for k in self._keys}))
+
+    def _check_hyperparameters(self, group: Group, index: int) -> None:
+        where = f"{type(self).__name__}, parameter group {index}"
+        for key in self._keys:
+            value = group[key]
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise HyperparameterError(f"{where}: {key} is a tensor of shape {tuple(value.shape)}; pass one element.")
+        try:
+            self._transforms({k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"})
+        except HyperparameterError as error:
+            raise HyperparameterError(f"{where}: {error}") from None
+
+    def _new_plan(self) -> Plan:
+        s = self.settings
+        return Plan(
+            self.param_groups, self.state, self._recipe, self._name_of, self.report, s.compile, s.multi_tensor
+        )  # fmt: skip
+
+    def _name_of(self, group: int, index: int) -> str:
+        return f"{type(self).__name__}: {describe_param(self.param_groups, group, index)}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What deepcopy and pickle carry: no plan, no compiled code, and each step counter on its own."""
+        state = {p: {k: _own(v) for k, v in s.items()} for p, s in self.state.items()}
+        return {
+            "defaults": self.defaults,
+            "state": state,
+            "param_groups": self.param_groups,
+            "settings": self.settings,
+            "_keys": self._keys,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "state": defaultdict(dict, state["state"])})
+        self._assembly = Assembly(type(self).chain, self.settings)
+        self.report = Report()
+        self._plan = None
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}\n{self.report}"
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _own(value: Any) -> Any:
+    """A tensor without the rest of the slab that it is a row of."""
+    shares = isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.numel() * value.element_size()
+    return value.clone() if shares else value

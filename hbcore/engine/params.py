@@ -1,0 +1,65 @@
+"""Checks of the ``params`` argument, before torch sees it, with messages that name the parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbcore.errors import ParameterError, ParameterTypeError
+
+
+def check_params(optimizer: str, params: Any, existing: Sequence[dict[str, Any]] = ()) -> list[Any]:
+    """Return ``params`` as a list of tensors, ``(name, tensor)`` pairs or groups, having looked at every one.
+
+    Raises:
+        ParameterTypeError: it is a bare tensor, or holds something that is no tensor.
+        ParameterError: it is empty, holds a parameter twice, or one that no rule can update.
+    """
+    if isinstance(params, (Tensor, str)) or not isinstance(params, Iterable):
+        kind = params.type() if isinstance(params, Tensor) else type(params).__name__
+        raise ParameterTypeError(
+            f"params argument given to the optimizer should be an iterable of Tensors or dicts, but got {kind}; "
+            f"pass {optimizer}(model.parameters(), ...) or {optimizer}([tensor], ...)."
+        )
+    groups = list(params)
+    if not groups:
+        raise ParameterError(f"{optimizer} got an empty parameter list; pass model.parameters(), which is used up once read.")
+    seen = {id(p): describe_param(existing, g, i) for g, o in enumerate(existing) for i, p in enumerate(o["params"])}
+    if isinstance(groups[0], dict):
+        groups = [{**g, "params": _members(optimizer, g, len(existing) + i, seen)} for i, g in enumerate(groups)]
+    else:
+        groups = _members(optimizer, {"params": groups}, len(existing), seen)
+    return groups
+
+
+def describe_param(groups: Sequence[dict[str, Any]], group: int, index: int) -> str:
+    """What messages call a parameter: its name where it has one, else its place, and its shape."""
+    names = groups[group].get("param_names")
+    label = repr(names[index]) if names else f"number {index}"
+    return f"parameter {label} of group {group}, shape {tuple(groups[group]['params'][index].shape)},"
+
+
+def _members(optimizer: str, group: dict[str, Any], index: int, seen: dict[int, str]) -> list[Any]:
+    if "params" not in group:
+        raise ParameterError(f"{optimizer}: parameter group {index} has no 'params'; it has {sorted(map(str, group))}.")
+    given = group["params"]
+    members = [given] if isinstance(given, Tensor) else list(given)
+    for i, member in enumerate(members):
+        name, p = member if isinstance(member, tuple) and len(member) == 2 else (None, member)
+        if not isinstance(p, Tensor):
+            raise ParameterTypeError(
+                f"{optimizer}: entry {i} of parameter group {index} is a {type(p).__name__}; an optimizer takes tensors."
+            )
+        label = f"parameter {name!r}" if name is not None else f"parameter number {i} of group {index}"
+        label = f"{label}, shape {tuple(p.shape)},"
+        if id(p) in seen:
+            raise ParameterError(f"{optimizer}: {label} is the same tensor as {seen[id(p)]} pass each parameter once.")
+        if not p.is_leaf and not p.retains_grad:
+            raise ParameterError(f"{optimizer}: {label} is not a leaf; can't optimize a non-leaf Tensor. Pass the leaf.")
+        if p.layout is not torch.strided or not p.is_floating_point():
+            raise ParameterError(f"{optimizer}: {label} is {p.layout} of {p.dtype}; pass dense floating-point parameters.")
+        seen[id(p)] = label
+    return members

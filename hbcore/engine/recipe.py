@@ -1,0 +1,103 @@
+"""A chain as one pure function of tensors: what the backends trace, compile or call, and what the tests take as the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbcore.rules.division import Divide
+from hbcore.rules.transform import Context, Domain, Transform
+from hbcore.state.codec import StateCodec
+
+Chain = Callable[[SimpleNamespace], tuple[Transform, ...]]
+Reduce = Callable[[Tensor, str, Domain, str], Tensor]
+"""``reduce(x, "sum" | "amax", domain, rule)``: the one door through which a rule sees more than one element."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a parameter of ``dtype`` is updated in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything static about how a set of parameters is updated. Equal recipes share one compiled program.
+
+    Args:
+        chain: hyperparameters of a group -> its transforms, arranged.
+        static: the group's entries that are structure, ``((key, value), ...)``.
+        dynamic: the group's entries that may change every step, ``((key, length or None), ...)``: a length for tuples.
+        divide: the division backend.
+        codec: how slots are stored.
+        maximize: ascend instead of descend.
+    """
+
+    chain: Chain
+    static: tuple[tuple[str, Any], ...]
+    dynamic: tuple[tuple[str, int | None], ...]
+    divide: Divide
+    codec: StateCodec
+    maximize: bool = False
+
+    def fits(self, group: Mapping[str, Any]) -> bool:
+        """Whether the group still has the structure this recipe was made for; its numbers may be any."""
+        return bool(
+            group["maximize"] == self.maximize
+            and all(group[k] == v for k, v in self.static)
+            and all(group[k] is not None and (n is None or len(group[k]) == n) for k, n in self.dynamic)
+        )
+
+    @property
+    def scalar_names(self) -> tuple[str, ...]:
+        """The 0-d inputs, flattened: ``lr``, ``betas.0``, ``betas.1``, ..., ``step`` and ``model_numel``."""
+        names = [k if n is None else f"{k}.{i}" for k, n in self.dynamic for i in range(n or 1)]
+        return (*names, "step", "model_numel")
+
+    def transforms(self, scalars: Mapping[str, Any]) -> tuple[Transform, ...]:
+        """The chain with its hyperparameters bound to ``scalars``, one entry for each of :attr:`scalar_names`."""
+        values = dict(self.static)
+        for key, n in self.dynamic:
+            values[key] = scalars[key] if n is None else tuple(scalars[f"{key}.{i}"] for i in range(n))
+        return self.chain(SimpleNamespace(**values))
+
+    def update(
+        self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Tensor], numel: Tensor, reduce: Reduce
+    ) -> dict[str, Tensor]:
+        """Run the chain on one parameter and return the new value of every stored tensor. Pure.
+
+        Args:
+            tensors: ``param``, ``grad`` and each slot's stored tensors, all of one shape.
+            scalars: a 0-d float64 tensor for each of :attr:`scalar_names`.
+            numel: how many elements the full tensor has, 0-d float64.
+            reduce: how to reduce over a tensor or the model.
+        """
+        dtype = compute_dtype(tensors["param"].dtype)
+        param, grad = tensors["param"].to(dtype), tensors["grad"].to(dtype)
+        if self.maximize:
+            grad = -grad
+        stored, update = {}, grad
+        for t in self.transforms(scalars):
+            state = {name: self.codec.read(tensors, name, dtype) for name in t.slots(tensors["param"])}
+            update, new = t.update(update, state, self._context(t, param, grad, scalars, numel, reduce))
+            for name, value in new.items():
+                stored.update(self.codec.write(tensors, name, value))
+        stored["param"] = update.to(tensors["param"].dtype)
+        return stored
+
+    def _context(
+        self, t: Transform, param: Tensor, grad: Tensor, scalars: Mapping[str, Tensor], numel: Tensor, reduce: Reduce
+    ) -> Context:
+        return Context(
+            param=param,
+            grad=grad,
+            step=scalars["step"],
+            divide=self.divide,
+            sum=lambda x: reduce(x, "sum", t.domain, t.name),
+            amax=lambda x: reduce(x, "amax", t.domain, t.name),
+            numel=scalars["model_numel"] if t.domain == Domain.MODEL else numel,
+        )

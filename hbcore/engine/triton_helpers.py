@@ -1,0 +1,112 @@
+# mypy: disable-error-code="untyped-decorator"
+"""Device functions that generated kernels call where Triton's own would differ from torch, or from its interpreter.
+
+Three differences made these necessary: the interpreter truncates float32 to bfloat16 where a GPU rounds; its
+``tl.maximum(nan, 1)`` is 1; and its ``libdevice`` raises. Each function here gives torch's result on both.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import triton
+import triton.language as tl
+
+PI = tl.constexpr(math.pi)
+HALF_PI = tl.constexpr(math.pi / 2)
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+if INTERPRETED:
+
+    @triton.jit
+    def to_bf16(x):  # type: ignore[no-untyped-def]
+        """float32 -> bfloat16, to nearest even, NaN stays NaN."""
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        rounded = tl.where(x != x, 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+        return rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+else:
+
+    @triton.jit
+    def to_bf16(x):  # type: ignore[no-untyped-def]
+        """float32 -> bfloat16, to nearest even, NaN stays NaN."""
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def maximum(x, y):  # type: ignore[no-untyped-def]
+    """torch.maximum: NaN if either is."""
+    return tl.where((x > y) | (x != x), x, y)
+
+
+@triton.jit
+def minimum(x, y):  # type: ignore[no-untyped-def]
+    """torch.minimum: NaN if either is."""
+    return tl.where((x < y) | (x != x), x, y)
+
+
+@triton.jit
+def sign(x):  # type: ignore[no-untyped-def]
+    """torch.sign: -1, 0 or 1; 0 for NaN, as torch has it."""
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@triton.jit
+def rint(x):  # type: ignore[no-untyped-def]
+    """torch.round: to nearest, halves to even. From 2**22 on, float32 has no fractions worth rounding."""
+    return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, x)
+
+
+@triton.jit
+def atan_unit(x):  # type: ignore[no-untyped-def]
+    """atan on [0, 1], to 2e-9: a halved argument, then the odd Taylor polynomial of degree 19."""
+    half = x / (1.0 + tl.sqrt(1.0 + x * x))
+    z = half * half
+    s = -1.0 / 19 * z + 1.0 / 17
+    s = s * z - 1.0 / 15
+    s = s * z + 1.0 / 13
+    s = s * z - 1.0 / 11
+    s = s * z + 1.0 / 9
+    s = s * z - 1.0 / 7
+    s = s * z + 1.0 / 5
+    s = s * z - 1.0 / 3
+    return 2.0 * (half + half * z * s)
+
+
+@triton.jit
+def atan2(y, x):  # type: ignore[no-untyped-def]
+    """torch.atan2 without libdevice: quadrants by sign, NaN stays NaN."""
+    ax, ay = tl.abs(x), tl.abs(y)
+    big, small = tl.where(ax > ay, ax, ay), tl.where(ax > ay, ay, ax)
+    both_inf = (small == big) & (big == float("inf"))
+    ratio = tl.where(both_inf, 1.0, small / tl.where(big == 0, 1.0, big))
+    angle = atan_unit(ratio)
+    angle = tl.where(ay > ax, HALF_PI - angle, angle)
+    angle = tl.where(x < 0, PI - angle, angle)
+    angle = tl.where(y < 0, -angle, angle)
+    return tl.where((x != x) | (y != y), x + y, angle)
+
+
+@triton.jit
+def total(partials, first, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sum ``count`` partial sums in a fixed order, in float64."""
+    acc = tl.zeros([BLOCK], tl.float64)
+    for j in range(0, count, BLOCK):
+        at = j + tl.arange(0, BLOCK)
+        acc += tl.load(partials + first + at, mask=at < count, other=0.0).to(tl.float64)
+    return tl.sum(acc)
+
+
+@triton.jit
+def highest(partials, first, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest of ``count`` partial maxima; NaN if one of them is."""
+    acc = tl.full([BLOCK], float("-inf"), tl.float64)
+    nan = tl.zeros([BLOCK], tl.int32)
+    for j in range(0, count, BLOCK):
+        at = j + tl.arange(0, BLOCK)
+        x = tl.load(partials + first + at, mask=at < count, other=float("-inf")).to(tl.float64)
+        acc = tl.where(x > acc, x, acc)
+        nan |= (x != x).to(tl.int32)
+    return tl.where(tl.max(nan) > 0, float("nan"), tl.max(acc))

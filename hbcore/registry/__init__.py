@@ -1,0 +1,66 @@
+"""Names to optimizers: what is installed, who provides it, and what is wrong with what does not work.
+
+Plain data throughout; importing this package imports neither torch nor a plugin. The functions here ask the one
+:class:`Registry` that a process has. ``Registry(source)`` makes a separate one.
+"""
+
+from __future__ import annotations
+
+from hbcore.registry.discovery import BlockedPlugin
+from hbcore.registry.hookspecs import DoctorReport
+from hbcore.registry.index import Conflict
+from hbcore.registry.loading import Plugin, PluginFailure
+from hbcore.registry.lookup import Registry
+from hbcore.registry.spec import Alias, CodecSpec, OptimizerInfo, OptimizerSpec
+
+__all__ = [
+    "Alias",
+    "BlockedPlugin",
+    "CodecSpec",
+    "Conflict",
+    "DoctorReport",
+    "OptimizerInfo",
+    "OptimizerSpec",
+    "Plugin",
+    "PluginFailure",
+    "Registry",
+    "block",
+    "blocked",
+    "codecs",
+    "conflicts",
+    "create",
+    "default",
+    "examine",
+    "failures",
+    "get",
+    "info",
+    "list_optimizers",
+    "load_codec",
+    "migrations",
+    "plugins",
+    "preset_class",
+    "refresh",
+    "resolve",
+    "unblock",
+]
+
+default = Registry()
+
+# Bound methods, so that each signature and docstring is written once.
+get = default.get
+create = default.create
+info = default.info
+list_optimizers = default.list_optimizers
+resolve = default.resolve
+preset_class = default.preset_class
+codecs = default.codecs
+load_codec = default.load_codec
+migrations = default.migrations
+examine = default.examine
+plugins = default.plugins
+failures = default.failures
+blocked = default.blocked
+conflicts = default.conflicts
+block = default.block
+unblock = default.unblock
+refresh = default.refresh

@@ -1,0 +1,212 @@
+"""Load one plugin's manifest and read its declarations, so that whatever goes wrong disables that plugin alone.
+
+Every plugin gets a plugin manager of its own. One shared manager would let one raising hook abort the call for all of
+them, and pluggy's own entry-point loader stops at the first plugin that does not import; hence neither is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import TYPE_CHECKING, Any, Literal
+
+import pluggy
+
+from hbcore.errors import PluginError, RegistryError
+from hbcore.registry import hookspecs
+from hbcore.registry.hookspecs import API_VERSION, HOOK_NAMES, PROJECT, Api
+from hbcore.registry.spec import Alias, CodecSpec, OptimizerSpec, fold, split
+
+if TYPE_CHECKING:
+    from importlib_metadata import EntryPoint
+
+Phase = Literal["metadata", "import", "api", "register", "hooks"]
+
+
+@dataclass(frozen=True)
+class PluginFailure:
+    """Why a plugin disabled itself. Text only: a stored exception would keep the frames of its traceback alive.
+
+    Attributes:
+        distribution, version, entry: whose it is; ``entry`` is the plugin's name.
+        phase: how far it came.
+        cause: one line, ``"ModuleNotFoundError: No module named 'x'"``.
+        location: the entry point's value and the folder of its distribution.
+        traceback: the full text, empty where hbcore itself refused the plugin.
+        provides: the optimizers it had declared before it failed.
+    """
+
+    distribution: str
+    version: str
+    entry: str
+    phase: Phase
+    cause: str
+    location: str = field(default="unknown", repr=False, compare=False)
+    traceback: str = field(default="", repr=False, compare=False)
+    provides: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plugin whose manifest was loaded and whose declarations were read."""
+
+    name: str
+    distribution: str
+    version: str
+    location: str
+    optimizers: tuple[OptimizerSpec, ...]
+    aliases: tuple[Alias, ...]
+    codecs: tuple[CodecSpec, ...]
+    manager: pluggy.PluginManager = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.distribution} {self.version})"
+
+    def call(self, hook: str, **arguments: object) -> list[Any]:
+        """Call one hook of this plugin alone. Raises whatever the implementation raises."""
+        results: list[Any] = getattr(self.manager.hook, hook)(**arguments)
+        return results
+
+
+class _Refusal(RegistryError):
+    """hbcore's own verdict on a plugin; its traceback would say nothing."""
+
+
+def load(entry: Entry) -> Plugin | PluginFailure:
+    """The plugin behind an entry point, or why there is none. Never raises for what the plugin does."""
+    before = set(sys.modules)
+    loader = _Loader(entry)
+    try:
+        return loader.load()
+    except (Exception, SystemExit) as error:  # a module may well call sys.exit(); Ctrl-C still gets through
+        _forget_modules(entry.package, before)
+        text = "" if isinstance(error, _Refusal) else traceback.format_exc()
+        return entry.failure(loader.phase, one_line(error), text, loader.provides)
+
+
+def import_target(target: str, owner: Plugin, what: str) -> Any:
+    """Import ``"module:attribute"``.
+
+    Raises:
+        PluginError: it does not import, with the cause chained; other optimizers of the plugin may still work.
+    """
+    module, _, attribute = target.partition(":")
+    known = module in sys.modules
+    try:
+        return reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except (Exception, SystemExit) as error:
+        # Nothing stale is left for the next try, which may come after a repair.
+        importlib.invalidate_caches()
+        if not known:
+            sys.modules.pop(module, None)
+        raise PluginError(f"{what} of plugin {owner} does not load from {target!r}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The error as one line of text; hbcore's own verdicts go without their type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, _Refusal) else f"{type(error).__name__}: {text}"
+
+
+def _forget_modules(package: str, before: set[str]) -> None:
+    """Drop what a failed load left of its own package, so that the next try reads the repaired files."""
+    for name in set(sys.modules) - before:
+        if name == package or name.startswith(package + "."):
+            del sys.modules[name]
+
+
+class Entry:
+    """An entry point with its distribution's name and version, which an injected one may lack."""
+
+    def __init__(self, point: EntryPoint) -> None:
+        self.point = point
+        self.name = point.name
+        self.distribution: str = getattr(point.dist, "name", None) or "unknown"
+        self.version: str = getattr(point.dist, "version", None) or "unknown"
+        self.package = point.value.partition(":")[0].partition(".")[0].strip()
+        folder = point.dist.locate_file("") if point.dist is not None else "an unknown folder"
+        self.location = f"{point.value} in {folder}"
+        self.identity = (self.distribution, self.version, point.name, point.value)
+
+    def failure(self, phase: Phase, cause: str, text: str = "", provides: tuple[str, ...] = ()) -> PluginFailure:
+        origin = (self.distribution, self.version, self.name)
+        return PluginFailure(*origin, phase, cause, self.location, text, provides)
+
+
+class _Loader:
+    """Takes one entry point to a :class:`Plugin`; ``phase`` and ``provides`` say how far it came."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.phase: Phase = "import"
+        self.provides: tuple[str, ...] = ()
+
+    def load(self) -> Plugin:
+        """Raises whatever the plugin raises, and :class:`RegistryError` for what hbcore refuses."""
+        entry = self.entry
+        manifest = entry.point.load()
+        self.phase = "api"
+        _negotiate(getattr(manifest, "API", None))
+        self.phase = "register"
+        manager = _register(manifest, entry.name)
+        self.phase = "hooks"
+        api = Api(API_VERSION, entry.name)
+        optimizers = _collect(manager, "hb_optimizers", OptimizerSpec, api)
+        self.provides = tuple(spec.name for spec in optimizers)
+        aliases = _collect(manager, "hb_aliases", Alias, api)
+        codecs = _collect(manager, "hb_codecs", CodecSpec, api)
+        _check_names(optimizers, aliases)
+        location = str(getattr(manifest, "__file__", None) or "unknown")
+        return Plugin(entry.name, entry.distribution, entry.version, location, optimizers, aliases, codecs, manager)
+
+
+def _negotiate(required: object) -> None:
+    if not (isinstance(required, tuple) and len(required) == 2 and all(type(part) is int for part in required)):
+        raise _Refusal(f"its manifest must declare API = {API_VERSION}, a pair of integers; it has {required!r}")
+    if required[0] != API_VERSION[0] or required[1] > API_VERSION[1]:
+        ours, theirs = ".".join(map(str, API_VERSION)), ".".join(map(str, required))
+        remedy = "upgrade hbcore" if required > API_VERSION else "upgrade the plugin"
+        raise _Refusal(f"it needs plugin API {theirs} and this hbcore has {ours}; {remedy}")
+
+
+def _register(manifest: Any, name: str) -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    manager.register(manifest, name)
+    manager.check_pending()  # a marked function that is no hook of ours: a typing error, or a hook of a newer API
+    marked = {caller.name for caller in manager.get_hookcallers(manifest) or ()}
+    for hook in HOOK_NAMES:
+        if hook not in marked and callable(getattr(manifest, hook, None)):
+            raise _Refusal(f"its function {hook} lacks the @hookimpl decorator from hbcore.api; nothing would call it")
+    return manager
+
+
+def _collect(manager: pluggy.PluginManager, hook: str, kind: type[Any], api: Api) -> tuple[Any, ...]:
+    items: list[Any] = []
+    for result in getattr(manager.hook, hook)(api=api):
+        if isinstance(result, kind) or not isinstance(result, Iterable):
+            raise _Refusal(f"{hook} must return a list of {kind.__name__}; it returned {result!r}")
+        items.extend(result)
+    for item in items:
+        if not isinstance(item, kind):
+            raise _Refusal(f"{hook} must return {kind.__name__} objects only; among them is {item!r}")
+    return tuple(items)
+
+
+def _check_names(optimizers: tuple[OptimizerSpec, ...], aliases: tuple[Alias, ...]) -> None:
+    """Within one plugin a name has one meaning; ``plugin:Name`` could not tell two apart."""
+    meanings: dict[str, tuple[str, object]] = {}
+    claims: list[tuple[str, tuple[str, object]]] = [(spec.name, (fold(spec.name), {})) for spec in optimizers]
+    claims += [(alias.name, (split(alias.target)[1], dict(alias.preset))) for alias in aliases]
+    for name, meaning in claims:
+        if meanings.setdefault(fold(name), meaning) != meaning:
+            raise _Refusal(f"it gives the name {name!r} two meanings (case, '-' and '_' do not count); rename one")
+    targets: dict[str, str] = {}
+    for spec in optimizers:
+        if targets.setdefault(fold(spec.name), spec.target) != spec.target:
+            both = f"{targets[fold(spec.name)]} and {spec.target}"
+            raise _Refusal(f"it declares {spec.name!r} twice, with the targets {both}")

@@ -1,0 +1,253 @@
+"""From a name to a class: aliases, presets, suggestions, and the errors for all that can go wrong on the way."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from hbcore.errors import AmbiguousNameError, PluginError, PluginWarning, UnknownOptimizerError
+from hbcore.presets import subclass
+from hbcore.registry import notices
+from hbcore.registry.discovery import BlockedPlugin, Discovery, installed
+from hbcore.registry.hookspecs import API_VERSION, Api, DoctorReport
+from hbcore.registry.index import Claim, Conflict, Index
+from hbcore.registry.loading import Plugin, PluginFailure, import_target
+from hbcore.registry.spec import CodecSpec, OptimizerInfo, OptimizerSpec
+
+if TYPE_CHECKING:
+    from importlib_metadata import EntryPoint
+
+STRICT_ENV = "HBCORE_STRICT"
+
+
+class Registry:
+    """Every installed optimizer by name. hbcore has one; a test makes its own with injected entry points.
+
+    Nothing is scanned before the first lookup, and no lookup imports torch: only :meth:`get`, :meth:`create` and
+    :meth:`load_codec` import the module that a target names.
+
+    Args:
+        source: yields the plugins' entry points.
+    """
+
+    def __init__(self, source: Callable[[], Iterable[EntryPoint | PluginFailure]] = installed) -> None:
+        self._discovery = Discovery(source)
+        self._indexed: Index | None = None
+        self._warned: set[object] = set()
+        self._presets: dict[tuple[type, str], tuple[dict[str, object], type]] = {}
+        self._presets_lock = threading.Lock()
+
+    def get(self, name: str) -> type[Any]:
+        """The optimizer class. Case, ``-`` and ``_`` do not count; ``"plugin:Name"`` is never ambiguous.
+
+        Raises:
+            UnknownOptimizerError: no installed plugin provides the name.
+            AmbiguousNameError: two plugins claim it.
+            PluginError: the plugin that provides it does not work; the cause is chained.
+        """
+        claim = self._find(name)
+        cls = self._class(claim)
+        if claim.alias and claim.spec:
+            text = notices.alias_text(claim.alias, claim.spec.name)
+            self._warn_once((claim.plugin.name, claim.alias.name), text, FutureWarning)
+        return cls
+
+    def create(self, name: str, params_or_model: Any, **options: Any) -> Any:
+        """``get(name)(params, **options)``; a module is asked for its ``named_parameters()``, so names are kept.
+
+        Raises:
+            RegistryError: as :meth:`get`.
+            HbcoreError: whatever the optimizer's constructor finds wrong.
+        """
+        named = getattr(params_or_model, "named_parameters", None)  # by duck type: torch need not be imported yet
+        return self.get(name)(list(named()) if callable(named) else params_or_model, **options)
+
+    def list_optimizers(self, pattern: str = "*", aliases: bool = False) -> list[str]:
+        """The canonical names that match the glob (case does not count), sorted, with or without the aliases.
+
+        A short name that two plugins claim is listed as ``plugin:Name``, so everything listed can be asked for.
+        """
+        glob = pattern.lower()
+        return [
+            name
+            for name in sorted(set(self._ready().names(aliases)))
+            if any(fnmatch.fnmatchcase(part.lower(), glob) for part in (name, name.rpartition(":")[2]))
+        ]
+
+    def info(self, name: str) -> OptimizerInfo:
+        """Spec and origin of an optimizer or of what an alias stands for. Imports no torch and warns of no alias.
+
+        Raises:
+            UnknownOptimizerError, AmbiguousNameError, PluginError: as :meth:`get`.
+        """
+        claim = self._find(name)
+        owner, spec = self._target(claim)
+        aliases = self._index().aliases_of(spec)
+        return OptimizerInfo(spec, owner.name, owner.distribution, owner.version, aliases, claim.alias)
+
+    def resolve(self, name: str) -> type[Any]:
+        """:meth:`get` without the alias' warning, for tools and for unpickling, which are nobody's line of code."""
+        return self._class(self._find(name))
+
+    def preset_class(self, name: str) -> type[Any]:
+        """The class of an alias with a preset, without the alias' warning.
+
+        Raises:
+            UnknownOptimizerError: the name is unknown, or has no preset.
+            AmbiguousNameError, PluginError: as :meth:`get`.
+        """
+        claim = self._find(name)
+        if not (claim.alias and claim.alias.preset):
+            raise UnknownOptimizerError(f"{name!r} has no preset; hbcore.get({name!r}) gives the class itself")
+        return self._class(claim)
+
+    def codecs(self) -> list[CodecSpec]:
+        """Every installed codec, sorted by name."""
+        plugins = self._ready().snapshot.plugins
+        return sorted((codec for plugin in plugins for codec in plugin.codecs), key=lambda codec: codec.name)
+
+    def load_codec(self, name: str) -> Any:
+        """Import what the codec's target names; ``"plugin:codec"`` works too.
+
+        Raises:
+            UnknownOptimizerError: no installed plugin provides it; with the pip line for hb_ecc's.
+            AmbiguousNameError: two plugins provide different ones under the name.
+            PluginError: its plugin does not work.
+        """
+        stale = self._indexed
+        index = self._ready()
+        found = index.find_codec(name)
+        if not found and index is stale:
+            index = self._ready(rescan=True)
+            found = index.find_codec(name)
+        if not found:
+            raise notices.unknown_codec(index, name)
+        if len(found) > 1:
+            owners = " and ".join(f"{owner} as '{owner.name}:{codec.name}'" for owner, codec in found)
+            raise AmbiguousNameError(f"the codec name {name!r} is claimed by {owners}; write the longer form")
+        owner, codec = found[0]
+        return import_target(codec.target, owner, f"codec {codec.name!r}")
+
+    def migrations(self) -> list[object]:
+        """What every plugin's ``hb_migrations`` returns. One that raises is left out with a PluginWarning."""
+        found: list[object] = []
+        for plugin in self._ready().snapshot.plugins:
+            try:
+                for result in plugin.call("hb_migrations", api=Api(API_VERSION, plugin.name)):
+                    found.extend(result)
+            except Exception as error:
+                text = f"hb_migrations of plugin {plugin} raised {error!r}; its conversions are not available"
+                self._warn_once((plugin.name, "migrations"), text, PluginWarning)
+        return found
+
+    def examine(self, plugin: Plugin) -> DoctorReport:
+        """Run one plugin's ``hb_doctor``; a hook that raises is one more problem in the report."""
+        report = DoctorReport()
+        try:
+            plugin.call("hb_doctor", report=report)
+        except Exception as error:
+            report.problem(f"its hb_doctor hook raised {error!r}")
+        return report
+
+    def plugins(self) -> tuple[Plugin, ...]:
+        """The plugins in use. Like the next three, it neither warns nor raises about broken ones."""
+        return self._index().snapshot.plugins
+
+    def failures(self) -> tuple[PluginFailure, ...]:
+        """The plugins that disabled themselves, and why."""
+        return self._index().snapshot.failures
+
+    def blocked(self) -> tuple[BlockedPlugin, ...]:
+        """The installed plugins that were told to stay out."""
+        return self._index().snapshot.blocked
+
+    def conflicts(self) -> list[Conflict]:
+        """The short names that several plugins claim."""
+        return self._index().conflicts()
+
+    def block(self, name: str) -> None:
+        """Take a plugin out of use, or keep it from loading, until :meth:`unblock`. It need not be installed."""
+        self._discovery.block(name)
+
+    def unblock(self, name: str) -> None:
+        """Undo :meth:`block`.
+
+        Raises:
+            RegistryError: an environment variable blocks the plugin.
+        """
+        self._discovery.unblock(name)
+
+    def refresh(self) -> None:
+        """Forget what was found; the next lookup scans again and reads the environment variables again."""
+        self._discovery.refresh()
+
+    def _index(self, rescan: bool = False) -> Index:
+        snapshot = self._discovery.rescan() if rescan else self._discovery.snapshot()
+        index = self._indexed
+        if index is None or index.snapshot is not snapshot:
+            self._indexed = index = Index(snapshot)
+        return index
+
+    def _ready(self, rescan: bool = False) -> Index:
+        """The index, after each failure was reported once; ``HBCORE_STRICT=1`` raises the first instead."""
+        index = self._index(rescan)
+        for failure in index.snapshot.failures:
+            text = notices.failure_text(failure)
+            if os.environ.get(STRICT_ENV, "") not in ("", "0"):
+                remedy = f"Repair or uninstall it, or unset {STRICT_ENV}"
+                raise PluginError(f"{text}. {remedy}") from notices.cause_of(failure)
+            more = f"'hbcore doctor' has the traceback; HBCORE_DISABLE_PLUGINS={failure.entry} silences this"
+            self._warn_once(failure, f"{text}. {more}", PluginWarning)
+        return index
+
+    def _warn_once(self, key: object, message: str, category: type[Warning]) -> None:
+        if key not in self._warned:
+            notices.warn_at_caller(message, category)
+            self._warned.add(key)  # after the warning: turned into an error by a filter, it stays one
+
+    def _find(self, name: str) -> Claim:
+        if not isinstance(name, str):
+            raise UnknownOptimizerError(f"an optimizer's name is a string such as 'AdamW'; got {name!r}")
+        stale = self._indexed
+        index = self._ready()
+        claims = index.find(name)
+        if not claims and index is stale:  # something may have been installed or repaired since that scan
+            index = self._ready(rescan=True)
+            claims = index.find(name)
+        if not claims:
+            raise notices.unknown_optimizer(index, name)
+        if len(claims) > 1:
+            raise AmbiguousNameError(f"{Conflict(name, tuple(claims))}; write the one you mean")
+        return claims[0]
+
+    def _target(self, claim: Claim) -> tuple[Plugin, OptimizerSpec]:
+        """The plugin and the spec that a claim leads to."""
+        if claim.owner is not None and claim.spec is not None:
+            return claim.owner, claim.spec
+        # Only an alias can lead nowhere: its target is missing, or ambiguous, or another alias.
+        target = claim.alias.target if claim.alias else claim.name
+        found = self._find(target)
+        if found.owner is None or found.spec is None or found.alias is not None:
+            raise PluginError(f"plugin {claim.plugin}: {claim.name!r} is an alias of {target!r}, itself an alias")
+        return found.owner, found.spec
+
+    def _class(self, claim: Claim) -> type[Any]:
+        owner, spec = self._target(claim)
+        base = import_target(spec.target, owner, f"optimizer {spec.name!r}")
+        if not isinstance(base, type):
+            raise PluginError(f"plugin {owner}: the target {spec.target!r} must be a class; it is {base!r}")
+        if not (claim.alias and claim.alias.preset):
+            return base
+        key, preset = (base, claim.alias.name), dict(claim.alias.preset)
+        with self._presets_lock:
+            kept, made = self._presets.get(key, (None, base))
+            if kept != preset:
+                try:
+                    made = subclass(base, claim.alias.name, preset)
+                except (TypeError, ValueError) as error:
+                    raise PluginError(f"alias {claim.alias.name!r} of plugin {claim.plugin}: {error}") from error
+                self._presets[key] = (preset, made)
+        return made

@@ -1,0 +1,143 @@
+"""What the registry says to people: hints about names, and warnings that point at the caller's own line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+
+from hbcore.errors import PluginError, RegistryError, UnknownOptimizerError
+from hbcore.registry.discovery import BlockedPlugin, Snapshot
+from hbcore.registry.index import Index
+from hbcore.registry.loading import PluginFailure
+from hbcore.registry.spec import Alias, fold, split
+
+_FAMILIES = {
+    "hb_adam": "SGD Adam AdamW UnscaledAdamW NAdam RMSprop ADOPT AdEMAMix AdamC LaProp SignLaProp SUDSAdamW SFAdamW "
+    "MSAMLaProp SAMWrapper Adams Adafactor SparseAdam Lion",
+    "hb_muon": "Muon MuonAdamW MuonLaProp HyperBallAdamW OrthoLaProp LaPropOrtho Scion",
+    "hb_soap": "SOAP SOAPNAdam SOAPAdEMAMix SOLP SFSOAP KLSOAP KLShampoo",
+    "hb_psgd": "PSGD PSGDKron PSGDPRO QSGD LATHER PSGDLRA",
+}
+# Optimizer -> the plugin that is known to provide it, for the pip line only: nothing is resolved through this table.
+KNOWN = {name: plugin for plugin, names in _FAMILIES.items() for name in names.split()}
+KNOWN_CODECS = {name: "hb_ecc" for name in ("bf16+8", "bf16+16", "fp16+8", "fp16+16", "int8")}
+
+_FOLDED = {fold(name): plugin for name, plugin in KNOWN.items()}
+# HeavyBall's old names put such words before the optimizer they mean: PaLMForeachSFAdamW, NewtonHybrid2PSGDKron.
+_OLD_PREFIXES = re.compile("(?:foreach|cached|delayed|newton|hybrid2|pure|palm|precondschedule|sf(?=palm))*")
+
+
+def family(key: str) -> str:
+    """The plugin known to provide the folded name, or the empty string."""
+    return _FOLDED.get(key) or _FOLDED.get(_OLD_PREFIXES.sub("", key, count=1), "")
+
+
+def pip_line(plugin: str) -> str:
+    """The command that installs the plugin."""
+    return f"pip install {plugin}"
+
+
+def suggestions(name: str, known: Iterable[str]) -> str:
+    """``"Did you mean AdamW? "`` or the empty string; uninstalled optimizers are named with their pip line."""
+    spelled = {fold(other): f"{other} ({pip_line(plugin)})" for other, plugin in KNOWN.items()}
+    spelled.update((fold(other), other) for other in known)
+    close = difflib.get_close_matches(fold(name.rpartition(":")[2]), spelled, n=3, cutoff=0.7)
+    return f"Did you mean {', '.join(spelled[key] for key in close)}? " if close else ""
+
+
+def failure_text(failure: PluginFailure) -> str:
+    """One sentence about a plugin that disabled itself."""
+    return (
+        f"plugin {failure.entry!r} (distribution {failure.distribution} {failure.version}) is disabled, "
+        f"it failed at {failure.phase}: {failure.cause}"
+    )
+
+
+def blocked_text(blocked: BlockedPlugin) -> str:
+    """One sentence about a plugin that is installed and blocked."""
+    origin = f"{blocked.distribution} {blocked.version}"
+    return f"plugin {blocked.name!r} ({origin}) is installed and blocked by {blocked.reason}"
+
+
+def cause_of(failure: PluginFailure) -> RegistryError | None:
+    """The stored traceback as an exception to chain, as a worker process' traceback is chained in its parent."""
+    return RegistryError(f"\n{failure.traceback}") if failure.traceback else None
+
+
+def unknown_optimizer(index: Index, name: str) -> RegistryError:
+    """The error for a name that nobody provides: broken plugin, blocked plugin, plugin not installed, or misspelt."""
+    prefix, key = split(name)
+    provider = family(key)
+    if absent := _unusable(index.snapshot, repr(name), prefix or fold(provider), key):
+        return absent
+    present = {fold(plugin.name): plugin for plugin in index.snapshot.plugins}
+    if prefix in present:
+        message = f"Plugin {present[prefix]} provides no optimizer {name.rpartition(':')[2]!r}. "
+    else:
+        message = f"No installed plugin provides the optimizer {name!r}. "
+        wanted = provider or next((known for known in _FAMILIES if fold(known) == prefix), "")
+        if wanted and fold(wanted) not in present:
+            return UnknownOptimizerError(f"{message}It comes with {wanted}: {pip_line(wanted)}")
+    message += suggestions(name, index.names(aliases=True))
+    if broken := ", ".join(failure.entry for failure in index.snapshot.failures):
+        message += f"It may belong to a plugin that is disabled ({broken}; see 'hbcore doctor'). "
+    return UnknownOptimizerError(f"{message}'hbcore list' shows every name")
+
+
+def unknown_codec(index: Index, name: str) -> RegistryError:
+    """The error for a codec that nobody provides."""
+    prefix, _, short = name.rpartition(":")
+    provider = KNOWN_CODECS.get(short.casefold(), "")
+    if absent := _unusable(index.snapshot, f"codec {name!r}", fold(prefix or provider)):
+        return absent
+    present = {plugin.name for plugin in index.snapshot.plugins}
+    hint = f"It comes with {provider}: {pip_line(provider)}. " if provider and provider not in present else ""
+    known = ", ".join(sorted(codec.name for plugin in index.snapshot.plugins for codec in plugin.codecs)) or "none"
+    return UnknownOptimizerError(f"No installed plugin provides the codec {name!r}. {hint}Installed codecs: {known}")
+
+
+def _unusable(snapshot: Snapshot, what: str, plugin: str, key: str = "") -> RegistryError | None:
+    """The error if a name is missing only because its plugin is broken or blocked."""
+    for failure in snapshot.failures:
+        if fold(failure.entry) == plugin or (key and key in map(fold, failure.provides)):
+            error = PluginError(f"{what} is not to be had: {failure_text(failure)}")
+            error.__cause__ = cause_of(failure)
+            return error
+    for blocked in snapshot.blocked:
+        if fold(blocked.name) == plugin:
+            return UnknownOptimizerError(f"{what} is not to be had: {blocked_text(blocked)}; lift that to use it")
+    return None
+
+
+def alias_text(alias: Alias, canonical: str) -> str:
+    """What using an alias says, once."""
+    instead = f"{canonical}({alias.preset_text})" if alias.preset else canonical
+    ends = f" and will be removed in {alias.removed_in}" if alias.removed_in else ""
+    text = f"{alias.name} is another name for {instead} since {alias.since}{ends}; write {instead}"
+    return f"{text}. {alias.message}" if alias.message else text
+
+
+def warn_at_caller(message: str, category: type[Warning]) -> None:
+    """Warn at the first line outside hbcore and the import system, however deep inside hbcore this was called.
+
+    ``stacklevel`` would have to be counted anew for each way in (``get``, ``create``, ``from hbcore import``), and
+    ``skip_file_prefixes`` is new in Python 3.12.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+    warnings.warn_explicit(
+        message,
+        category,
+        filename=frame.f_code.co_filename,
+        lineno=frame.f_lineno,
+        module=frame.f_globals.get("__name__", "<unknown>"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("hbcore", "importlib", "_frozen_importlib")

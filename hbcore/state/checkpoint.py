@@ -1,0 +1,116 @@
+"""Loading a state dict exactly, or not at all.
+
+``torch.optim.Optimizer.load_state_dict`` casts every state tensor to the parameter's dtype (pytorch issue 43706) and matches
+by position. This one validates everything first, then keeps every dtype as it was saved, and matches by name where it can.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hbcore.errors import CheckpointError
+from hbcore.rules.transform import Transform
+from hbcore.state import schema
+
+if TYPE_CHECKING:
+    from hbcore.engine.optimizer import Optimizer
+
+
+def metadata(transforms: Iterable[Transform], codec: str) -> str:
+    """The ``hbcore`` entry of a group that runs ``transforms`` and stores its slots with ``codec``."""
+    return schema.dump(versions(transforms), codec)
+
+
+def versions(transforms: Iterable[Transform]) -> dict[str, int]:
+    """The chain's transforms by name, with their versions."""
+    return {t.name: t.version for t in transforms}
+
+
+def load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """See :meth:`hbcore.engine.optimizer.Optimizer.load_state_dict`."""
+    state_dict = dict(state_dict)
+    for pre in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        replaced = pre(optimizer, state_dict)
+        state_dict = state_dict if replaced is None else dict(replaced)
+    groups, state = _validated(optimizer, state_dict)
+    for group, values in zip(optimizer.param_groups, groups, strict=True):
+        group.update(values)
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    optimizer._plan = None
+    for post in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post(optimizer)
+
+
+def _validated(
+    optimizer: Optimizer, state_dict: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
+    """What each group and each parameter will hold. Mutates nothing."""
+    name = type(optimizer).__name__
+    if not isinstance(state_dict.get("state"), Mapping) or not isinstance(state_dict.get("param_groups"), (list, tuple)):
+        raise CheckpointError(f"{name}: a state dict has 'state' and 'param_groups'; got {sorted(map(str, state_dict))}.")
+    saved = state_dict["param_groups"]
+    if len(saved) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"{name}: the checkpoint has {len(saved)} param groups, the optimizer {len(optimizer.param_groups)}; "
+            "build the optimizer with the same groups."
+        )
+    groups, state = [], {}
+    for g, (theirs, ours) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
+        schema.check(theirs.get(schema.KEY), versions(optimizer._transforms(ours)), g)
+        groups.append(_numbers(optimizer, theirs, ours, g))
+        for i, key in enumerate(_match(optimizer, theirs, ours, g)):
+            param = ours["params"][i]
+            entry = state_dict["state"].get(key)
+            if entry:
+                state[param] = {k: _loaded(optimizer, g, i, k, v) for k, v in entry.items()}
+    return groups, state
+
+
+def _match(optimizer: Optimizer, theirs: Mapping[str, Any], ours: Mapping[str, Any], g: int) -> list[Any]:
+    """For each of our parameters, the key of its state in the checkpoint."""
+    keys, names, wanted = list(theirs["params"]), theirs.get("param_names"), ours.get("param_names")
+    if len(keys) != len(ours["params"]):
+        raise CheckpointError(
+            f"{type(optimizer).__name__}: param group {g} has {len(keys)} parameters in the checkpoint and "
+            f"{len(ours['params'])} here; load it into the model it was saved from."
+        )
+    if not names or not wanted:
+        return keys
+    by_name = dict(zip(names, keys, strict=True))
+    missing = [n for n in wanted if n not in by_name]
+    if missing:
+        raise CheckpointError(
+            f"{type(optimizer).__name__}: param group {g} of the checkpoint has no {', '.join(map(repr, missing[:5]))}; "
+            f"it has {', '.join(map(repr, list(by_name)[:5]))}, ..."
+        )
+    return [by_name[n] for n in wanted]
+
+
+def _numbers(optimizer: Optimizer, theirs: Mapping[str, Any], ours: dict[str, Any], g: int) -> dict[str, Any]:
+    """The group entries that the checkpoint decides: numbers, and whatever schedulers or users put there."""
+    keep = {"params", "param_names", schema.KEY}
+    structural = {k for k in optimizer._keys if k not in optimizer._dynamic(ours)}
+    return {k: copy.deepcopy(v) for k, v in theirs.items() if k not in keep and k not in structural}
+
+
+def _loaded(optimizer: Optimizer, g: int, i: int, key: Any, value: Any) -> Any:
+    """One state entry as it will be held: the dtype it was saved with, on the parameter's device, in its memory order."""
+    param = optimizer.param_groups[g]["params"][i]
+    if not isinstance(value, Tensor):
+        if key == "step" and isinstance(value, (int, float)):
+            return torch.tensor(float(value), dtype=torch.float32)
+        return copy.deepcopy(value)
+    if key == "step":
+        return value.detach().clone().to("cpu", torch.float32)
+    if value.shape != param.shape:
+        raise CheckpointError(
+            f"{optimizer._name_of(g, i)} has state {key!r} of shape {tuple(value.shape)} in the checkpoint; "
+            "load it into the model it was saved from."
+        )
+    return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -1,0 +1,66 @@
+"""How a logical slot is stored. A codec is the only thing that decides what bytes a state tensor is made of.
+
+``read`` and ``write`` are pure elementwise functions, so they trace into the same kernel as the rule: compressing a slot
+costs no extra pass over memory. The engine copies what ``write`` returns into the stored tensors, and nothing else mutates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from hbcore.errors import OptionError
+
+
+@runtime_checkable
+class StateCodec(Protocol):
+    """Stores each slot of a parameter as one or more tensors of the parameter's shape."""
+
+    @property
+    def name(self) -> str:
+        """What checkpoints record: ``"plain"``, ``"cast:bfloat16"``, ``"bf16+8"``."""
+
+    def parts(self, slot: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """The stored tensors of ``slot`` and their dtypes, for a logical value of ``dtype``: ``{"exp_avg": bfloat16, ...}``."""
+
+    def read(self, stored: Mapping[str, Tensor], slot: str, dtype: torch.dtype) -> Tensor:
+        """The logical value of ``slot`` in ``dtype``."""
+
+    def write(self, stored: Mapping[str, Tensor], slot: str, value: Tensor) -> dict[str, Tensor]:
+        """The new stored tensors of ``slot``; ``stored`` has the old ones."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """One tensor a slot, of ``storage`` dtype; float64 parameters keep float64 state whatever ``storage`` says."""
+
+    storage: torch.dtype = torch.float32
+
+    @property
+    def name(self) -> str:
+        return "plain" if self.storage == torch.float32 else f"cast:{str(self.storage).removeprefix('torch.')}"
+
+    def parts(self, slot: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return {slot: torch.float64 if dtype == torch.float64 else self.storage}
+
+    def read(self, stored: Mapping[str, Tensor], slot: str, dtype: torch.dtype) -> Tensor:
+        return stored[slot].to(dtype)
+
+    def write(self, stored: Mapping[str, Tensor], slot: str, value: Tensor) -> dict[str, Tensor]:
+        return {slot: value.to(stored[slot].dtype)}
+
+
+def cast_codec(storage: str | torch.dtype) -> Cast:
+    """The codec for ``storage_dtype=``.
+
+    Raises:
+        OptionError: ``storage`` is not a floating dtype.
+    """
+    dtype = getattr(torch, storage, None) if isinstance(storage, str) else storage
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise OptionError(f"storage_dtype={storage!r} is no floating dtype; pass 'float32', 'bfloat16' or 'float16'.")
+    return Cast(dtype)

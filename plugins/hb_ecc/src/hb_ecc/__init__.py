@@ -1,0 +1,5 @@
+"""Storage codecs for optimizer state and parameters for hbcore. Provides nothing yet."""
+
+__all__ = ["__version__"]
+
+__version__ = "0.1.0"

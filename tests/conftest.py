@@ -1,0 +1,45 @@
+"""What a run needs before the first test: Triton's interpreter where there is no GPU, few threads, visible skips."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+def cuda_expected() -> bool:
+    """Whether torch will find a CUDA device here, judged without importing torch.
+
+    Triton reads ``TRITON_INTERPRET`` when it is imported, and torch may import Triton: asking torch would be too late.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    try:
+        if importlib.metadata.version("torch").endswith("+cpu"):
+            return False
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
+
+
+if not cuda_expected():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# torch reads these when it is imported, here and in the processes that tests start. More threads only make small
+# tensors slower, and reductions differ with their number.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "2")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip ``gpu`` tests, with the reason in the summary, where torch finds no CUDA device."""
+    wanting = [item for item in items if item.get_closest_marker("gpu")]
+    if not wanting:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in wanting:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
