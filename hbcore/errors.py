@@ -28,6 +28,14 @@ class ParameterTypeError(ParameterError, TypeError):
     """The ``params`` argument is of the wrong type: a bare tensor, a string."""
 
 
+class RuleError(HbcoreError, ValueError):
+    """A chain contradicts itself: two transforms claim one slot."""
+
+
+class SparseGradientError(ParameterError, RuntimeError):
+    """A parameter has a sparse gradient, which no rule here can use."""
+
+
 class TraceError(HbcoreError, RuntimeError):
     """A rule broke the tracing contract: a raw reduction, a branch on a hyperparameter, a length turned into a number."""
 

@@ -37,6 +37,7 @@ COMMANDS = (
     Command("show", "hbcore.cli.show:add_arguments,run", "one optimizer: signature, defaults, state, paper, aliases"),
     Command("doctor", "hbcore.cli.doctor:add_arguments,run", "versions, compilers, and the health of every plugin"),
     Command("compare", "hbcore.cli.compare:add_arguments,run", "train a small model with several optimizers; plot"),
+    Command("bench", "hbcore.cli.bench:add_arguments,run", "time optimizer steps against peers and copy speed; plot"),
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,15 +18,16 @@ class Batch:
 
     Attributes:
         tensors: stored tensor -> one tensor for each parameter; ``param`` and ``grad`` among them.
-        rows: for each parameter, which row of ``scalars`` is its own.
-        scalars: one row of hoisted 0-d scalars for each distinct (group, step).
+        rows: for each parameter, which row of ``values`` is its own.
+        values: one row for each distinct (group, step): the program's scalar inputs, as numbers, or as 0-d tensors where
+            they live on a device (``capturable=True``).
         sums: reduction -> one 0-d tensor for each parameter; the phases fill it.
         model: reduction over the whole model -> its 0-d result, once every lane has contributed.
     """
 
     tensors: Mapping[str, list[Tensor]]
     rows: list[int]
-    scalars: list[tuple[Tensor, ...]]
+    values: Sequence[Sequence[float | Tensor]]
     sums: dict[str, list[Tensor]] = field(default_factory=dict)
     model: dict[str, Tensor] = field(default_factory=dict)
 
@@ -41,6 +42,13 @@ class Batch:
 class Executable(Protocol):
     """A compiled program."""
 
+    def prepare(self, batch: Batch) -> int:
+        """Make ready for ``batch`` without writing to its tensors: compile what it lacks, lay out tables, hoist scalars.
+
+        Returns:
+            The number of kernels or graphs compiled so far.
+        """
+
     def run(self, phase: int, batch: Batch) -> int:
         """Run one phase over the batch: writes its tensors in place, adds its reductions to ``batch.sums``.
 
@@ -54,8 +62,8 @@ class Backend(Protocol):
 
     name: str
 
-    def compile(self, program: Program, batch: Batch) -> tuple[Executable, int]:
-        """Compile every phase before anything is written; return it with the number of graphs compiled.
+    def compile(self, program: Program, batch: Batch) -> Executable:
+        """Compile every phase before anything is written.
 
         Args:
             program: what to run.
@@ -68,4 +76,4 @@ class Backend(Protocol):
 
 def numel_of(tensor: Tensor) -> Tensor:
     """``c.numel`` for one tensor: 0-d float64 on the host."""
-    return torch.tensor(float(tensor.numel()), dtype=torch.float64)
+    return torch.tensor(float(tensor.numel()), dtype=torch.float64, device="cpu")

@@ -10,7 +10,7 @@ import torch
 
 from hbcore.engine.optimizer import Optimizer
 from hbcore.engine.options import OPTIONS
-from hbcore.engine.recipe import compute_dtype
+from hbcore.rules.numerics import compute_dtype
 
 
 def describe(cls: type[Optimizer]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from hbcore.engine.backend import Batch, Executable, numel_of
-from hbcore.engine.program import Program, direct_reduce
+from hbcore.engine.program import Program, as_scalars, direct_reduce
 from hbcore.engine.recipe import Recipe
 
 
@@ -12,9 +14,9 @@ class EagerBackend:
 
     name = "eager"
 
-    def compile(self, program: Program, batch: Batch) -> tuple[Executable, int]:
+    def compile(self, program: Program, batch: Batch) -> Executable:
         """Nothing to compile."""
-        return EagerExecutable(program), 0
+        return EagerExecutable(program)
 
 
 class EagerExecutable:
@@ -22,6 +24,11 @@ class EagerExecutable:
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.scalars: list[tuple[Tensor, ...]] = []
+
+    def prepare(self, batch: Batch) -> int:
+        self.scalars = [self.program.scalars(values) for values in batch.values]
+        return 0
 
     def run(self, phase: int, batch: Batch) -> int:
         p = self.program.phases[phase]
@@ -29,7 +36,7 @@ class EagerExecutable:
             batch.sums[reduction.name] = []
         for i, row in enumerate(batch.rows):
             args = [batch.tensors[name][i] for name in p.tensors]
-            args += [batch.scalars[row][j] for j in p.scalars]
+            args += [self.scalars[row][j] for j in p.scalars]
             args += [batch.summed(name, i) for name in p.sums]
             if p.needs_numel:
                 args.append(numel_of(batch.tensors["param"][i]))
@@ -47,11 +54,17 @@ class DirectExecutable:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
+    def prepare(self, batch: Batch) -> int:
+        return 0
+
     def run(self, phase: int, batch: Batch) -> int:
+        rows = [as_scalars(values) for values in batch.values]
         for i, row in enumerate(batch.rows):
             tensors = {name: column[i] for name, column in batch.tensors.items()}
-            scalars = dict(zip(self.recipe.scalar_names, batch.scalars[row], strict=True))
+            scalars = dict(zip(self.recipe.scalar_names, rows[row], strict=True))
             results = self.recipe.update(tensors, scalars, numel_of(tensors["param"]), direct_reduce)
+            given = {id(t) for t in tensors.values()}  # a value that is another stored tensor is read before it is written
+            results = {name: value.clone() if id(value) in given else value for name, value in results.items()}
             for name, value in results.items():
                 tensors[name].copy_(value)
         return 0

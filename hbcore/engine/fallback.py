@@ -41,13 +41,12 @@ def compile_first(backends: list[Backend], program: Program, batch: Batch, repor
     """Compile with the first backend that can; warn once about each that cannot."""
     for backend, following in zip(backends, [*backends[1:], None], strict=True):
         try:
-            executable, compiles = backend.compile(program, batch)
+            executable = backend.compile(program, batch)
         except CompileError as error:
             if following is None:
                 raise
             fell_back(report, f"{backend.name} does not run here: {error}. {following.name} runs instead")
             continue
-        report.compiles += compiles
         return backend.name, executable
     raise CompileError("no backend is left to try")
 

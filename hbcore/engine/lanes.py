@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import repeat
-from operator import attrgetter, is_
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -13,11 +13,14 @@ from torch import Tensor
 
 from hbcore.engine.backend import Batch, Executable
 from hbcore.engine.program import Program
-from hbcore.engine.recipe import Recipe, compute_dtype
+from hbcore.engine.recipe import Recipe
+from hbcore.rules.numerics import compute_dtype
+from hbcore.rules.transform import Transform
+from hbcore.state.steps import Address
 
 Group = dict[str, Any]
 
-_grad, _dtype = attrgetter("grad"), attrgetter("dtype")
+_grad = attrgetter("grad")
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,17 @@ class Lane:
     Attributes:
         slots: logical slot -> the value it starts with.
         dtypes: stored tensor -> dtype; ``param`` and ``grad`` first.
-        label: the chain in words.
+        transforms: its chain, with example hyperparameters.
     """
 
     key: LaneKey
     slots: dict[str, float]
     dtypes: dict[str, torch.dtype]
-    label: str
+    transforms: tuple[Transform, ...]
     program: Program | None = None
     executable: Executable | None = None
     backend: str = ""
+    compiles: int = 0
 
     @property
     def phases(self) -> int:
@@ -63,7 +67,7 @@ class Entry:
     param: Tensor
     group: int
     lane: Lane
-    counter: tuple[int, int]
+    counter: Address
     state: dict[str, Any]
     stored: dict[str, Tensor] = field(default_factory=dict)
 
@@ -74,52 +78,70 @@ class Work:
     def __init__(self, lane: Lane, entries: list[Entry]) -> None:
         self.lane, self.entries = lane, entries
         self.params = [e.param for e in entries]
-        self.counters = [e.counter for e in entries]
         self._states = [e.state for e in entries]
         self._pointers = list(map(Tensor.data_ptr, self.params))
         self._strides = list(map(Tensor.stride, self.params))
-        columns: dict[str, list[Tensor]] = {"param": [p.detach() for p in self.params], "grad": []}
-        columns.update({name: [e.stored[name] for e in entries] for name in lane.dtypes if name not in columns})
+        columns: dict[str, list[Tensor]] = {"param": [at_least_1d(p.detach()) for p in self.params], "grad": []}
+        columns.update({n: [at_least_1d(e.stored[n]) for e in entries] for n in lane.dtypes if n not in columns})
+        names = ("step", *(name for name in columns if name not in ("param", "grad")))
+        self._slots = itemgetter(*names) if len(names) > 1 else lambda state: (state["step"],)
+        self._held = [e.stored[name] for e in entries for name in names]
         self.batch = Batch(columns, [], [])
-        self.groups = sorted({e.group for e in entries})
-        self._group_rows = [self.groups.index(e.group) for e in entries]
+        self._scalars = () in self._strides
+        self._base: list[float] | None = None
+        self._pairs: list[tuple[int, float]] = []
+        # torch checks an assigned gradient's dtype itself, unless a parameter allows any (torch 2.10's grad_dtype=None)
+        self._any_dtype = any(getattr(p, "grad_dtype", p.dtype) is None for p in self.params)
 
     def collect(self) -> bool:
         """Read this step's gradients; False if anything moved so that the plan must be made anew."""
         grads = list(map(_grad, self.params))
-        if any(map(is_, grads, repeat(None))) or not all(map(is_, map(_dtype, grads), repeat(self.lane.key.grad))):
+        try:
+            strides = list(map(Tensor.stride, grads))
+            held = chain.from_iterable(map(self._slots, self._states))
+            moved = list(map(Tensor.data_ptr, self.params)) != self._pointers or not all(map(is_, held, self._held))
+        except (KeyError, RuntimeError, TypeError):  # a slot is gone; a sparse gradient has no strides, a missing one nothing
             return False
-        if any(g.layout is not torch.strided for g in grads) or list(map(Tensor.data_ptr, self.params)) != self._pointers:
+        if moved or (self._any_dtype and not all(g.dtype == self.lane.key.grad for g in grads)):
             return False
-        for name in ("step", *self.batch.tensors):
-            column = [e.stored["step"] for e in self.entries] if name == "step" else self.batch.tensors[name]
-            if name not in ("param", "grad") and not all(map(is_, map(dict.get, self._states, repeat(name)), column)):
-                return False
-        strides = list(map(Tensor.stride, grads))
-        if strides != self._strides:
+        if strides != self._strides or self._scalars:
             grads = [like(g, p) for g, p in zip(grads, self.params, strict=True)]
         self.batch.tensors["grad"][:] = grads
         return True
 
-    def rows(self, counts: list[float]) -> list[tuple[int, float]]:
-        """Give each parameter its scalar row; return the (group, step) of each row."""
+    def rows(self, base: list[float], start: int, ahead: int) -> list[tuple[int, float]]:
+        """Give each parameter its scalar row; return the (group, step) of each row.
+
+        Args:
+            base: the step counts of all active parameters, the same list while they advance together.
+            start: where this lane's begin.
+            ahead: what to add to them.
+        """
         self.batch.sums.clear()
         self.batch.model.clear()
-        if counts.count(counts[0]) == len(counts):
-            self.batch.rows = self._group_rows
-            return [(g, counts[0]) for g in self.groups]
-        index: dict[tuple[int, float], int] = {}
-        self.batch.rows = [
-            index.setdefault((e.group, count), len(index)) for e, count in zip(self.entries, counts, strict=True)
-        ]
-        return list(index)
+        if self._base is not base:
+            index: dict[tuple[int, float], int] = {}
+            pairs = zip((e.group for e in self.entries), base[start:], strict=False)
+            self.batch.rows = [index.setdefault(pair, len(index)) for pair in pairs]
+            self._base, self._pairs = base, list(index)
+        return [(group, count + ahead) for group, count in self._pairs]
 
 
 def like(grad: Tensor, param: Tensor) -> Tensor:
     """``grad`` in the memory order of ``param``: itself, or a copy where they differ."""
     if grad.stride() == param.stride() or param.numel() == 1:
-        return grad.detach()
+        return at_least_1d(grad.detach())
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+
+
+def at_least_1d(tensor: Tensor) -> Tensor:
+    """A 0-d tensor as a view of one element: beside another 0-d tensor, a scalar would change its dtype."""
+    return tensor.view(1) if tensor.ndim == 0 else tensor
+
+
+def aligned(tensor: Tensor, param: Tensor) -> bool:
+    """Whether both walk through memory in the same order."""
+    return all(n == 1 or a == b for n, a, b in zip(param.shape, tensor.stride(), param.stride(), strict=True))
 
 
 def initial_state(lane: Lane, p: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
@@ -132,16 +154,10 @@ def initial_state(lane: Lane, p: Tensor, state: dict[str, Any]) -> dict[str, Ten
             continue
         blank = {name: torch.zeros_like(p, dtype=d, requires_grad=False) for name, d in parts.items()}
         missing.update(codec.write(blank, slot, torch.full_like(p, fill, dtype=dtype)) if fill else blank)
+    for name, stored in lane.dtypes.items():  # what param_ecc keeps beside a parameter: nothing to correct yet
+        if name not in ("param", "grad") and name not in state and name not in missing:
+            missing[name] = torch.zeros_like(p, dtype=stored, requires_grad=False)
     return missing
-
-
-def numbers(recipe: Recipe, group: Group) -> list[float]:
-    """The group's present hyperparameters, flattened as in ``recipe.scalar_names``, without step and model size."""
-    flat: list[float] = []
-    for key, n in recipe.dynamic:
-        value = group[key]
-        flat += [float(value)] if n is None else [float(v) for v in value]
-    return flat
 
 
 def by_lane(entries: Iterable[Entry]) -> list[Work]:

@@ -6,8 +6,13 @@ from torch import Tensor
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """A dense tensor as one dimension, in its own memory order; a view."""
-    return tensor.as_strided((tensor.numel(),), (1,))
+    """A dense tensor as one dimension, in its own memory order, sharing its memory.
+
+    Not a view to autograd: torch.compile guards on the shape of a view's base, and would compile anew for each number of
+    dimensions.
+    """
+    storage = tensor.untyped_storage()
+    return tensor.new_empty(0).set_(storage, tensor.storage_offset(), (tensor.numel(),), (1,))
 
 
 def is_dense(tensor: Tensor) -> bool:

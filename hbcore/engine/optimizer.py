@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -16,9 +17,10 @@ from hbcore.engine.lanes import Group
 from hbcore.engine.options import OPTIONS, Settings, resolve
 from hbcore.engine.params import check_params, describe_param
 from hbcore.engine.plan import Plan
-from hbcore.engine.recipe import Recipe
+from hbcore.engine.recipe import Recipe, length_of
 from hbcore.engine.report import Report
-from hbcore.errors import HyperparameterError
+from hbcore.engine.values import Amp, capturing
+from hbcore.errors import HyperparameterError, OptionError, ParameterTypeError, StateWarning
 from hbcore.rules.transform import Transform
 from hbcore.state import checkpoint
 
@@ -111,10 +113,11 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._plan is None:
-            self._plan = self._new_plan()
-        stepped = self._plan.step()
-        if self.settings.consume_grad:
+        plan = self._plan
+        if plan is None or plan.groups is not self.param_groups or plan.state is not self.state:  # wrappers assign both
+            plan = self._plan = self._new_plan()
+        stepped = plan.step(Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
+        if self.settings.consume_grad and not capturing():
             for p in stepped:
                 p.grad = None
         return loss
@@ -127,7 +130,14 @@ class Optimizer(torch.optim.Optimizer):
             ParameterError: a parameter is a duplicate, or no floating-point tensor.
         """
         name, index = type(self).__name__, len(self.param_groups)
+        if not isinstance(param_group, dict):
+            raise ParameterTypeError(f"{name}: a param group must be a dict, not a {type(param_group).__name__}.")
         group = dict(param_group)
+        if misplaced := sorted(k for k in group if k in OPTIONS and k not in self._keys):
+            raise OptionError(
+                f"{name}, parameter group {index}: {', '.join(misplaced)} holds for the whole optimizer and cannot be set "
+                f"for one group; pass it to {name}(...)."
+            )
         [group["params"]] = [g["params"] for g in check_params(name, [group], self.param_groups)]
         for key in self._keys:
             group[key] = _tupled(group.get(key, self.defaults[key]))
@@ -135,6 +145,7 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         added = self.param_groups[-1]
         added["hbcore"] = checkpoint.metadata(self._transforms(added), self.settings.codec.name)
+        self._pack(added["params"])
         self._plan = None
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -148,6 +159,28 @@ class Optimizer(torch.optim.Optimizer):
         """
         checkpoint.load(self, state_dict)
 
+    @torch.no_grad()
+    def _pack(self, params: list[Tensor]) -> None:
+        """Store float32 parameters as ``param_ecc`` says: the tensor itself becomes narrower, the rest goes to the state."""
+        codec = self.settings.param_codec
+        wide = [p for p in params if codec is not None and p.dtype == torch.float32]
+        for p in wide:
+            assert codec is not None
+            parts = {name: torch.empty_like(p, dtype=dtype) for name, dtype in codec.parts("param", p.dtype).items()}
+            for name, value in codec.write(parts, "param", p.detach()).items():
+                parts[name].copy_(value)
+            p.grad = None if p.grad is None else p.grad.to(parts["param"].dtype)
+            p.data = parts.pop("param")
+            self.state[p].update(parts)
+        if wide:
+            self.report.note(f"param_ecc={self.settings.param_codec.name!r} stores float32 parameters as {wide[0].dtype}")  # type: ignore[union-attr]
+            warnings.warn(
+                f"{type(self).__name__}: param_ecc turned {len(wide)} float32 parameters into {wide[0].dtype}; the model now "
+                "computes in that dtype, and the optimizer keeps the bits that are missing.",
+                StateWarning,
+                stacklevel=3,
+            )
+
     def _recipe(self, group: Group) -> Recipe:
         """The static description of a group; equal for groups that differ only in numbers."""
         dynamic = self._dynamic(group)
@@ -158,18 +191,22 @@ class Optimizer(torch.optim.Optimizer):
             divide=self.settings.divide,
             codec=self.settings.codec,
             maximize=bool(group["maximize"]),
+            param_codec=self.settings.param_codec,
+            scaled=self.settings.capturable,
         )
 
     def _dynamic(self, group: Group) -> dict[str, int | None]:
         """The group's entries that some transform of its chain declares with ``hyper``; None for a plain number."""
         names = {n for t in self._transforms(group) for n, _, _ in t.hypers()}
-        return {
-            k: len(group[k]) if isinstance(group[k], tuple) else None for k in self._keys if k in names and group[k] is not None
-        }
+        return {k: length_of(group[k]) for k in self._keys if k in names and group[k] is not None}
 
     def _transforms(self, group: Group) -> tuple[Transform, ...]:
         """The group's chain with its present numbers, checked against their bounds."""
         return self._assembly(SimpleNamespace(**{k: group[k] for k in self._keys}))
+
+    def _slot_names(self, g: int) -> set[str]:
+        group = self.param_groups[g]
+        return {s for t in self._transforms(group) for p in group["params"][:1] for s in t.slots(p)}
 
     def _check_hyperparameters(self, group: Group, index: int) -> None:
         where = f"{type(self).__name__}, parameter group {index}"
@@ -178,15 +215,17 @@ class Optimizer(torch.optim.Optimizer):
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise HyperparameterError(f"{where}: {key} is a tensor of shape {tuple(value.shape)}; pass one element.")
         try:
-            self._transforms({k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"})
+            self._transforms({k: _plain(v) for k, v in group.items() if k != "params"})
         except HyperparameterError as error:
             raise HyperparameterError(f"{where}: {error}") from None
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """torch.amp.GradScaler then hands over its scale and lets the step itself skip infinite gradients."""
+        return self.settings.capturable
+
     def _new_plan(self) -> Plan:
-        s = self.settings
-        return Plan(
-            self.param_groups, self.state, self._recipe, self._name_of, self.report, s.compile, s.multi_tensor
-        )  # fmt: skip
+        return Plan(self.param_groups, self.state, self._recipe, self._name_of, self.report, self.settings)
 
     def _name_of(self, group: int, index: int) -> str:
         return f"{type(self).__name__}: {describe_param(self.param_groups, group, index)}"
@@ -210,6 +249,13 @@ class Optimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.report}"
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as the numbers they hold."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _tupled(value: Any) -> Any:

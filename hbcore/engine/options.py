@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from typing_extensions import TypedDict
 
+from hbcore import registry
 from hbcore.engine import fallback
-from hbcore.errors import OptionError
-from hbcore.rules import division, stages
+from hbcore.errors import OptionError, RuleError
+from hbcore.rules import clipping, division, stages
+from hbcore.rules.mars import Mars
 from hbcore.rules.transform import Transform
 from hbcore.state.codec import StateCodec, cast_codec
 
@@ -30,8 +32,15 @@ class Options(TypedDict, total=False):
     division_backend: str
     atan2_scale: float
     storage_dtype: str | torch.dtype
+    ecc: str | None
+    param_ecc: str | None
+    mars: bool
+    mars_gamma: float
+    gradient_clipping: Any
+    update_clipping: Any
     consume_grad: bool
     multi_tensor: bool
+    capturable: bool
     compile: str
     compile_step: bool | None
     foreach: bool | None
@@ -55,15 +64,22 @@ OPTIONS: Mapping[str, Option] = {
     "division_backend": Option(division.DEFAULT, f"how to divide by what may be zero: {', '.join(division.BACKENDS)}"),
     "atan2_scale": Option(16.0, "the scale of division_backend='atan2'"),
     "storage_dtype": Option("float32", "the dtype that state is stored in; float64 parameters keep float64 state"),
+    "ecc": Option(None, "the codec that state is stored with: bf16+8, bf16+16; comes with hb_ecc"),
+    "param_ecc": Option(None, "the codec that parameters are stored with; float32 parameters become bfloat16"),
+    "mars": Option(False, "correct the gradient by how it changed since the last step"),
+    "mars_gamma": Option(0.0025, "the strength of mars; 0.025 in the paper"),
+    "gradient_clipping": Option(None, f"{', '.join(clipping.CLIPS)}, (name, threshold) or a function; before the rule"),
+    "update_clipping": Option(None, "the same, after the rule"),
     "consume_grad": Option(True, "step() clears p.grad once it is used"),
     "multi_tensor": Option(True, "run many parameters together; False runs one at a time, with the same results"),
+    "capturable": Option(False, "keep step counters and scalars on the device, so that a CUDA graph can hold a step"),
     "compile": Option("auto", f"the backend: {', '.join(fallback.CHOICES)}"),
     "compile_step": Option(None, "HeavyBall's spelling; True means compile='inductor'"),
     "foreach": Option(None, "torch's spelling; maps to multi_tensor, with a warning"),
     "fused": Option(None, "torch's spelling; maps to multi_tensor, with a warning"),
 }
 
-SCHEDULED = ("weight_decay", "warmup_steps")
+SCHEDULED = ("weight_decay", "warmup_steps", "mars_gamma")
 """The shared options that live in the param groups, where schedulers may change them."""
 
 REMOVED: Mapping[str, str] = {
@@ -84,21 +100,32 @@ class Settings:
     promote: bool
     divide: division.Divide
     codec: StateCodec
+    param_codec: StateCodec | None
+    mars: bool
+    clips: tuple[Transform, ...]
     consume_grad: bool
     multi_tensor: bool
+    capturable: bool
     compile: str
 
     def stages(self, h: Any, rule: Iterable[Transform]) -> tuple[Transform, ...]:
         """The transforms that the options insert around ``rule``, given a group's hyperparameters ``h``."""
         rule = tuple(rule)
         decays = any(name == "weight_decay" for t in rule for name, _, _ in t.hypers())
-        inserted: list[Transform] = []
+        inserted = list(self.clips)
+        if self.mars:
+            inserted.append(Mars(h.mars_gamma, first_beta(h)))
         if self.caution:
             inserted.append(stages.Caution())
+        if decays and self.cautious_weight_decay:
+            raise OptionError(
+                "cautious_weight_decay=True needs decoupled weight decay, and this optimizer, as set up, couples it."
+            )
         if not decays:
             inserted.append(stages.DecayWeights(h.weight_decay, self.cautious_weight_decay))
         if not any(t.owns_apply for t in rule):
             inserted += [stages.ScaleByLr(h.lr, h.warmup_steps), stages.Apply()]
+        check_slots((*rule, *inserted))
         return stages.arrange((*rule, *inserted))
 
 
@@ -135,12 +162,56 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
         cautious_weight_decay=bool(values["cautious_weight_decay"]),
         promote=bool(values["promote"]),
         divide=division.resolve(values["division_backend"], values["atan2_scale"]),
-        codec=cast_codec(values["storage_dtype"]),
+        codec=_codec(optimizer, values),
+        param_codec=registry.load_codec(values["param_ecc"])() if values["param_ecc"] else None,
+        mars=bool(values["mars"]),
+        clips=tuple(
+            clip
+            for option, stage in (("gradient_clipping", "clip_gradient"), ("update_clipping", "clip_update"))
+            if (clip := clipping.resolve(values[option], stage)) is not None
+        ),
         consume_grad=bool(values["consume_grad"]),
         multi_tensor=bool(values["multi_tensor"]),
+        capturable=bool(values["capturable"]),
         compile=values["compile"],
     )
     return settings, {name: values[name] for name in (*SCHEDULED, "maximize")}
+
+
+def check_slots(transforms: Iterable[Transform]) -> None:
+    """Raise :class:`RuleError` unless every slot has one owner."""
+    owners: dict[str, str] = {}
+    blank = torch.empty(0, device="meta")
+    for t in transforms:
+        for slot in t.slots(blank):
+            if slot in owners:
+                raise RuleError(f"{owners[slot]!r} and {t.name!r} both claim the slot {slot!r}; rename one of them.")
+            owners[slot] = t.name
+
+
+def first_beta(h: Any) -> Any:
+    """The decay of a group's first moment, by any of its names.
+
+    Raises:
+        OptionError: the rule has no first moment.
+    """
+    for name in ("betas", "momentum", "beta"):
+        value = getattr(h, name, None)
+        if value is not None:
+            return value[0] if isinstance(value, tuple) else value
+    raise OptionError("mars corrects by the decay of the first moment, and this optimizer has none; pass mars=False.")
+
+
+def _codec(optimizer: str, values: Mapping[str, Any]) -> StateCodec:
+    if values["ecc"] is None:
+        return cast_codec(values["storage_dtype"])
+    if values["storage_dtype"] not in ("float32", torch.float32):
+        raise OptionError(
+            f"{optimizer}: ecc={values['ecc']!r} and storage_dtype={values['storage_dtype']!r} both say how state is stored; "
+            "pass one of them."
+        )
+    codec: StateCodec = registry.load_codec(values["ecc"])()
+    return codec
 
 
 def unknown(optimizer: str, name: str, own: Iterable[str]) -> str:

@@ -29,6 +29,11 @@ def check_params(optimizer: str, params: Any, existing: Sequence[dict[str, Any]]
         raise ParameterError(f"{optimizer} got an empty parameter list; pass model.parameters(), which is used up once read.")
     seen = {id(p): describe_param(existing, g, i) for g, o in enumerate(existing) for i, p in enumerate(o["params"])}
     if isinstance(groups[0], dict):
+        for i, g in enumerate(groups):
+            if not isinstance(g, dict):
+                raise ParameterTypeError(
+                    f"{optimizer}: entry {i} of params is a {type(g).__name__} among groups; pass dicts only."
+                )
         groups = [{**g, "params": _members(optimizer, g, len(existing) + i, seen)} for i, g in enumerate(groups)]
     else:
         groups = _members(optimizer, {"params": groups}, len(existing), seen)
@@ -46,6 +51,10 @@ def _members(optimizer: str, group: dict[str, Any], index: int, seen: dict[int, 
     if "params" not in group:
         raise ParameterError(f"{optimizer}: parameter group {index} has no 'params'; it has {sorted(map(str, group))}.")
     given = group["params"]
+    if isinstance(given, (set, frozenset)):
+        raise ParameterTypeError(
+            f"{optimizer}: parameter group {index} is a {type(given).__name__}, whose order changes between runs; pass a list."
+        )
     members = [given] if isinstance(given, Tensor) else list(given)
     for i, member in enumerate(members):
         name, p = member if isinstance(member, tuple) and len(member) == 2 else (None, member)

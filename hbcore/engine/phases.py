@@ -148,7 +148,11 @@ def _phase(
     for n in given:
         if n not in copies:
             copies[n] = graph.node_copy(n, lambda i: copies[i])
-    graph.output(tuple(copies[n] for n in [*targets.values(), *reduces]))
+    outputs = [copies[n] for n in [*targets.values(), *reduces]]
+    for i, (name, n) in enumerate(targets.items()):
+        if n in tensors and tensors[n] != name and tensors[n] in targets:  # another write would overwrite it first
+            outputs[i] = graph.call_function(torch.ops.aten.clone.default, (copies[n],))
+    graph.output(tuple(outputs))
     phase = Phase(
         graph=fx.GraphModule(torch.nn.Module(), graph),
         tensors=tuple(tensors.values()),

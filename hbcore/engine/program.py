@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from hbcore.engine.host import Numbers, as_python
 from hbcore.rules.transform import Domain
 
 
@@ -27,6 +30,13 @@ REDUCERS: dict[str, Callable[[Tensor, int], Tensor]] = {"sum": reduce_sum, "amax
 def direct_reduce(x: Tensor, how: str, domain: Domain, rule: str) -> Tensor:
     """``reduce`` for calling a recipe without tracing it, on one whole tensor."""
     return REDUCERS[how](x, domain)
+
+
+def as_scalars(values: Sequence[float | Tensor]) -> Sequence[Tensor]:
+    """Numbers as 0-d float64 tensors; tensors stay what and where they are."""
+    if any(isinstance(v, Tensor) for v in values):
+        return [v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64, device="cpu") for v in values]
+    return torch.tensor(values, dtype=torch.float64, device="cpu").unbind()
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,20 @@ class Program:
     hoisted: tuple[torch.dtype, ...]
     phases: tuple[Phase, ...]
 
-    def scalars(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The hoisted scalars, 0-d, from one 0-d float64 tensor for each of :attr:`scalar_names`."""
-        result: tuple[Tensor, ...] = self.host(*values)
+    def scalars(self, values: Sequence[float | Tensor]) -> tuple[Tensor, ...]:
+        """The hoisted scalars as 0-d tensors, from one number or 0-d tensor for each of :attr:`scalar_names`."""
+        result: tuple[Tensor, ...] = self.host(*as_scalars(values))
         return result
+
+    def numbers(self, values: Sequence[Any]) -> tuple[float, ...]:
+        """The same as plain floats, computed without tensors where that is possible."""
+        try:
+            if self._python is not None:
+                return self._python(values)
+        except (ArithmeticError, ValueError):
+            pass  # where Python raises, tensors have inf or nan
+        return tuple(float(s) for s in self.scalars(values))
+
+    @cached_property
+    def _python(self) -> Numbers | None:
+        return as_python(self.host)

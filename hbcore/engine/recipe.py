@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hbcore.rules.division import Divide
+from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Context, Domain, Transform
 from hbcore.state.codec import StateCodec
 
@@ -19,9 +20,9 @@ Reduce = Callable[[Tensor, str, Domain, str], Tensor]
 """``reduce(x, "sum" | "amax", domain, rule)``: the one door through which a rule sees more than one element."""
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a parameter of ``dtype`` is updated in: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def length_of(value: Any) -> int | None:
+    """How many numbers a hyperparameter is made of; None for a plain one."""
+    return len(value) if isinstance(value, (tuple, list)) else None
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Recipe:
         dynamic: the group's entries that may change every step, ``((key, length or None), ...)``: a length for tuples.
         divide: the division backend.
         codec: how slots are stored.
+        param_codec: how parameters are stored; None stores them as they are.
+        scaled: gradients come multiplied by ``grad_scale``, and ``found_inf`` skips the step, as torch's GradScaler says.
         maximize: ascend instead of descend.
     """
 
@@ -43,20 +46,22 @@ class Recipe:
     divide: Divide
     codec: StateCodec
     maximize: bool = False
+    param_codec: StateCodec | None = None
+    scaled: bool = False
 
     def fits(self, group: Mapping[str, Any]) -> bool:
         """Whether the group still has the structure this recipe was made for; its numbers may be any."""
         return bool(
             group["maximize"] == self.maximize
             and all(group[k] == v for k, v in self.static)
-            and all(group[k] is not None and (n is None or len(group[k]) == n) for k, n in self.dynamic)
+            and all(group[k] is not None and length_of(group[k]) == n for k, n in self.dynamic)
         )
 
     @property
     def scalar_names(self) -> tuple[str, ...]:
-        """The 0-d inputs, flattened: ``lr``, ``betas.0``, ``betas.1``, ..., ``step`` and ``model_numel``."""
+        """The 0-d inputs, flattened: ``lr``, ``betas.0``, ``betas.1``, ..., ``step``, ``model_numel``."""
         names = [k if n is None else f"{k}.{i}" for k, n in self.dynamic for i in range(n or 1)]
-        return (*names, "step", "model_numel")
+        return (*names, *(("grad_scale", "found_inf") if self.scaled else ()), "step", "model_numel")
 
     def transforms(self, scalars: Mapping[str, Any]) -> tuple[Transform, ...]:
         """The chain with its hyperparameters bound to ``scalars``, one entry for each of :attr:`scalar_names`."""
@@ -77,17 +82,37 @@ class Recipe:
             reduce: how to reduce over a tensor or the model.
         """
         dtype = compute_dtype(tensors["param"].dtype)
-        param, grad = tensors["param"].to(dtype), tensors["grad"].to(dtype)
+        grad = tensors["grad"].to(dtype)
+        if self.scaled:
+            grad = grad * (1 / scalars["grad_scale"])
         if self.maximize:
             grad = -grad
+        packed = self.param_codec if self.packs(tensors["param"].dtype) else None
+        param = packed.read(tensors, "param", dtype) if packed else tensors["param"].to(dtype)
         stored, update = {}, grad
         for t in self.transforms(scalars):
             state = {name: self.codec.read(tensors, name, dtype) for name in t.slots(tensors["param"])}
             update, new = t.update(update, state, self._context(t, param, grad, scalars, numel, reduce))
             for name, value in new.items():
                 stored.update(self.codec.write(tensors, name, value))
-        stored["param"] = update.to(tensors["param"].dtype)
+        stored.update(packed.write(tensors, "param", update) if packed else {"param": update.to(tensors["param"].dtype)})
+        if self.scaled:
+            skip = scalars["found_inf"] > 0
+            stored = {name: torch.where(skip, tensors[name], value) for name, value in stored.items()}
         return stored
+
+    def packs(self, dtype: torch.dtype) -> bool:
+        """Whether parameters of ``dtype`` are stored with :attr:`param_codec`: those whose first part it keeps."""
+        return self.param_codec is not None and self.param_codec.parts("param", torch.float32)["param"] == dtype
+
+    def dtypes(self, param: Tensor, grad: torch.dtype, slots: Iterable[str]) -> dict[str, torch.dtype]:
+        """Every stored tensor and its dtype; ``param`` and ``grad`` first."""
+        dtypes = {"param": param.dtype, "grad": grad}
+        for slot in slots:
+            dtypes.update(self.codec.parts(slot, compute_dtype(param.dtype)))
+        if self.param_codec is not None and self.packs(param.dtype):
+            dtypes.update(self.param_codec.parts("param", torch.float32))
+        return dtypes
 
     def _context(
         self, t: Transform, param: Tensor, grad: Tensor, scalars: Mapping[str, Tensor], numel: Tensor, reduce: Reduce

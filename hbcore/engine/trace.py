@@ -10,6 +10,7 @@ what differs between the two graphs is a length that leaked into the rule, and a
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,14 +20,16 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_map
 
+from hbcore.engine import recipe as recipe_module
 from hbcore.engine.phases import split
 from hbcore.engine.program import REDUCERS, Program
 from hbcore.engine.recipe import Recipe
 from hbcore.errors import TraceError
+from hbcore.rules import transform as transform_module
 from hbcore.rules.transform import Domain
 
 Kind = Literal["host", "scalar", "element"]
-LENGTHS = (7, 11)
+LENGTHS = (7, 5_000_011)
 """Two lengths that no formula contains by accident: both graphs must agree."""
 
 REDUCTIONS = {
@@ -36,6 +39,15 @@ REDUCTIONS = {
     torch.ops.aten.any.default, torch.ops.aten.all.default, torch.ops.aten.prod.default, torch.ops.aten.std.correction,
     torch.ops.aten.var.correction, torch.ops.aten.argmax.default, torch.ops.aten.count_nonzero.default,
 }  # fmt: skip
+
+
+HARMLESS = {
+    torch.ops.aten._to_copy.default, torch.ops.aten.expand.default, torch.ops.aten.zeros_like.default,
+    torch.ops.aten.ones_like.default, torch.ops.aten.full_like.default, torch.ops.aten.full.default,
+    torch.ops.aten.scalar_tensor.default, torch.ops.aten.zeros.default, torch.ops.aten.ones.default,
+    torch.ops.aten.view.dtype, torch.ops.aten.clone.default,
+}  # fmt: skip
+"""Not tagged pointwise by torch, and elementwise all the same."""
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -65,7 +77,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = (how, id(x), domain)
         if key not in self._known:
             node = self.graph.call_function(REDUCERS[how], (self._nodes[id(x)], int(domain)))
-            node.meta["reduction"] = f"{rule}_{how}{sum(1 for k in self._known if k[0] == how)}"
+            stem = f"{rule}_{how}"  # counted within the rule: lanes with other rules must agree on the name
+            node.meta["reduction"] = f"{stem}{sum(n.meta.get('reduction', '').startswith(stem) for n in self.graph.nodes)}"
             self._known[key] = self._remember(torch.empty((), dtype=x.dtype, device="meta"), node, "scalar")
         return self._known[key]
 
@@ -75,8 +88,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default):
             return args[0]
+        if func is torch.ops.aten.empty.memory_format:  # only the reductions below ask for one; each is a value of its own
+            return func(*args, **kwargs)
         self._refuse(func, args)
         key = (func, *self._key(args), *self._key(tuple(sorted(kwargs.items()))))
         if key in self._known:  # the same call twice is the same value: rules are pure
@@ -88,6 +103,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kind == "host" and tree_any(lambda a: isinstance(a, Tensor) and self._kind(a) != "host", (args, kwargs)):
             kind = "scalar"
         kept = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}  # the trace's own: meta
+        if not value.ndim and "device" in kwargs and func in HARMLESS and func is not torch.ops.aten._to_copy.default:
+            kept["device"] = torch.device("cpu")  # a 0-d constant meets any tensor there; the default device may be another
         target = self.graph.call_function(func, *tree_map(self._argument, (args, kept)))
         self._known[key] = self._remember(value, target, kind)
         return value
@@ -128,14 +145,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 f"{where()}: {what} is turned into a Python number (an `if`, float(), max() or math function); "
                 "hyperparameters are tensors inside a rule: use torch.where, torch.maximum or tensor methods."
             )
+        if func is torch.ops.aten.lift_fresh.default:
+            return
         if func._schema.is_mutable:
             raise TraceError(f"{where()}: {func} mutates its argument; rules are pure, use the out-of-place form.")
+        if torch.Tag.pointwise not in func.tags and func not in HARMLESS:
+            raise TraceError(f"{where()}: {func} is not elementwise; a rule maps each element by itself.")
 
 
 def where() -> str:
     """``file:line`` of the innermost frame that is a rule's, for error messages."""
     frame = sys._getframe(1)
-    skip = (f"{torch.__path__[0]}", __file__)
+    skip = (f"{torch.__path__[0]}{os.sep}", __file__, recipe_module.__file__, transform_module.__file__)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(skip):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -137,6 +137,26 @@ def _power(c: Call) -> str:
     return f"tl.exp2({c.arg(1)} * tl.log2({c.arg(0)}))"
 
 
+def _quotient(c: Call, x: str, y: str) -> str:
+    return f"tl.div_rn({x}, {y})" if c.dtype == torch.float32 and c.node.meta["kind"] == "element" else f"({x}) / ({y})"
+
+
+def _log1p(c: Call) -> str:
+    """``log(1 + x)``: Kahan's correction of the rounding of ``1 + x`` where that matters, without libdevice."""
+    x = c.arg(0)
+    corrected = f"tl.log(1.0 + {x}) * {_quotient(c, x, f'(1.0 + {x}) - 1.0')}"
+    return f"tl.where(1.0 + {x} == 1.0, {x}, tl.where(tl.abs({x}) < 0.5, {corrected}, tl.log(1.0 + {x})))"
+
+
+def _tanh(c: Call) -> str:
+    """Lambert's continued fraction, cut after seven terms, near zero, where the formula with ``exp`` cancels."""
+    x, z = c.arg(0), f"{c.arg(0)} * {c.arg(0)}"
+    above = f"{x} * (135135.0 + {z} * (17325.0 + {z} * (378.0 + {z})))"
+    below = f"135135.0 + {z} * (62370.0 + {z} * (3150.0 + {z} * 28.0))"
+    far = f"1.0 - {_quotient(c, '2.0', f'tl.exp(2.0 * {x}) + 1.0')}"
+    return f"tl.where(tl.abs({x}) < 0.5, {_quotient(c, above, below)}, {far})"
+
+
 def _where(c: Call) -> str:
     return f"tl.where({c.arg(0, torch.bool)}, {c.arg(1)}, {c.arg(2)})"
 
@@ -172,7 +192,8 @@ OPERATIONS: dict[Any, Callable[[Call], str]] = {
     aten.rsqrt.default: lambda c: f"tl.div_rn(1.0, {_sqrt(c)})" if c.dtype == torch.float32 else f"1.0 / {_sqrt(c)}",
     aten.square.default: lambda c: f"{c.arg(0)} * {c.arg(0)}", aten.pow.Tensor_Scalar: _power, aten.pow.Tensor_Tensor: _power,
     aten.exp.default: _function("tl.exp"), aten.log.default: _function("tl.log"), aten.log2.default: _function("tl.log2"),
-    aten.exp2.default: _function("tl.exp2"), aten.sign.default: _function("sign"), aten.round.default: _function("rint"),
+    aten.exp2.default: _function("tl.exp2"), aten.log1p.default: _log1p, aten.tanh.default: _tanh,
+    aten.sign.default: _function("sign"), aten.round.default: _function("rint"),
     aten.floor.default: _function("tl.floor"), aten.ceil.default: _function("tl.ceil"),
     aten.sigmoid.default: _function("tl.sigmoid"), aten.atan2.default: _function("atan2", 2),
     aten.maximum.default: _function("maximum", 2), aten.minimum.default: _function("minimum", 2),

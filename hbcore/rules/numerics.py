@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hbcore.rules.transform import Scalar
@@ -18,4 +19,9 @@ def debiased(old: Tensor, new: Tensor, beta: Scalar, step: Tensor) -> tuple[Tens
     ``m = beta m + (1 - beta) x`` and ``m / (1 - beta^t)``: Kingma and Ba 2015 (arXiv:1412.6980), Algorithm 1.
     """
     average = ema(old, new, beta)
-    return average, average / (1 - beta**step)
+    return average, average * (1 / (1 - beta**step))  # the quotient is one number for the step: elements only multiply
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a parameter of ``dtype`` is updated in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
+from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -137,9 +138,19 @@ class Transform:
     owns_apply: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if (
+                "hyper" in f.metadata
+                and isinstance(f.default, tuple)
+                and (not isinstance(value, (tuple, list)) or len(value) != len(f.default))
+            ):
+                raise HyperparameterError(
+                    f"{f.name}={value!r} is not {len(f.default)} numbers; pass a tuple of {len(f.default)}."
+                )
         for key, value, bounds in self.hypers():
-            for i, number in enumerate(value if isinstance(value, tuple) else (value,)):
-                label = f"{key}[{i}]" if isinstance(value, tuple) else key
+            for i, number in enumerate(value if isinstance(value, (tuple, list)) else (value,)):
+                label = f"{key}[{i}]" if isinstance(value, (tuple, list)) else key
                 check_bounds(label, number, bounds)
 
     def hypers(self) -> Iterator[tuple[str, Any, Bounds]]:
@@ -165,7 +176,7 @@ def check_bounds(label: str, number: Any, bounds: Bounds) -> None:
     as the plain numbers they were made from."""
     if isinstance(number, Tensor):
         return
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
+    if isinstance(number, bool) or not isinstance(number, Real):  # NumPy registers its own
         raise HyperparameterError(f"{label}={number!r} is a {type(number).__name__}; pass a number in {bounds}.")
     if not bounds.admit(float(number)):
         raise HyperparameterError(f"{label}={number!r} is outside {bounds}; pass a value inside that range.")

@@ -7,13 +7,15 @@ by position. This one validates everything first, then keeps every dtype as it w
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hbcore.errors import CheckpointError
+from hbcore.errors import CheckpointError, HyperparameterError, StateWarning
+from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Transform
 from hbcore.state import schema
 
@@ -60,6 +62,10 @@ def _validated(
             f"{name}: the checkpoint has {len(saved)} param groups, the optimizer {len(optimizer.param_groups)}; "
             "build the optimizer with the same groups."
         )
+    for g, theirs in enumerate(saved):
+        if not isinstance(theirs, Mapping) or not isinstance(theirs.get("params"), (list, tuple)):
+            raise CheckpointError(f"{name}: param group {g} of the checkpoint has no list of 'params'.")
+    known = {key for theirs in saved for key in theirs["params"]}
     groups, state = [], {}
     for g, (theirs, ours) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
         schema.check(theirs.get(schema.KEY), versions(optimizer._transforms(ours)), g)
@@ -68,8 +74,41 @@ def _validated(
             param = ours["params"][i]
             entry = state_dict["state"].get(key)
             if entry:
-                state[param] = {k: _loaded(optimizer, g, i, k, v) for k, v in entry.items()}
+                state[param] = _entry(optimizer, theirs, g, i, entry)
+    if strangers := [k for k in state_dict["state"] if k not in known]:
+        raise CheckpointError(f"{name}: the checkpoint has state for {strangers[:5]}, which none of its param groups lists.")
     return groups, state
+
+
+def _entry(optimizer: Optimizer, theirs: Mapping[str, Any], g: int, i: int, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """One parameter's state, every slot of the rules that the checkpoint knows in place."""
+    group = optimizer.param_groups[g]
+    codec, dtype = optimizer.settings.codec, compute_dtype(group["params"][i].dtype)
+    entry = {k: v for k, v in entry.items() if v is not None}  # torch.optim.SGD's momentum before its first step
+    saved = schema.rules(theirs.get(schema.KEY))
+    parts: dict[str, torch.dtype] = {}
+    for t in optimizer._transforms(group):
+        own: dict[str, torch.dtype] = {}
+        for slot in t.slots(group["params"][i]):
+            own.update(codec.parts(slot, dtype))
+        absent = [k for k in own if k not in entry]
+        if absent and (t.name in saved or len(absent) < len(own)):
+            raise CheckpointError(f"{optimizer._name_of(g, i)} has no {absent[0]!r} in the checkpoint, which {t.name!r} needs.")
+        parts.update(own)
+    loaded = {k: _loaded(optimizer, g, i, k, v) for k, v in entry.items()}
+    if any(k in loaded for k in parts):
+        loaded.setdefault(
+            "step", torch.ones((), dtype=torch.float32, device="cpu")
+        )  # torch.optim.SGD does not count; it has begun
+    for k, wanted in parts.items():
+        if k in loaded and loaded[k].dtype != wanted:
+            warnings.warn(
+                f"state {k!r} was saved as {loaded[k].dtype} and is converted to {wanted}, which storage_dtype asks for.",
+                StateWarning,
+                stacklevel=5,
+            )
+            loaded[k] = loaded[k].to(wanted)
+    return loaded
 
 
 def _match(optimizer: Optimizer, theirs: Mapping[str, Any], ours: Mapping[str, Any], g: int) -> list[Any]:
@@ -96,13 +135,22 @@ def _numbers(optimizer: Optimizer, theirs: Mapping[str, Any], ours: dict[str, An
     """The group entries that the checkpoint decides: numbers, and whatever schedulers or users put there."""
     keep = {"params", "param_names", schema.KEY}
     structural = {k for k in optimizer._keys if k not in optimizer._dynamic(ours)}
-    return {k: copy.deepcopy(v) for k, v in theirs.items() if k not in keep and k not in structural}
+    values = {k: copy.deepcopy(v) for k, v in theirs.items() if k not in keep and k not in structural}
+    try:
+        optimizer._check_hyperparameters({**ours, **values}, g)
+    except HyperparameterError as error:
+        raise CheckpointError(f"the checkpoint's numbers do not fit: {error}") from None
+    return values
 
 
 def _loaded(optimizer: Optimizer, g: int, i: int, key: Any, value: Any) -> Any:
     """One state entry as it will be held: the dtype it was saved with, on the parameter's device, in its memory order."""
     param = optimizer.param_groups[g]["params"][i]
     if not isinstance(value, Tensor):
+        if key in optimizer._slot_names(g):
+            raise CheckpointError(
+                f"{optimizer._name_of(g, i)} has {value!r} for state {key!r} in the checkpoint; it is a tensor."
+            )
         if key == "step" and isinstance(value, (int, float)):
             return torch.tensor(float(value), dtype=torch.float32)
         return copy.deepcopy(value)

@@ -45,6 +45,11 @@ def check(text: Any, rules: Mapping[str, int], group: int) -> None:
             )
 
 
+def rules(text: Any) -> Mapping[str, int]:
+    """The rules that a checked string lists; none for a group from torch.optim."""
+    return {} if text is None else json.loads(text)["rules"]
+
+
 def common(saved: Mapping[str, int], rules: Mapping[str, int]) -> Iterable[tuple[str, int]]:
     """The rules that both sides have. One side alone means that a flag was turned on or off, which is allowed."""
     return ((name, version) for name, version in rules.items() if name in saved)

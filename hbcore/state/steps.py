@@ -2,42 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Address(NamedTuple):
+    """Where a parameter's counter is."""
+
+    slab: int
+    row: int
+
+
 class StepCounters:
     """``state[p]["step"]`` is a 0-d float32 view of a row, as torch has it; reading, saving and loading it just work.
 
-    A parameter that arrives late opens a new slab, so the views handed out before stay valid.
+    A parameter that arrives late opens a new slab, so the views handed out before stay valid. Slabs are on the host, where
+    the step is needed; with ``capturable=True`` they are on the parameters' device.
     """
 
     def __init__(self) -> None:
-        self._slabs: list[Tensor] = []
+        self.slabs: list[Tensor] = []
 
-    def open(self, values: Sequence[float]) -> list[tuple[int, int]]:
-        """Open one row for each of ``values``, holding it; return their ``(slab, row)`` addresses."""
-        self._slabs.append(torch.tensor(list(values), dtype=torch.float32))
-        return [(len(self._slabs) - 1, row) for row in range(len(values))]
+    def open(self, values: Sequence[float], device: torch.device | str = "cpu") -> list[Address]:
+        """Open one row for each of ``values``, holding it; return their addresses."""
+        self.slabs.append(torch.tensor(list(values), dtype=torch.float32, device=device))
+        return [Address(len(self.slabs) - 1, row) for row in range(len(values))]
 
-    def view(self, address: tuple[int, int]) -> Tensor:
+    def view(self, address: Address) -> Tensor:
         """The 0-d view of one row."""
-        return self._slabs[address[0]][address[1]]
+        return self.slabs[address.slab][address.row]
 
-    def advance(self, addresses: Iterable[tuple[int, int]]) -> list[float]:
-        """Add one to each row, and return the new counts in the order of ``addresses``."""
-        addresses = list(addresses)
-        active: dict[int, list[int]] = {}
-        for slab, row in addresses:
-            active.setdefault(slab, []).append(row)
-        counts: dict[int, list[float]] = {}
-        for index, rows in active.items():
-            counters = self._slabs[index]
-            if len(rows) == counters.numel():
-                counters.add_(1)
-            else:
-                counters[rows] += 1
-            counts[index] = counters.tolist()
-        return [counts[slab][row] for slab, row in addresses]
+    def select(self, addresses: Sequence[Address]) -> Selection:
+        """The rows that the coming steps advance, found once and used while the same parameters are active."""
+        return Selection(self.slabs, addresses)
+
+
+class Selection:
+    """Some rows of the counters, advanced together."""
+
+    def __init__(self, slabs: Sequence[Tensor], addresses: Sequence[Address]) -> None:
+        self._addresses = list(addresses)
+        rows: dict[int, list[int]] = {}
+        for address in addresses:
+            rows.setdefault(address.slab, []).append(address.row)
+        self._rows = [(i, slabs[i], None if len(r) == len(slabs[i]) else r) for i, r in rows.items()]
+        self._mirrors: list[Tensor] = []
+        self._base: list[float] = []
+        self._ahead = 0
+
+    def coming(self, trusted: bool) -> tuple[list[float], int]:
+        """The counts that :meth:`advance` will lead to: a list to which the second value is to be added.
+
+        The list stays the same object while nothing but :meth:`advance` writes to the counters.
+
+        Args:
+            trusted: do not look whether somebody else wrote to them, which waits for a slab on a device.
+        """
+        if not self._mirrors or not (
+            trusted or all(torch.equal(s, m) for (_, s, _), m in zip(self._rows, self._mirrors, strict=True))
+        ):
+            self._mirrors = [slab.clone() for _, slab, _ in self._rows]
+            counts = {i: slab.tolist() for i, slab, _ in self._rows}
+            self._base, self._ahead = [counts[a.slab][a.row] for a in self._addresses], 0
+        return self._base, self._ahead + 1
+
+    def advance(self, by: float | Tensor = 1) -> None:
+        """Add ``by`` to each row: 1, or a 0-d tensor that is 0 where a step is skipped."""
+        self._ahead += 1
+        for (_, slab, rows), mirror in zip(self._rows, self._mirrors, strict=True):
+            for counters in (slab, mirror):
+                if rows is None:
+                    counters.add_(by)
+                else:
+                    counters[rows] += by

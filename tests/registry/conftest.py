@@ -33,6 +33,8 @@ class Site:
         package = self.path / name
         package.mkdir(exist_ok=True)
         self.packages.add(name)
+        for module in [m for m in sys.modules if m.partition(".")[0] == name]:
+            del sys.modules[module]  # a real plugin of that name, imported by an earlier test
         files = {"__init__": "", "plugin": MANIFEST + textwrap.dedent(manifest)} | modules
         for module, text in files.items():
             (package / f"{module}.py").write_text(textwrap.dedent(text))

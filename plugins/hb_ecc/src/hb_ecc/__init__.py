@@ -1,4 +1,4 @@
-"""Storage codecs for optimizer state and parameters for hbcore. Provides nothing yet."""
+"""Storage codecs for optimizer state and parameters for hbcore: ``bf16+8`` and ``bf16+16``."""
 
 __all__ = ["__version__"]
 

@@ -1,0 +1,46 @@
+"""MARS: the gradient, corrected by how it changed since the last step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hbcore.rules.transform import Context, Slot, State, Transform, hyper, zeros
+
+
+@dataclass(frozen=True)
+class Mars(Transform):
+    r"""The variance-reduced gradient of Yuan et al. 2024, MARS (arXiv:2411.10438), Algorithm 1, in its approximate form.
+
+    .. math::
+        c_t = g_t + \gamma \frac{\beta_1}{1 - \beta_1} (g_t - g_{t-1})
+
+    What follows in the chain takes :math:`c_t` for the gradient. The paper then clips it to unit norm, tensor by tensor; that is
+    ``gradient_clipping="l2_clip_"``, which stands right after this stage, and is left to the user as in HeavyBall: it costs a
+    pass over memory and matters little before a rule that normalises. A parameter's first
+    step has no :math:`g_{t-1}`, and no correction: the paper starts from :math:`x_1 = x_0`, where the difference is zero. (The
+    authors' code starts from :math:`g_0 = 0`; so does this where the option is turned on in the middle of a training.)
+
+    "Approximate" because :math:`g_{t-1}` is the last step's gradient on the last step's batch; the exact form evaluates this
+    step's batch at last step's parameters, which costs a second backward pass.
+
+    Args:
+        mars_gamma: :math:`\gamma`; 0.025 in the paper, 0.0025 as HeavyBall's default.
+        beta: :math:`\beta_1`, the decay of the first moment that the chain goes on to take.
+
+    State: ``mars_prev_grad``, the gradient of the last step, of the parameter's shape.
+    """
+
+    mars_gamma: float = hyper(0.0025, ge=0)
+    beta: float = hyper(0.9, ge=0, lt=1)
+    name = "mars"
+    stage = "mars"
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        return {"mars_prev_grad": zeros(param)}
+
+    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        scale = self.mars_gamma * self.beta / (1 - self.beta)
+        later = (c.step - 1).clamp(max=1)  # 0 on the first step, then 1
+        return u + (scale * later) * (u - s["mars_prev_grad"]), {"mars_prev_grad": u}

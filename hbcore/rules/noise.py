@@ -1,0 +1,69 @@
+"""Random bits that depend on a seed and an element's index and on nothing else, and rounding with them.
+
+Elementwise integer arithmetic, so it traces like a rule. Every backend, device and rank draws the same bits for the same
+element, and the global generators are never touched.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LOW = 0xFFFFFFFF
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox4x32(seed: Tensor | int, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Philox-4x32-10, Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3 (doi:10.1145/2063384.2063405).
+
+    .. math::
+        (c_0, c_1, c_2, c_3) \leftarrow
+        (\mathrm{hi}(B c_2) \oplus c_1 \oplus k_0,\; \mathrm{lo}(B c_2),\;
+        \mathrm{hi}(A c_0) \oplus c_3 \oplus k_1,\; \mathrm{lo}(A c_0))
+
+    ten times, each time with the keys :math:`k_0, k_1` raised by Weyl's constants. Counter and key are laid out as in
+    Triton's ``tl.randint4x(seed, offset)`` with int64 offsets, whose result this equals bit for bit.
+
+    Args:
+        seed: the key, taken modulo 2^64: a number, or an int64 tensor.
+        counter: int32 or int64, any shape; each value gives 128 bits of its own.
+
+    Returns:
+        Four int64 tensors of ``counter``'s shape with 32 random bits each, as numbers in [0, 2^32).
+    """
+    a, b = _MULTIPLIERS
+    counter = counter.to(torch.int64)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    c0, c1 = counter & _LOW, (counter >> 32) & _LOW
+    c2 = c3 = torch.zeros_like(c0)
+    for _ in range(_ROUNDS):
+        (high_a, low_a), (high_b, low_b) = _product(c0, a), _product(c2, b)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def stochastic_round_bf16(x: Tensor, random_bits: Tensor) -> Tensor:
+    r"""``x`` (float32) rounded to one of its two neighbours in bfloat16, so that the mean over the bits is ``x``.
+
+    .. math:: \lfloor (\mathrm{bits}(x) + r) / 2^{16} \rfloor, \qquad r \sim U\{0, \dots, 2^{16} - 1\}
+
+    A bfloat16 comes back as it is. Beyond the largest bfloat16, finite numbers come back as that one: never as inf, which
+    would be the mean of nothing. NaN stays NaN.
+
+    Args:
+        x: float32, any shape.
+        random_bits: integers in [0, 2^16), of ``x``'s shape: half of one of :func:`philox4x32`'s tensors.
+    """
+    bits = torch.where(torch.isnan(x), 0x7FC00000, x.view(torch.int32))
+    # From the largest bfloat16 on, a carry would run into the exponent of inf; inf and NaN have no low bits to round.
+    dither = torch.where((bits & 0x7FFFFFFF) < 0x7F7F0000, random_bits.to(torch.int32), 0)
+    return ((bits + dither) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _product(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """The high and the low 32 bits of a 32-bit product, in two steps of 48 bits: int64 may not overflow, nor is it unsigned."""
+    upper, lower = x * (constant >> 16), x * (constant & 0xFFFF)
+    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _LOW

@@ -1,0 +1,75 @@
+"""The storage codecs: state and parameters in three or four bytes that behave like float32.
+
+Each is a class without constructor arguments; ``hbcore`` makes one for each optimizer. See :mod:`hb_ecc.ulp` for the bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hb_ecc import ulp
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """A slot as bfloat16, under its own name, and as a correction, under ``"<slot>#ecc"``, both of the slot's shape.
+
+    Whoever reads the bfloat16 alone has the stored value rounded to nearest, halves away from zero. A correction of zero
+    stands for exactly the bfloat16: a zero-filled slot is zero, and a bfloat16 parameter that gets a new correction keeps its
+    value. float64 parameters keep float64 state and no correction.
+    """
+
+    name: ClassVar[str]
+    correction: ClassVar[torch.dtype]
+
+    @staticmethod
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:
+        """A float32 tensor as bfloat16 and correction."""
+        raise NotImplementedError
+
+    @staticmethod
+    def join(hi: Tensor, lo: Tensor) -> Tensor:
+        """The float32 tensor that bfloat16 and correction stand for."""
+        raise NotImplementedError
+
+    def parts(self, slot: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """The stored tensors of ``slot`` and their dtypes, for a logical value of ``dtype``."""
+        if dtype == torch.float64:
+            return {slot: torch.float64}
+        return {slot: torch.bfloat16, f"{slot}#ecc": self.correction}
+
+    def read(self, stored: Mapping[str, Tensor], slot: str, dtype: torch.dtype) -> Tensor:
+        """The logical value of ``slot`` in ``dtype``."""
+        if stored[slot].dtype == torch.float64:
+            return stored[slot].to(dtype)
+        return self.join(stored[slot], stored[f"{slot}#ecc"]).to(dtype)
+
+    def write(self, stored: Mapping[str, Tensor], slot: str, value: Tensor) -> dict[str, Tensor]:
+        """The new stored tensors of ``slot``."""
+        if stored[slot].dtype == torch.float64:
+            return {slot: value.to(torch.float64)}
+        hi, lo = self.split(value.to(torch.float32))
+        return {slot: hi, f"{slot}#ecc": lo}
+
+
+class BF16Plus8(Corrected):
+    """``"bf16+8"``: three bytes an element, 16 significant bits; the relative error of a write is at most 2^-16, 1.53e-5."""
+
+    name = "bf16+8"
+    correction = torch.int8
+    split = staticmethod(ulp.split24)
+    join = staticmethod(ulp.join24)
+
+
+class BF16Plus16(Corrected):
+    """``"bf16+16"``: four bytes an element, float32 bit for bit, with a bfloat16 that other programs can read."""
+
+    name = "bf16+16"
+    correction = torch.int16
+    split = staticmethod(ulp.split32)
+    join = staticmethod(ulp.join32)

@@ -1,0 +1,115 @@
+"""What several of these tests need: models, gradients and one measure of distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hbcore.api import Optimizer, Transform
+
+SHAPES = ((5, 7), (13,), (2, 3, 4), (1,), ())
+
+
+def mlp(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3)).to(dtype)
+
+
+def convnet(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(5 * 4 * 4, 3)
+    )
+
+
+def batch_for(model: nn.Module, seed: int) -> Tensor:
+    """A batch of eight inputs in the model's dtype."""
+    first = next(model.parameters())
+    shape = (8, 2, 8, 8) if first.ndim == 4 else (8, 6)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(first.dtype)
+
+
+def loss_of(model: nn.Module, seed: int) -> Tensor:
+    x = batch_for(model, seed)
+    return (model(x) - x.flatten(1)[:, :3]).square().mean()
+
+
+def backward(model: nn.Module, seed: int) -> Tensor:
+    model.zero_grad()
+    loss = loss_of(model, seed)
+    loss.backward()
+    return loss
+
+
+def copy_gradients(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
+    """Give ``target`` the gradients of ``source``, so that rounding cannot make two trainings drift apart."""
+    for a, b in zip(source, target, strict=True):
+        b.grad = None if a.grad is None else a.grad.detach().clone().to(b.dtype)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> None:
+    """Ordinary training; each step's number seeds its batch."""
+    for step in steps:
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def parameters(shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+
+
+def gradients(
+    steps: int, shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32
+) -> Iterator[list[Tensor]]:
+    """Random gradients of a size that varies between steps; some elements are zero, and one step's are all zero."""
+    generator = torch.Generator().manual_seed(2)
+    for step in range(steps):
+        drawn = [torch.randn(s, generator=generator, dtype=torch.float64) * 2.0 ** (step % 5 - 2) for s in shapes]
+        yield [torch.where(g.abs() < 0.1, 0.0, g * (step != 3)).to(dtype) for g in drawn]
+
+
+def run(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: Iterable[Sequence[Tensor]]) -> None:
+    """Step once for each list of gradients."""
+    for grads in steps:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+
+
+def distance(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> float:
+    """The largest, over the tensors, of the norm of the difference relative to the norm; infinite if anything is NaN."""
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        a, b = a.detach().double(), b.detach().double()
+        relative = float((a - b).norm() / b.norm().clamp(min=1e-30))
+        worst = max(worst, relative if relative == relative else float("inf"))
+    return worst
+
+
+def values(params: Iterable[Tensor]) -> list[Tensor]:
+    return [p.detach().clone() for p in params]
+
+
+def same(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> bool:
+    """Whether two lists of tensors are equal bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def optimizer_of(*rules: Callable[..., Transform]) -> type[Optimizer]:
+    """An optimizer class whose chain is ``rules``, with every hyperparameter of theirs in its param groups."""
+    hypers = [{name: value for name, value, _ in rule().hypers()} for rule in rules]
+
+    class Toy(Optimizer):
+        def __init__(self, params, lr=0.1, **options):
+            numbers = {name: value for own in hypers for name, value in own.items()}
+            super().__init__(params, {"lr": lr, **numbers}, options)
+
+        @staticmethod
+        def chain(h):
+            return tuple(rule(**{name: getattr(h, name) for name in own}) for rule, own in zip(rules, hypers, strict=True))
+
+    return Toy
