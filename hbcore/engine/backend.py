@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hbcore.engine.layout import flat
 from hbcore.engine.program import Program
+from hbcore.rules.noise import philox4x32
 
 
 @dataclass
@@ -22,6 +24,8 @@ class Batch:
         values: one row for each distinct (group, step): the program's scalar inputs, as numbers, or as 0-d tensors where
             they live on a device (``capturable=True``).
         sums: reduction -> one 0-d tensor for each parameter; the phases fill it.
+        keys: noise input -> each parameter's key for this step.
+        dense: whether every tensor is dense in memory, in whatever order of dimensions.
         model: reduction over the whole model -> its 0-d result, once every lane has contributed.
     """
 
@@ -30,9 +34,25 @@ class Batch:
     values: Sequence[Sequence[float | Tensor]]
     sums: dict[str, list[Tensor]] = field(default_factory=dict)
     model: dict[str, Tensor] = field(default_factory=dict)
+    dense: bool = True
+    keys: dict[str, list[int]] = field(default_factory=dict)
+    _flat: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tensors["param"])
+
+    def noise(self, name: str, i: int, start: int, length: int) -> Tensor:
+        """Bits for elements ``start`` to ``start + length`` of parameter ``i``, in memory order: int32 in [0, 2^16)."""
+        index = torch.arange(start, start + length, device=self.tensors["param"][i].device)
+        return (philox4x32(self.keys[name][i], index)[0] & 0xFFFF).to(torch.int32)
+
+    def flat(self, name: str) -> list[Tensor]:
+        """A column's tensors, one dimension each, in memory order. All but gradients are kept from step to step."""
+        if name == "grad":
+            return [g.view(-1) if g.is_contiguous() else flat(g) for g in self.tensors[name]]
+        if name not in self._flat:
+            self._flat[name] = [flat(t) for t in self.tensors[name]]
+        return self._flat[name]
 
     def summed(self, name: str, i: int) -> Tensor:
         """The result of a reduction for parameter ``i``: its own, or the whole model's."""

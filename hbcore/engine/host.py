@@ -65,5 +65,5 @@ def _form(node: fx.Node) -> str | None:
             elif keyword is not None:
                 form = f"{function}({form}, {keyword!r})" if not isinstance(keyword, fx.Node) else ""
         return form or None
-    plain = not {k for k in node.kwargs if k not in ("dtype",)}
+    plain = not {k for k in node.kwargs if k not in ("dtype", "device")}
     return FORMS.get(node.target) if plain else None

@@ -10,19 +10,17 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, fx
 
 from hbcore.engine.backend import Batch, Executable, numel_of
-from hbcore.engine.layout import flat
+from hbcore.engine.pieces import SMALL, Piece, columns_of, pieces
 from hbcore.engine.program import Phase, Program
 from hbcore.errors import CompileError
-
-SMALL = 32_768
-"""Tensors of fewer elements go through the small graph. Measured on GPT-2's shapes, two cores."""
+from hbcore.rules.numerics import compute_dtype
 
 Flat = Callable[..., tuple[Tensor, ...]]
 
@@ -54,60 +52,60 @@ class InductorExecutable:
         self._single = [_in_place(p) for p in program.phases]
         self._scalars: list[tuple[Tensor, ...]] = []
         self._warm: set[tuple[int, bool]] = set()
-
-    def warm(self, batch: Batch) -> None:
-        """Compile what ``batch`` needs and is not compiled yet, writing to copies only."""
-        numels = [t.numel() for t in batch.tensors["param"]]
-        for small in (False, True):
-            fitting = [i for i, n in enumerate(numels) if n > 1 and (n < SMALL) == small]
-            if not fitting or (0, small) in self._warm:
-                continue
-            i = max(fitting, key=numels.__getitem__)
-            copies = {name: [torch.empty_like(flat(c[i])[: 1 << 20]).zero_()] for name, c in batch.tensors.items()}
-            trial = Batch(copies, [0], [batch.values[batch.rows[i]]])
-            self._scalars = [self.program.scalars(trial.values[0])]
-            for k in range(len(self.program.phases)):
-                self._run_one(k, trial, 0, small)
-                self._warm.add((k, small))
+        self._seen: dict[int, Batch] = {}
 
     def prepare(self, batch: Batch) -> int:
+        self._scalars = [self._hoisted(values) for values in batch.values]
         try:
-            self.warm(batch)
+            for k, phase in enumerate(self.program.phases):
+                self._warm_up(k, phase, batch)
         except Exception as error:  # torch.compile wraps whatever went wrong in one of many private classes
             raise CompileError(f"torch.compile failed: {type(error).__name__}: {first_line(error)}") from error
-        self._scalars = [self.program.scalars(values) for values in batch.values]
         return len(self._warm)
 
+    def _warm_up(self, k: int, phase: Phase, batch: Batch) -> None:
+        """Compile what ``batch`` needs and is not compiled yet, writing to throwaway tensors only."""
+        if {(k, False), (k, True)} <= self._warm or self._seen.get(k) is batch:
+            return
+        for piece in pieces(phase, batch):
+            size = piece.columns["param" if "param" in piece.columns else phase.tensors[0]].numel()
+            if size > 1 and (k, size < SMALL) not in self._warm:
+                self._warm.add((k, size < SMALL))
+                blank = {name: torch.zeros_like(t[: 1 << 20]) for name, t in piece.columns.items()}
+                ones = torch.ones((), dtype=compute_dtype(self.program.dtypes["param"]))
+                numbers = [self._scalars[piece.row][j] for j in phase.scalars]
+                numbers += [ones] * (len(phase.sums) + phase.needs_numel)
+                self._functions[k][size < SMALL](*blank.values(), *numbers)
+        self._seen[k] = batch
+
     def run(self, phase: int, batch: Batch) -> int:
-        for reduction in self.program.phases[phase].reduces:
-            batch.sums[reduction.name] = []
-        for i, param in enumerate(batch.tensors["param"]):
-            self._run_one(phase, batch, i, param.numel() < SMALL)
+        p = self.program.phases[phase]
+        for r in p.reduces:
+            batch.sums[r.name] = []
+        for piece in pieces(p, batch):
+            columns = list(piece.columns.values())
+            # a length of one would be a graph of its own, and is not worth it
+            size = columns[0].numel()
+            function = self._functions[phase][size < SMALL] if size > 1 else self._single[phase]
+            results = function(*columns, *self._numbers(p, batch, piece))
+            piece.scatter()
+            for r, value in zip(p.reduces, results, strict=True):
+                batch.sums[r.name].append(value)
         return 0
 
-    def _run_one(self, phase: int, batch: Batch, i: int, small: bool) -> None:
-        p = self.program.phases[phase]
-        tensors = [flat(batch.tensors[name][i]) for name in _columns(p)]
-        # a length of one would be a graph of its own, and is not worth it
-        single = batch.tensors["param"][i].numel() == 1
-        function = self._single[phase] if single else self._functions[phase][small]
-        results = function(*tensors, *self._numbers(p, batch, i))
-        for reduction, value in zip(p.reduces, results, strict=True):
-            batch.sums.setdefault(reduction.name, []).append(value)
+    def _hoisted(self, values: Sequence[float | Tensor]) -> tuple[Tensor, ...]:
+        """The scalars in the compute dtype: beside float32 elements a float64 one would keep C++ loops from vectorising."""
+        dtype = compute_dtype(self.program.dtypes["param"])
+        return tuple(s.to(dtype) if s.is_floating_point() else s for s in self.program.scalars(values))
 
-    def _numbers(self, p: Phase, batch: Batch, i: int) -> list[Tensor]:
-        row = self._scalars[batch.rows[i]]
-        numbers = [row[j] for j in p.scalars] + [batch.summed(name, i) for name in p.sums]
-        return [*numbers, numel_of(batch.tensors["param"][i])] if p.needs_numel else numbers
-
-
-def _columns(phase: Phase) -> list[str]:
-    """Every tensor the phase touches, once: two views of one storage would keep torch.compile from writing in place."""
-    return [*phase.tensors, *(name for name in phase.writes if name not in phase.tensors)]
+    def _numbers(self, p: Phase, batch: Batch, piece: Piece) -> list[Tensor]:
+        row = self._scalars[piece.row]
+        numbers = [row[j] for j in p.scalars] + [batch.summed(name, piece.index) for name in p.sums]
+        return [*numbers, numel_of(batch.tensors["param"][piece.index])] if p.needs_numel else numbers
 
 
 def _in_place(phase: Phase) -> Flat:
-    """The phase as a module of its columns and numbers that writes the columns and returns the reductions.
+    """The phase as a function of its columns and numbers that writes the columns and returns the reductions.
 
     The writes become nodes of the graph, so that each module has code of its own: torch.compile counts recompiles for each
     code object, and one function around all graphs would use up its limit after a few optimizers.
@@ -118,7 +116,7 @@ def _in_place(phase: Phase) -> Flat:
     inputs = [n for n in old.nodes if n.op == "placeholder"]
     columns = dict(zip(phase.tensors, inputs, strict=False))
     targets: dict[str, fx.Node] = {}
-    for name in _columns(phase):
+    for name in columns_of(phase):
         targets[name] = graph.placeholder(f"column_{len(targets)}")
         if name in columns:
             copies[columns[name]] = targets[name]
@@ -131,7 +129,8 @@ def _in_place(phase: Phase) -> Flat:
     for name, result in zip(phase.writes, results, strict=False):
         graph.call_function(torch.ops.aten.copy_.default, (targets[name], result))
     graph.output(tuple(results[len(phase.writes) :]))
-    return fx.GraphModule(torch.nn.Module(), graph)
+    forward: Flat = fx.GraphModule(torch.nn.Module(), graph).forward
+    return forward
 
 
 def _compiled(phase: Phase) -> Flat:

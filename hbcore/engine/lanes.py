@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hbcore.engine.backend import Batch, Executable
-from hbcore.engine.program import Program
+from hbcore.engine.program import NOISE, Program
 from hbcore.engine.recipe import Recipe
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Transform
@@ -69,6 +70,7 @@ class Entry:
     lane: Lane
     counter: Address
     state: dict[str, Any]
+    identity: str
     stored: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -82,12 +84,15 @@ class Work:
         self._pointers = list(map(Tensor.data_ptr, self.params))
         self._strides = list(map(Tensor.stride, self.params))
         columns: dict[str, list[Tensor]] = {"param": [at_least_1d(p.detach()) for p in self.params], "grad": []}
-        columns.update({n: [at_least_1d(e.stored[n]) for e in entries] for n in lane.dtypes if n not in columns})
+        self._noise = [name for name in lane.dtypes if name.startswith(NOISE)]
+        stored = [name for name in lane.dtypes if name not in (*columns, *self._noise)]
+        columns.update({name: [at_least_1d(e.stored[name]) for e in entries] for name in stored})
         names = ("step", *(name for name in columns if name not in ("param", "grad")))
         self._slots = itemgetter(*names) if len(names) > 1 else lambda state: (state["step"],)
         self._held = [e.stored[name] for e in entries for name in names]
-        self.batch = Batch(columns, [], [])
+        self.batch = Batch(columns, [], [], dense=lane.key.dense)
         self._scalars = () in self._strides
+        self._contiguous = all(map(Tensor.is_contiguous, self.params))
         self._base: list[float] | None = None
         self._pairs: list[tuple[int, float]] = []
         # torch checks an assigned gradient's dtype itself, unless a parameter allows any (torch 2.10's grad_dtype=None)
@@ -97,14 +102,17 @@ class Work:
         """Read this step's gradients; False if anything moved so that the plan must be made anew."""
         grads = list(map(_grad, self.params))
         try:
-            strides = list(map(Tensor.stride, grads))
+            if self._contiguous:  # the usual case, and a third of the time
+                alike = all(map(Tensor.is_contiguous, grads))
+            else:
+                alike = list(map(Tensor.stride, grads)) == self._strides
             held = chain.from_iterable(map(self._slots, self._states))
             moved = list(map(Tensor.data_ptr, self.params)) != self._pointers or not all(map(is_, held, self._held))
-        except (KeyError, RuntimeError, TypeError):  # a slot is gone; a sparse gradient has no strides, a missing one nothing
+        except (KeyError, RuntimeError, TypeError):  # a slot is gone; a sparse gradient has no layout, a missing one nothing
             return False
         if moved or (self._any_dtype and not all(g.dtype == self.lane.key.grad for g in grads)):
             return False
-        if strides != self._strides or self._scalars:
+        if not alike or self._scalars:
             grads = [like(g, p) for g, p in zip(grads, self.params, strict=True)]
         self.batch.tensors["grad"][:] = grads
         return True
@@ -124,6 +132,9 @@ class Work:
             pairs = zip((e.group for e in self.entries), base[start:], strict=False)
             self.batch.rows = [index.setdefault(pair, len(index)) for pair in pairs]
             self._base, self._pairs = base, list(index)
+        for name in self._noise:
+            steps = base[start:]
+            self.batch.keys[name] = [noise_key(e.identity, name, int(steps[i]) + ahead) for i, e in enumerate(self.entries)]
         return [(group, count + ahead) for group, count in self._pairs]
 
 
@@ -132,6 +143,12 @@ def like(grad: Tensor, param: Tensor) -> Tensor:
     if grad.stride() == param.stride() or param.numel() == 1:
         return at_least_1d(grad.detach())
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+
+
+def noise_key(identity: str, name: str, step: int) -> int:
+    """63 bits from what tells one draw from another: seed and parameter, slot, step. The same on every rank."""
+    digest = hashlib.blake2b(f"{identity}/{name}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def at_least_1d(tensor: Tensor) -> Tensor:
@@ -155,7 +172,7 @@ def initial_state(lane: Lane, p: Tensor, state: dict[str, Any]) -> dict[str, Ten
         blank = {name: torch.zeros_like(p, dtype=d, requires_grad=False) for name, d in parts.items()}
         missing.update(codec.write(blank, slot, torch.full_like(p, fill, dtype=dtype)) if fill else blank)
     for name, stored in lane.dtypes.items():  # what param_ecc keeps beside a parameter: nothing to correct yet
-        if name not in ("param", "grad") and name not in state and name not in missing:
+        if name not in ("param", "grad") and not name.startswith(NOISE) and name not in state and name not in missing:
             missing[name] = torch.zeros_like(p, dtype=stored, requires_grad=False)
     return missing
 

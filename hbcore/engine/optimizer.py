@@ -193,6 +193,7 @@ class Optimizer(torch.optim.Optimizer):
             maximize=bool(group["maximize"]),
             param_codec=self.settings.param_codec,
             scaled=self.settings.capturable,
+            stochastic=self.settings.stochastic_rounding,
         )
 
     def _dynamic(self, group: Group) -> dict[str, int | None]:
@@ -225,10 +226,16 @@ class Optimizer(torch.optim.Optimizer):
         return self.settings.capturable
 
     def _new_plan(self) -> Plan:
-        return Plan(self.param_groups, self.state, self._recipe, self._name_of, self.report, self.settings)
+        return Plan(self.param_groups, self.state, self._recipe, self._name_of, self._identity, self.report, self.settings)
 
     def _name_of(self, group: int, index: int) -> str:
         return f"{type(self).__name__}: {describe_param(self.param_groups, group, index)}"
+
+    def _identity(self, group: int, param: Tensor) -> str:
+        """What a parameter's noise is drawn by: the seed, and its name, or its place where it has none."""
+        index = next(i for i, p in enumerate(self.param_groups[group]["params"]) if p is param)
+        names = self.param_groups[group].get("param_names")
+        return f"{self.settings.seed}/{names[index] if names else f'{group}.{index}'}"
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle carry: no plan, no compiled code, and each step counter on its own."""

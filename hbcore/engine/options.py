@@ -34,6 +34,8 @@ class Options(TypedDict, total=False):
     storage_dtype: str | torch.dtype
     ecc: str | None
     param_ecc: str | None
+    stochastic_rounding: bool
+    seed: int
     mars: bool
     mars_gamma: float
     gradient_clipping: Any
@@ -66,6 +68,8 @@ OPTIONS: Mapping[str, Option] = {
     "storage_dtype": Option("float32", "the dtype that state is stored in; float64 parameters keep float64 state"),
     "ecc": Option(None, "the codec that state is stored with: bf16+8, bf16+16; comes with hb_ecc"),
     "param_ecc": Option(None, "the codec that parameters are stored with; float32 parameters become bfloat16"),
+    "stochastic_rounding": Option(False, "round bfloat16 parameters and state, and the last bit of bf16+8, stochastically"),
+    "seed": Option(0, "what all random numbers of the optimizer are drawn from; the global generators are never used"),
     "mars": Option(False, "correct the gradient by how it changed since the last step"),
     "mars_gamma": Option(0.0025, "the strength of mars; 0.025 in the paper"),
     "gradient_clipping": Option(None, f"{', '.join(clipping.CLIPS)}, (name, threshold) or a function; before the rule"),
@@ -101,6 +105,8 @@ class Settings:
     divide: division.Divide
     codec: StateCodec
     param_codec: StateCodec | None
+    stochastic_rounding: bool
+    seed: int
     mars: bool
     clips: tuple[Transform, ...]
     consume_grad: bool
@@ -157,6 +163,11 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
         values["compile"] = "inductor"
     if values["compile"] not in fallback.CHOICES:
         raise OptionError(f"{optimizer}: compile={values['compile']!r} is not one of {', '.join(fallback.CHOICES)}.")
+    if values["stochastic_rounding"] and values["capturable"]:
+        raise OptionError(
+            f"{optimizer}: stochastic_rounding=True draws by the step, which a captured step does not tell the host; "
+            "pass capturable=False, or round to nearest."
+        )
     settings = Settings(
         caution=bool(values["caution"]),
         cautious_weight_decay=bool(values["cautious_weight_decay"]),
@@ -164,6 +175,8 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
         divide=division.resolve(values["division_backend"], values["atan2_scale"]),
         codec=_codec(optimizer, values),
         param_codec=registry.load_codec(values["param_ecc"])() if values["param_ecc"] else None,
+        stochastic_rounding=bool(values["stochastic_rounding"]),
+        seed=int(values["seed"]),
         mars=bool(values["mars"]),
         clips=tuple(
             clip

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from hbcore.engine.program import REDUCERS, Phase, Program, Reduction
+from hbcore.engine.program import NOISE, REDUCERS, Phase, Program, Reduction
 from hbcore.errors import TraceError
 from hbcore.rules.transform import Domain
 
@@ -172,4 +172,5 @@ def _reduction(node: fx.Node, name: str) -> Reduction:
 
 def _traffic(phases: Iterable[Phase], dtypes: Mapping[str, torch.dtype]) -> int:
     """Bytes per element that the passes move together."""
-    return sum(dtypes[name].itemsize for p in phases for name in (*p.tensors, *p.writes))
+    names = (name for p in phases for name in (*p.tensors, *p.writes) if not name.startswith(NOISE))
+    return sum(dtypes[name].itemsize for name in names)

@@ -31,6 +31,7 @@ class Plan:
         state: the optimizer's state, which this creates slots in.
         recipe: param group -> its recipe.
         name_of: (group index, parameter index) -> what messages call it.
+        identity: (group index, parameter) -> what its noise is drawn by: seed, and name or position.
         report: where to say what runs.
         settings: the optimizer's options: which backend, whether lanes are shared, whether steps may be captured.
     """
@@ -41,10 +42,12 @@ class Plan:
         state: dict[Tensor, dict[str, Any]],
         recipe: Callable[[Group], Recipe],
         name_of: Callable[[int, int], str],
+        identity: Callable[[int, Tensor], str],
         report: Report,
         settings: Settings,
     ) -> None:
-        self.groups, self.state, self.recipe, self.name_of, self.report = groups, state, recipe, name_of, report
+        self.groups, self.state, self.recipe, self.report = groups, state, recipe, report
+        self.name_of, self.identity = name_of, identity
         self.settings = settings
         self.counters = StepCounters()
         self.entries: dict[Tensor, Entry] = {}
@@ -141,7 +144,7 @@ class Plan:
             example = dict(zip(key.recipe.scalar_names, [*numbers(key.recipe, group), *[1.0] * 4], strict=False))
             transforms = key.recipe.transforms(example)
             slots = {name: slot.fill for t in transforms for name, slot in t.slots(p).items()}
-            dtypes = key.recipe.dtypes(p, key.grad, slots)
+            dtypes = key.recipe.dtypes(p, key.grad, list(slots))
             self.lanes[key] = Lane(key, slots, dtypes, transforms)
         return self.lanes[key]
 
@@ -172,7 +175,7 @@ class Plan:
                 if name in state and not (state[name].dtype == dtype and aligned(state[name], p)):
                     state[name] = torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(state[name])
             stored = {name: state[name] for name in ("step", *lane.dtypes) if name in state}
-            self.entries[p] = Entry(p, g, lane, address, state, stored)
+            self.entries[p] = Entry(p, g, lane, address, state, self.identity(g, p), stored)
 
     def _fill(self, work: Work, rows: list[tuple[int, float]], amp: Amp) -> None:
         """Write down the numbers of each distinct (group, step)."""

@@ -32,6 +32,10 @@ def direct_reduce(x: Tensor, how: str, domain: Domain, rule: str) -> Tensor:
     return REDUCERS[how](x, domain)
 
 
+NOISE = "noise."
+"""Prefix of the graph inputs that are random bits: drawn from a key and the element's index, stored nowhere."""
+
+
 def as_scalars(values: Sequence[float | Tensor]) -> Sequence[Tensor]:
     """Numbers as 0-d float64 tensors; tensors stay what and where they are."""
     if any(isinstance(v, Tensor) for v in values):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbcore.engine.program import NOISE
 from hbcore.rules.division import Divide
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Context, Domain, Transform
-from hbcore.state.codec import StateCodec
+from hbcore.state.codec import StateCodec, narrowed
 
 Chain = Callable[[SimpleNamespace], tuple[Transform, ...]]
 Reduce = Callable[[Tensor, str, Domain, str], Tensor]
@@ -36,6 +37,7 @@ class Recipe:
         divide: the division backend.
         codec: how slots are stored.
         param_codec: how parameters are stored; None stores them as they are.
+        stochastic: bfloat16 is rounded to stochastically, with noise that arrives as tensors named ``noise.<slot>``.
         scaled: gradients come multiplied by ``grad_scale``, and ``found_inf`` skips the step, as torch's GradScaler says.
         maximize: ascend instead of descend.
     """
@@ -48,6 +50,7 @@ class Recipe:
     maximize: bool = False
     param_codec: StateCodec | None = None
     scaled: bool = False
+    stochastic: bool = False
 
     def fits(self, group: Mapping[str, Any]) -> bool:
         """Whether the group still has the structure this recipe was made for; its numbers may be any."""
@@ -94,8 +97,10 @@ class Recipe:
             state = {name: self.codec.read(tensors, name, dtype) for name in t.slots(tensors["param"])}
             update, new = t.update(update, state, self._context(t, param, grad, scalars, numel, reduce))
             for name, value in new.items():
-                stored.update(self.codec.write(tensors, name, value))
-        stored.update(packed.write(tensors, "param", update) if packed else {"param": update.to(tensors["param"].dtype)})
+                stored.update(self.codec.write(tensors, name, value, tensors.get(NOISE + name)))
+        noise = tensors.get(f"{NOISE}param")
+        plain = {"param": narrowed(update, tensors["param"].dtype, noise)}
+        stored.update(packed.write(tensors, "param", update, noise) if packed else plain)
         if self.scaled:
             skip = scalars["found_inf"] > 0
             stored = {name: torch.where(skip, tensors[name], value) for name, value in stored.items()}
@@ -105,14 +110,22 @@ class Recipe:
         """Whether parameters of ``dtype`` are stored with :attr:`param_codec`: those whose first part it keeps."""
         return self.param_codec is not None and self.param_codec.parts("param", torch.float32)["param"] == dtype
 
-    def dtypes(self, param: Tensor, grad: torch.dtype, slots: Iterable[str]) -> dict[str, torch.dtype]:
-        """Every stored tensor and its dtype; ``param`` and ``grad`` first."""
+    def dtypes(self, param: Tensor, grad: torch.dtype, slots: Sequence[str]) -> dict[str, torch.dtype]:
+        """Every stored tensor and its dtype, ``param`` and ``grad`` first; noise, which is not stored, last."""
         dtypes = {"param": param.dtype, "grad": grad}
         for slot in slots:
             dtypes.update(self.codec.parts(slot, compute_dtype(param.dtype)))
         if self.param_codec is not None and self.packs(param.dtype):
             dtypes.update(self.param_codec.parts("param", torch.float32))
+        if self.stochastic:
+            dtypes.update({NOISE + slot: torch.int32 for slot in self._rounded(param.dtype, slots)})
         return dtypes
+
+    def _rounded(self, param: torch.dtype, slots: Iterable[str]) -> list[str]:
+        """The slots, ``param`` among them, that are stored with fewer bits than they are computed in."""
+        rounded = [s for s in slots if self.codec.rounds and compute_dtype(param) == torch.float32]
+        exact = self.param_codec is not None and self.packs(param) and not self.param_codec.rounds
+        return [*rounded, "param"] if param == torch.bfloat16 and not exact else rounded
 
     def _context(
         self, t: Transform, param: Tensor, grad: Tensor, scalars: Mapping[str, Tensor], numel: Tensor, reduce: Reduce

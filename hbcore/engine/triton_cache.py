@@ -65,8 +65,12 @@ def _private(folder: Path) -> Path:
 def _write(path: Path, source: str) -> None:
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            file.write(source)
-        os.replace(temporary, path)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(source)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
     except OSError as error:
         raise CompileError(f"the kernel cache {path.parent} cannot be written ({error}); set HBCORE_CACHE_DIR") from error

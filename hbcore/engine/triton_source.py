@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hbcore.engine.program import REDUCERS, Phase, Program
+from hbcore.engine.program import NOISE, REDUCERS, Phase, Program
 from hbcore.engine.triton_ops import OPERATIONS, TYPES, Call, cast
 from hbcore.errors import CompileError
 from hbcore.rules.numerics import compute_dtype
@@ -50,13 +50,15 @@ class Layout:
     columns: tuple[str, ...]
     scalars: int
     reductions: tuple[str, ...]
+    noise: tuple[str, ...]
 
     @classmethod
     def of(cls, program: Program) -> Layout:
         """The layout all phases of ``program`` share."""
-        columns = tuple(name for name in program.dtypes if name != "grad")
+        noise = tuple(name for name in program.dtypes if name.startswith(NOISE))
+        columns = tuple(name for name in program.dtypes if name != "grad" and name not in noise)
         reductions = tuple(r.name for p in program.phases for r in p.reduces)
-        return cls(columns, len(program.hoisted), reductions)
+        return cls(columns, len(program.hoisted), reductions, noise)
 
     @property
     def width(self) -> int:
@@ -108,13 +110,17 @@ class PhaseWriter:
         lines += self._loop(inputs, elements, output, masked=True)
         for i, r in enumerate(self.phase.reduces):
             place = self.layout.reductions.index(r.name)
-            value = f"tl.sum(acc{i})" if r.how == "sum" else f"tl.max(acc{i})"
+            value = f"tl.sum(acc{i})" if r.how == "sum" else f"tl.reduce(acc{i}, 0, maximum)"
             lines.append(f"    tl.store(partials + {place} * n_chunks + pid, {value}.to(tl.float64))")
         return "\n".join(lines) + "\n"
 
     def _pointers(self) -> list[str]:
         lines = []
         for name in dict.fromkeys((*self.phase.tensors, *self.phase.writes)):
+            if name.startswith(NOISE):
+                key = 2 + self.layout.noise.index(name)
+                lines.append(f"    {pointer(name)} = tl.load(moving + {key} * n_tensors + t)  # a key, not a pointer")
+                continue
             dtype = TYPES[self.program.dtypes[name]]
             place = "moving + t" if name == "grad" else f"entry + {self.layout.columns.index(name)}"
             lines.append(f"    {pointer(name)} = tl.load({place}).to(tl.pointer_type({dtype}))")
@@ -156,7 +162,13 @@ class PhaseWriter:
             lines.append("            inside = at < n")
         for node, name in zip(inputs, self.phase.tensors, strict=False):
             self.names[node] = f"v_{identifier(name)}"
-            lines.append(f"            {self.names[node]} = tl.load({pointer(name)} + at{mask})")
+            if name.startswith(NOISE):
+                lines.append(f"            {self.names[node]}, _, _, _ = tl.randint4x({pointer(name)}, at)")
+                lines.append(f"            {self.names[node]} = ({self.names[node]} & 0xFFFF).to(tl.int32)")
+                continue
+            # a later phase may find the value in the cache; the last one to read it should not keep others out
+            once = ', eviction_policy="evict_first"' if len(self.program.phases) == 1 else ""
+            lines.append(f"            {self.names[node]} = tl.load({pointer(name)} + at{mask}{once})")
         lines += [f"            {self._statement(n)}" for n in body]
         for name, node in zip(self.phase.writes, output, strict=False):
             dtype = self.program.dtypes[name]

@@ -34,7 +34,7 @@ class Launch:
         aligned: whether every pointer is a multiple of 16 bytes.
         table: int64 ``[tensors, columns + 3]``: pointers, element count, first chunk, number of chunks.
         chunks: int64 ``[chunks, 2]``: tensor, offset of the chunk's first element.
-        moving: int64 ``[2 * tensors]``, part of the shared buffer: gradient pointers, then scalar rows.
+        moving: int64, part of the shared buffer: each tensor's gradient pointer, then scalar rows, then keys of noise.
         partials: float64 ``[reductions, chunks]``.
     """
 
@@ -57,18 +57,21 @@ class Tables:
         columns = [[t.data_ptr() for t in batch.tensors[name]] for name in layout.columns]
         loose = {i for column in columns for i, p in enumerate(column) if p & 15} | self.loose
         classes = {True: [i for i in range(len(batch)) if i not in loose], False: sorted(loose)}
+        self.words = 2 + len(layout.noise)
         scalars = rows * max(layout.scalars, 1)
-        self.buffer = torch.zeros((scalars + 2 * len(batch)) * WORD, dtype=torch.uint8, device=self.device)
+        self.buffer = torch.zeros((scalars + self.words * len(batch)) * WORD, dtype=torch.uint8, device=self.device)
         self.rows = self.buffer[: scalars * WORD].view(torch.float64)
         self.model = torch.zeros(max(len(layout.reductions), 1), dtype=torch.float64, device=self.device)
         moving = self.buffer[scalars * WORD :].view(torch.int64)
         self.launches: list[Launch] = []
         for aligned, members in classes.items():
             if members:
-                part, moving = moving[: 2 * len(members)], moving[2 * len(members) :]
+                length = self.words * len(members)
+                part, moving = moving[:length], moving[length:]
                 self.launches.append(self._launch(members, aligned, columns, part))
         self._sender = Sender(self.buffer)
         self._sent: list[int] = []
+        self._sent_rows: list[int] = []
 
     def fits(self, batch: Batch, pointers: Sequence[int]) -> bool:
         """Whether the tables still describe ``batch``, whose gradients are now at ``pointers``."""
@@ -81,11 +84,10 @@ class Tables:
     def send(self, pointers: list[int], numbers: Sequence[Sequence[float]]) -> None:
         """Send the step's scalars, one row for each of ``numbers``, and pointers and row numbers if they changed."""
         scalars = array("d", chain.from_iterable(numbers))
-        moving = self._moving(pointers)
         parts: list[tuple[int, array[Any]]] = [(0, scalars)]
-        if moving != self._sent:
-            self._sent = moving
-            parts.append((self.rows.numel() * WORD, array("q", moving)))
+        if pointers != self._sent or self.batch.rows is not self._sent_rows or self.layout.noise:
+            self._sent, self._sent_rows = pointers, self.batch.rows
+            parts.append((self.rows.numel() * WORD, self._moving(pointers)))
         self._sender.send(parts)
 
     def record(self, pointers: list[int], rows: Sequence[Tensor]) -> None:
@@ -93,15 +95,15 @@ class Tables:
         width = self.layout.scalars
         for i, row in enumerate(rows):
             self.rows[i * width : (i + 1) * width] = row
-        self._sent = self._moving(pointers)
-        self._sender.record(self.rows.numel() * WORD, array("q", self._sent))
+        self._sent = []  # a replay overwrites what later steps send
+        self._sender.record(self.rows.numel() * WORD, self._moving(pointers))
 
-    def _moving(self, pointers: list[int]) -> list[int]:
-        """Gradient pointers and row numbers, launch by launch."""
+    def _moving(self, pointers: list[int]) -> array[int]:
+        """Gradient pointers, row numbers and noise keys, launch by launch."""
+        columns = [pointers, self.batch.rows, *(self.batch.keys[name] for name in self.layout.noise)]
         if len(self.launches) == 1:
-            return [*pointers, *self.batch.rows]
-        parts = ([*(pointers[i] for i in m), *(self.batch.rows[i] for i in m)] for m in (x.members for x in self.launches))
-        return list(chain.from_iterable(parts))
+            return array("q", chain.from_iterable(columns))
+        return array("q", (column[i] for launch in self.launches for column in columns for i in launch.members))
 
     def _launch(self, members: list[int], aligned: bool, columns: list[list[int]], moving: Tensor) -> Launch:
         numels = torch.tensor([self.batch.tensors["param"][i].numel() for i in members], device="cpu")
@@ -138,12 +140,14 @@ def loose_pointers(tensors: Sequence[Tensor]) -> set[int]:
 class Sender:
     """Copies host numbers into a device buffer without waiting for the device, through a ring of pinned buffers."""
 
-    SLOTS = 8
+    SLOTS = 64
+    HALF = SLOTS // 2
 
     def __init__(self, target: Tensor) -> None:
         self._target = target
         self._cuda = target.device.type == "cuda"
-        self._ring = [(pinned(target), torch.cuda.Event()) for _ in range(self.SLOTS)] if self._cuda else []  # type: ignore[no-untyped-call]
+        self._ring = [pinned(target) for _ in range(self.SLOTS)] if self._cuda else []
+        self._events: list[Any] = [torch.cuda.Event(), torch.cuda.Event()] if self._cuda else []  # type: ignore[no-untyped-call]
         self._replay = pinned(target) if self._cuda else target  # made here: a capture allows no allocation
         self._next = 0
 
@@ -152,13 +156,16 @@ class Sender:
         if not self._cuda:
             fill(self._target, parts)
             return
-        self._next = (self._next + 1) % self.SLOTS
-        buffer, event = self._ring[self._next]
-        event.synchronize()  # the copy from this buffer eight steps ago; as a rule it ended long since
+        half, place = divmod(self._next, self.HALF)
+        if place == 0:
+            self._events[half].synchronize()  # the copies from this half of the ring; as a rule they ended long since
+        buffer = self._ring[self._next]
         fill(buffer, parts)
         end = parts[-1][0] + len(parts[-1][1]) * WORD
         self._target[:end].copy_(buffer[:end], non_blocking=True)
-        event.record()
+        if place == self.HALF - 1:
+            self._events[half].record()
+        self._next = (self._next + 1) % self.SLOTS
 
     def record(self, offset: int, values: array[Any]) -> None:
         """Copy from a buffer that is used for nothing else, so that a replay of the copy finds it as it was."""

@@ -16,11 +16,13 @@ class Mars(Transform):
     .. math::
         c_t = g_t + \gamma \frac{\beta_1}{1 - \beta_1} (g_t - g_{t-1})
 
-    What follows in the chain takes :math:`c_t` for the gradient. The paper then clips it to unit norm, tensor by tensor; that is
-    ``gradient_clipping="l2_clip_"``, which stands right after this stage, and is left to the user as in HeavyBall: it costs a
-    pass over memory and matters little before a rule that normalises. A parameter's first
-    step has no :math:`g_{t-1}`, and no correction: the paper starts from :math:`x_1 = x_0`, where the difference is zero. (The
-    authors' code starts from :math:`g_0 = 0`; so does this where the option is turned on in the middle of a training.)
+    What follows in the chain takes :math:`c_t` for the gradient. The paper then clips it to unit norm, tensor by tensor. That
+    is ``gradient_clipping="l2_clip_"``, which stands right after this stage, and is left to the user as in HeavyBall: it costs
+    a pass over memory, and matters little before a rule that normalises.
+
+    A parameter's first step has no :math:`g_{t-1}`, and no correction: the paper starts from :math:`x_1 = x_0`, where the
+    difference is zero. (The authors' code starts from :math:`g_0 = 0`; so does this where the option is turned on in the middle
+    of a training.)
 
     "Approximate" because :math:`g_{t-1}` is the last step's gradient on the last step's batch; the exact form evaluates this
     step's batch at last step's parameters, which costs a second backward pass.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hbcore.errors import OptionError
+from hbcore.rules.noise import stochastic_round_bf16
 
 
 @runtime_checkable
@@ -24,14 +25,21 @@ class StateCodec(Protocol):
     def name(self) -> str:
         """What checkpoints record: ``"plain"``, ``"cast:bfloat16"``, ``"bf16+8"``."""
 
+    @property
+    def rounds(self) -> bool:
+        """Whether ``write`` can round stochastically, given noise."""
+
     def parts(self, slot: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """The stored tensors of ``slot`` and their dtypes, for a logical value of ``dtype``: ``{"exp_avg": bfloat16, ...}``."""
 
     def read(self, stored: Mapping[str, Tensor], slot: str, dtype: torch.dtype) -> Tensor:
         """The logical value of ``slot`` in ``dtype``."""
 
-    def write(self, stored: Mapping[str, Tensor], slot: str, value: Tensor) -> dict[str, Tensor]:
-        """The new stored tensors of ``slot``; ``stored`` has the old ones."""
+    def write(self, stored: Mapping[str, Tensor], slot: str, value: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """The new stored tensors of ``slot``; ``stored`` has the old ones.
+
+        ``noise`` is int32, of the slot's shape, uniform in [0, 2^16): with it, rounding is stochastic.
+        """
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,19 @@ class Cast:
     def read(self, stored: Mapping[str, Tensor], slot: str, dtype: torch.dtype) -> Tensor:
         return stored[slot].to(dtype)
 
-    def write(self, stored: Mapping[str, Tensor], slot: str, value: Tensor) -> dict[str, Tensor]:
-        return {slot: value.to(stored[slot].dtype)}
+    @property
+    def rounds(self) -> bool:
+        return self.storage == torch.bfloat16
+
+    def write(self, stored: Mapping[str, Tensor], slot: str, value: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+        return {slot: narrowed(value, stored[slot].dtype, noise)}
+
+
+def narrowed(value: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
+    """``value`` in ``dtype``; rounded stochastically if that is bfloat16 and there is noise."""
+    if noise is None or dtype != torch.bfloat16:
+        return value.to(dtype)
+    return stochastic_round_bf16(value.to(torch.float32), noise)
 
 
 def cast_codec(storage: str | torch.dtype) -> Cast:

@@ -20,7 +20,8 @@ class StepCounters:
     """``state[p]["step"]`` is a 0-d float32 view of a row, as torch has it; reading, saving and loading it just work.
 
     A parameter that arrives late opens a new slab, so the views handed out before stay valid. Slabs are on the host, where
-    the step is needed; with ``capturable=True`` they are on the parameters' device.
+    the step is needed; with ``capturable=True`` they are on the parameters' device. A slab is ``[2, rows]``: the counters,
+    and a copy that only the engine advances, which tells whether somebody else wrote to them.
     """
 
     def __init__(self) -> None:
@@ -28,12 +29,12 @@ class StepCounters:
 
     def open(self, values: Sequence[float], device: torch.device | str = "cpu") -> list[Address]:
         """Open one row for each of ``values``, holding it; return their addresses."""
-        self.slabs.append(torch.tensor(list(values), dtype=torch.float32, device=device))
+        self.slabs.append(torch.tensor([list(values)] * 2, dtype=torch.float32, device=device))
         return [Address(len(self.slabs) - 1, row) for row in range(len(values))]
 
     def view(self, address: Address) -> Tensor:
         """The 0-d view of one row."""
-        return self.slabs[address.slab][address.row]
+        return self.slabs[address.slab][0, address.row]
 
     def select(self, addresses: Sequence[Address]) -> Selection:
         """The rows that the coming steps advance, found once and used while the same parameters are active."""
@@ -48,9 +49,10 @@ class Selection:
         rows: dict[int, list[int]] = {}
         for address in addresses:
             rows.setdefault(address.slab, []).append(address.row)
-        self._rows = [(i, slabs[i], None if len(r) == len(slabs[i]) else r) for i, r in rows.items()]
-        self._mirrors: list[Tensor] = []
-        self._base: list[float] = []
+        self._slabs = {i: slabs[i] for i in rows}
+        self._rows = {i: None if len(r) == slabs[i].shape[1] else r for i, r in rows.items()}
+        self._pairs = [(slab[0], slab[1]) for slab in self._slabs.values()]
+        self._base: list[float] | None = None
         self._ahead = 0
 
     def coming(self, trusted: bool) -> tuple[list[float], int]:
@@ -61,20 +63,18 @@ class Selection:
         Args:
             trusted: do not look whether somebody else wrote to them, which waits for a slab on a device.
         """
-        if not self._mirrors or not (
-            trusted or all(torch.equal(s, m) for (_, s, _), m in zip(self._rows, self._mirrors, strict=True))
-        ):
-            self._mirrors = [slab.clone() for _, slab, _ in self._rows]
-            counts = {i: slab.tolist() for i, slab, _ in self._rows}
+        if self._base is None or not (trusted or all(torch.equal(counters, copy) for counters, copy in self._pairs)):
+            for counters, copy in self._pairs:
+                copy.copy_(counters)
+            counts = {i: slab[0].tolist() for i, slab in self._slabs.items()}
             self._base, self._ahead = [counts[a.slab][a.row] for a in self._addresses], 0
         return self._base, self._ahead + 1
 
     def advance(self, by: float | Tensor = 1) -> None:
         """Add ``by`` to each row: 1, or a 0-d tensor that is 0 where a step is skipped."""
         self._ahead += 1
-        for (_, slab, rows), mirror in zip(self._rows, self._mirrors, strict=True):
-            for counters in (slab, mirror):
-                if rows is None:
-                    counters.add_(by)
-                else:
-                    counters[rows] += by
+        for i, rows in self._rows.items():
+            if rows is None:
+                self._slabs[i].add_(by)
+            else:
+                self._slabs[i][:, rows] += by

@@ -3,7 +3,8 @@
 Triton's kernels run under its interpreter here, on the CPU; ``tests/gpu`` has the same questions for a GPU. The truth is the
 eager backend in float64, from the same start and with the same gradients: float32 must come within 1e-6 of each tensor's
 norm. bfloat16 and float16 parameters are rounded at each step, and may differ by one unit in the last place in a few
-elements. What the integer codecs store must be the same bits as eager float32's.
+elements. What the integer codecs store of the state must be the same bits as eager float32's. So must be whole trainings, if
+they take no square root: torch's own on a CPU is MKL's, which is not the nearest float32 in half a per cent of all cases.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from hbcore.errors import FallbackWarning, StateWarning
 
 pytest.importorskip("triton")
 helpers = pytest.importorskip("hbcore.engine.triton_helpers")
-pytestmark = pytest.mark.skipif(not helpers.INTERPRETED, reason="runs under Triton's interpreter; tests/gpu is for GPUs")
+pytestmark = [
+    pytest.mark.skipif(not helpers.INTERPRETED, reason="runs under Triton's interpreter; tests/gpu is for GPUs"),
+    pytest.mark.filterwarnings("ignore:.*encountered in divide:RuntimeWarning"),  # the interpreter divides with NumPy
+    pytest.mark.filterwarnings("ignore:.*param_ecc:hbcore.errors.StateWarning"),
+]
 
 FP32 = 1e-6
 EVERYTHING = {
@@ -62,6 +67,8 @@ SGDS |= {
 CHAINS = ADAMW | SGDS
 every_chain = pytest.mark.parametrize("chain", CHAINS)
 
+CHUNKS = {name: size for name, size in vars(triton_backend).items() if name.startswith("CHUNK")}
+
 SHAPES = ((2, 3, 4, 5), (7, 5), (5000,), (1,), (0, 3), ())
 """Channels-last, transposed, a view that starts in the middle of another tensor, one element, none, 0-d."""
 
@@ -69,8 +76,8 @@ SHAPES = ((2, 3, 4, 5), (7, 5), (5000,), (1,), (0, 3), ())
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks so small that a few thousand elements are several of them. A masked-out block costs the interpreter time too."""
-    monkeypatch.setattr(triton_backend, "CHUNK", 2048)
-    monkeypatch.setattr(triton_backend, "CHUNK_REDUCED", 2048)
+    for name in CHUNKS:
+        monkeypatch.setattr(triton_backend, name, 2048)
 
 
 def layouts(dtype):
@@ -99,8 +106,9 @@ def trained(cls, options, backend, dtype=torch.float32, count=3):
     return params, optimizer
 
 
-def state(optimizer):
-    return [s[name] for s in optimizer.state.values() for name in sorted(s)]
+def state(optimizer, *prefixes):
+    """Every tensor of the state, or those whose names start so."""
+    return [s[name] for s in optimizer.state.values() for name in sorted(s) if name.startswith(prefixes or "")]
 
 
 def ulps_apart(ours, theirs):
@@ -149,43 +157,50 @@ CODECS = {
     "parameters-16": {"param_ecc": "bf16+16", "weight_decay": 0.1},
     "bfloat16": {"storage_dtype": "bfloat16"},
 }
+STORED = {"state-16": {torch.int16}, "parameters-16": {torch.int16}, "bfloat16": set()}
+STORED |= {"state-8": {torch.int8}, "both": {torch.int8}}
 
 
-@pytest.mark.filterwarnings("ignore:.*param_ecc:hbcore.errors.StateWarning")
 @pytest.mark.parametrize("cls", [AdamW, SGD])
 @pytest.mark.parametrize("codec", CODECS)
 def test_codecs_store_the_same_bits(codec, cls, small_chunks):
     ours, optimizer = trained(cls, CODECS[codec], "triton", count=5)
     theirs, reference = trained(cls, CODECS[codec], "eager", count=5)
-    assert same([*ours, *state(optimizer)], [*theirs, *state(reference)])
-    wanted = {"bfloat16": set(), "state-16": {torch.int16}, "parameters-16": {torch.int16}}
-    stored = {s.dtype for s in state(optimizer)} & {torch.int8, torch.int16}
-    assert stored == wanted.get(codec, {torch.int8})  # or this test would compare something else
+    assert {s.dtype for s in state(optimizer)} & {torch.int8, torch.int16} == STORED[codec]  # or this compares something else
+    assert same(state(optimizer, "exp_avg", "momentum_buffer"), state(reference, "exp_avg", "momentum_buffer"))
+    if cls is SGD:
+        assert same([*ours, *state(optimizer)], [*theirs, *state(reference)])
+    elif ours[0].dtype == torch.float32:
+        assert distance(ours, theirs) <= FP32
+    else:
+        assert max(int(ulps_apart(a, b).max()) for a, b in zip(ours, theirs, strict=True) if a.numel()) <= 1
 
 
-@pytest.mark.filterwarnings("ignore:.*param_ecc:hbcore.errors.StateWarning")
-@pytest.mark.parametrize("options", [{"caution": True, "ecc": "bf16+8"}, {**EVERYTHING, "ecc": "bf16+8", "param_ecc": "bf16+8"}])
+@pytest.mark.parametrize(
+    "options", [{"caution": True, "ecc": "bf16+8"}, {**EVERYTHING, "ecc": "bf16+8", "param_ecc": "bf16+8"}]
+)
 def test_a_codec_behind_reductions(options, small_chunks):
-    """Sums of floats depend on their order in the last bit, and so may the last bit of a correction."""
+    """The last bit of a sum of floats depends on their order, and so may the last bit of a correction."""
     ours, optimizer = trained(AdamW, options, "triton")
     theirs, reference = trained(AdamW, options, "eager")
-    codec = optimizer.settings.codec
+    read = optimizer.settings.codec.read
     for a, b in zip(ours, theirs, strict=True):
         for slot in ("exp_avg", "exp_avg_sq") if a.numel() else ():
-            logical = [codec.read(o.state[p], slot, torch.float32) for o, p in ((optimizer, a), (reference, b))]
+            logical = [read(o.state[p], slot, torch.float32) for o, p in ((optimizer, a), (reference, b))]
             assert distance(logical[:1], logical[1:]) <= 2**-16 / 100
     assert distance(ours, theirs) <= (FP32 if ours[0].dtype == torch.float32 else 1e-4)
 
 
-@pytest.mark.parametrize("chain", ["adamw-plain", "adamw-caution"])
-def test_sizes_around_the_ends_of_chunks(chain):
-    """The real chunk sizes: 8192 for one phase, 32768 for several."""
-    cls, options = CHAINS[chain]
-    chunk = triton_backend.CHUNK if chain == "adamw-plain" else triton_backend.CHUNK_REDUCED
-    assert (triton_backend.CHUNK, triton_backend.CHUNK_REDUCED) == (8192, 32768)
-    shapes = [(chunk - 1,), (chunk,), (chunk + 1,)]
-    if chain == "adamw-plain":
-        shapes += [(32767,), (32768,), (32769,)]
+@pytest.mark.parametrize(
+    ("cls", "options", "sizes"),
+    [
+        (AdamW, {}, {*CHUNKS.values(), 8192, 32768}),
+        (SGD, {"ecc": "bf16+16"}, {*CHUNKS.values()}),
+        (SGD, {"caution": True}, {CHUNKS["CHUNK_REDUCED"]}),
+    ],
+)
+def test_sizes_around_the_ends_of_chunks(cls, options, sizes):
+    shapes = [(size + d,) for size in sizes for d in (-1, 0, 1)]
     ours, exact = parameters(shapes), [nn.Parameter(p.detach().double()) for p in parameters(shapes)]
     run(cls(ours, **options, compile="triton"), ours, steps_for(ours, 1, shapes))
     run(cls(exact, **options, compile="eager"), exact, steps_for(exact, 1, shapes))
@@ -194,17 +209,17 @@ def test_sizes_around_the_ends_of_chunks(chain):
 
 
 def test_inductor_agrees_with_float64():
-    for chain in ("adamw-everything", "sgd-nesterov"):
-        cls, options = CHAINS[chain]
-        ours, optimizer = trained(cls, options, "inductor")
-        exact, reference = trained(cls, options, "eager", torch.float64)
-        assert distance([*ours, *state(optimizer)], [*exact, *state(reference)]) <= FP32
+    options = {**EVERYTHING, "gradient_clipping": None, "update_clipping": None}  # one reduction: two graphs
+    ours, optimizer = trained(AdamW, options, "inductor")
+    exact, reference = trained(AdamW, options, "eager", torch.float64)
+    assert distance([*ours, *state(optimizer)], [*exact, *state(reference)]) <= FP32
 
 
 def test_inductor_stores_the_codecs_bits():
     ours, optimizer = trained(AdamW, CODECS["state-8"], "inductor", count=5)
     theirs, reference = trained(AdamW, CODECS["state-8"], "eager", count=5)
-    assert same([*ours, *state(optimizer)], [*theirs, *state(reference)])
+    assert same(state(optimizer), state(reference))
+    assert distance(ours, theirs) <= FP32
 
 
 # --- what changes between steps ---------------------------------------------------------------------------------------
@@ -234,11 +249,16 @@ def eventful(backend, options, dtype=torch.float32):
     return params, optimizer
 
 
-@pytest.mark.parametrize("backend", ["triton", "inductor"])
-@pytest.mark.parametrize("options", [{}, {"caution": True, "gradient_clipping": "global_l2norm_clip"}, {"capturable": True}])
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("inductor", {}),
+        ("triton", {}),
+        ("triton", {"caution": True, "gradient_clipping": "global_l2norm_clip"}),
+        ("triton", {"capturable": True}),
+    ],
+)
 def test_an_eventful_training(backend, options, small_chunks):
-    if backend == "inductor" and options:
-        pytest.skip("one chain is enough: the events are the same code, and compiling takes seconds")
     ours, optimizer = eventful(backend, options)
     exact, reference = eventful("eager", options, torch.float64)
     assert optimizer.report.backend == backend
@@ -295,13 +315,12 @@ def stepped(params, options, cls=AdamW, **more):
         ({"caution": True}, 2),
         ({"update_clipping": "l2_clip_"}, 2),
         ({"gradient_clipping": "global_l2norm_clip"}, 2),
-        ({"mars": True, "gradient_clipping": "global_l2norm_clip", "update_clipping": "l2_clip_", "caution": True}, 5),
+        (EVERYTHING, 4),
     ],
 )
 def test_one_kernel_and_one_launch_a_phase_however_many_tensors(options, phases, number, small_chunks):
     params = parameters([(i % 7 + 1, 3) for i in range(number)])
-    optimizer = stepped([{"params": params[::2]}, {"params": params[1::2], "lr": 0.1}] if False else params, options)
-    assert counts(optimizer) == (1, phases, phases)
+    assert counts(stepped(params, options)) == (1, phases, phases)
 
 
 def test_groups_share_a_kernel_and_dtypes_do_not():
@@ -336,7 +355,8 @@ def test_a_gradient_that_becomes_unaligned_compiles_its_variant_once(small_chunk
 @pytest.mark.parametrize("capturable", [False, True])
 def test_scheduling_every_number_compiles_nothing(capturable, small_chunks):
     params = parameters([(5, 7), (1,)])
-    optimizer = AdamW(params, weight_decay=0.1, mars=True, warmup_steps=3, capturable=capturable, compile="triton")
+    options = {"weight_decay": 0.1, "mars": True, "caution": True, "warmup_steps": 3, "capturable": capturable}
+    optimizer = AdamW(params, **options, compile="triton")
     seen = set()
     for step, grads in enumerate(gradients(6, [(5, 7), (1,)])):
         [group] = optimizer.param_groups
@@ -436,5 +456,5 @@ def test_parameters_gradients_and_state_are_freed_with_the_optimizer(options, sm
 
 
 def test_param_ecc_says_what_it_does(small_chunks):
-    with pytest.warns(StateWarning, match="param_ecc turned 5 float32 parameters"):
+    with pytest.warns(StateWarning, match="param_ecc turned 6 float32 parameters"):
         trained(AdamW, {"param_ecc": "bf16+8"}, "triton", count=1)

@@ -14,7 +14,8 @@ def mars(gradients: Iterable[Array], *, gamma: float = 0.0025, beta: float = 0.9
         c_t  = g_t + gamma beta_1 / (1 - beta_1) (g_t - g_{t-1})
         c~_t = c_t / ||c_t||_2   if ||c_t||_2 > 1, else c_t
 
-    for one tensor, the second line only with ``clip``. It starts from ``x_1 = x_0``, so that the first difference is zero. Yields one array a gradient.
+    for one tensor, the second line only with ``clip``. It starts from ``x_1 = x_0``, so that the first difference is zero.
+    Yields one array a gradient.
     """
     previous = None
     for g in gradients:

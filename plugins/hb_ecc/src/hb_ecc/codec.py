@@ -26,10 +26,11 @@ class Corrected:
 
     name: ClassVar[str]
     correction: ClassVar[torch.dtype]
+    rounds: ClassVar[bool]
 
     @staticmethod
-    def split(x: Tensor) -> tuple[Tensor, Tensor]:
-        """A float32 tensor as bfloat16 and correction."""
+    def split(x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A float32 tensor as bfloat16 and correction; rounded stochastically if there is noise and something to round."""
         raise NotImplementedError
 
     @staticmethod
@@ -49,11 +50,11 @@ class Corrected:
             return stored[slot].to(dtype)
         return self.join(stored[slot], stored[f"{slot}#ecc"]).to(dtype)
 
-    def write(self, stored: Mapping[str, Tensor], slot: str, value: Tensor) -> dict[str, Tensor]:
-        """The new stored tensors of ``slot``."""
+    def write(self, stored: Mapping[str, Tensor], slot: str, value: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """The new stored tensors of ``slot``; ``noise`` is int32, uniform in [0, 2^16)."""
         if stored[slot].dtype == torch.float64:
             return {slot: value.to(torch.float64)}
-        hi, lo = self.split(value.to(torch.float32))
+        hi, lo = self.split(value.to(torch.float32), noise)
         return {slot: hi, f"{slot}#ecc": lo}
 
 
@@ -62,8 +63,12 @@ class BF16Plus8(Corrected):
 
     name = "bf16+8"
     correction = torch.int8
-    split = staticmethod(ulp.split24)
+    rounds = True
     join = staticmethod(ulp.join24)
+
+    @staticmethod
+    def split(x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ulp.split24(x, ulp.NEAREST if noise is None else noise & 0xFF)
 
 
 class BF16Plus16(Corrected):
@@ -71,5 +76,9 @@ class BF16Plus16(Corrected):
 
     name = "bf16+16"
     correction = torch.int16
-    split = staticmethod(ulp.split32)
+    rounds = False
     join = staticmethod(ulp.join32)
+
+    @staticmethod
+    def split(x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ulp.split32(x)
