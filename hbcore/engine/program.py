@@ -82,7 +82,9 @@ class Program:
 
     def scalars(self, values: Sequence[float | Tensor]) -> tuple[Tensor, ...]:
         """The hoisted scalars as 0-d tensors, from one number or 0-d tensor for each of :attr:`scalar_names`."""
-        result: tuple[Tensor, ...] = self.host(*as_scalars(values))
+        inputs = as_scalars(values)
+        with inputs[-1].device:  # where the graph's constants are to be, whatever the user's default device
+            result: tuple[Tensor, ...] = self.host(*inputs)
         return result
 
     def numbers(self, values: Sequence[Any]) -> tuple[float, ...]:

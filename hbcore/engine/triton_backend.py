@@ -73,7 +73,7 @@ class TritonExecutable:
             self.tables = Tables(batch, self.layout, self.chunk, rows=len(batch.values))
         if any(isinstance(v, Tensor) for v in batch.values[0]):
             rows = [torch.stack([s.double() for s in self.program.scalars(values)]) for values in batch.values]
-            self.tables.record(pointers, rows if self.layout.scalars else [])
+            self.tables.send_device(pointers, rows if self.layout.scalars else [], capturing())
             if capturing():
                 self._captured.append(self.tables)
         else:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hbcore.engine.backend import Batch
 from hbcore.engine.triton_source import Layout
+from hbcore.errors import CompileError
 
 WORD = 8
 """Bytes of a scalar (float64), of a pointer and of a row number (int64)."""
@@ -90,13 +91,22 @@ class Tables:
             parts.append((self.rows.numel() * WORD, self._moving(pointers)))
         self._sender.send(parts)
 
-    def record(self, pointers: list[int], rows: Sequence[Tensor]) -> None:
-        """Fill the buffer from the device, and for a captured step from a host buffer that only its replays read."""
+    def send_device(self, pointers: list[int], rows: Sequence[Tensor], capture: bool) -> None:
+        """The same with scalars that are on the device, in one 1-d tensor for each row.
+
+        In a capture the rest is copied from a host buffer that only the capture's replays read.
+        """
         width = self.layout.scalars
         for i, row in enumerate(rows):
             self.rows[i * width : (i + 1) * width] = row
+        if not capture:
+            self._sender.spare()
         self._sent = []  # a replay overwrites what later steps send
-        self._sender.record(self.rows.numel() * WORD, self._moving(pointers))
+        moving = [(self.rows.numel() * WORD, self._moving(pointers))]
+        if capture:
+            self._sender.record(moving)
+        else:
+            self._sender.send(moving)
 
     def _moving(self, pointers: list[int]) -> array[int]:
         """Gradient pointers, row numbers and noise keys, launch by launch."""
@@ -148,8 +158,14 @@ class Sender:
         self._cuda = target.device.type == "cuda"
         self._ring = [pinned(target) for _ in range(self.SLOTS)] if self._cuda else []
         self._events: list[Any] = [torch.cuda.Event(), torch.cuda.Event()] if self._cuda else []  # type: ignore[no-untyped-call]
-        self._replay = pinned(target) if self._cuda else target  # made here: a capture allows no allocation
+        self._spare: list[Tensor] = []
+        self._kept: list[Tensor] = []
         self._next = 0
+
+    def spare(self, count: int = 4) -> None:
+        """Have buffers ready for captures, which allow no allocation; ``count`` of them between two ordinary steps."""
+        while self._cuda and len(self._spare) < count:
+            self._spare.append(pinned(self._target))
 
     def send(self, parts: Sequence[tuple[int, array[Any]]]) -> None:
         """Copy each array to its byte offset; the parts follow each other."""
@@ -161,17 +177,21 @@ class Sender:
             self._events[half].synchronize()  # the copies from this half of the ring; as a rule they ended long since
         buffer = self._ring[self._next]
         fill(buffer, parts)
-        end = parts[-1][0] + len(parts[-1][1]) * WORD
-        self._target[:end].copy_(buffer[:end], non_blocking=True)
+        start, end = parts[0][0], parts[-1][0] + len(parts[-1][1]) * WORD
+        self._target[start:end].copy_(buffer[start:end], non_blocking=True)
         if place == self.HALF - 1:
             self._events[half].record()
         self._next = (self._next + 1) % self.SLOTS
 
-    def record(self, offset: int, values: array[Any]) -> None:
-        """Copy from a buffer that is used for nothing else, so that a replay of the copy finds it as it was."""
-        fill(self._replay, [(offset, values)])
-        if self._cuda:
-            self._target[offset:].copy_(self._replay[offset:], non_blocking=True)
+    def record(self, parts: Sequence[tuple[int, array[Any]]]) -> None:
+        """Copy from a buffer that is used for nothing else, so that each replay of the copy finds it as it was."""
+        if not self._spare:
+            raise CompileError("more captures in a row than buffers; run an ordinary step between them")
+        buffer = self._spare.pop()
+        self._kept.append(buffer)
+        fill(buffer, parts)
+        start = parts[0][0]
+        self._target[start:].copy_(buffer[start:], non_blocking=True)
 
 
 def pinned(like: Tensor) -> Tensor:

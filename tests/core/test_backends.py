@@ -265,22 +265,6 @@ def test_an_eventful_training(backend, options, small_chunks):
     assert distance([*ours, *state(optimizer)], [*exact, *state(reference)]) <= FP32
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_state_whose_memory_was_swapped_is_read_where_it_is_now(backend, small_chunks):
-    """``tensor.data = ...`` moves memory and keeps the tensor, as code that offloads state to the host does."""
-    params, plain = parameters([(40,)]), parameters([(40,)])
-    optimizer, reference = AdamW(params, compile=backend), AdamW(plain, compile="eager")
-    [first, second] = [[g] for [g] in gradients(2, [(40,)])]
-    run(optimizer, params, [first])
-    run(reference, plain, [first])
-    before = optimizer.state[params[0]]["exp_avg"].detach()
-    copied = before.clone()
-    optimizer.state[params[0]]["exp_avg"].data = copied
-    run(optimizer, params, [second])
-    run(reference, plain, [second])
-    assert same(state(optimizer), state(reference)) and same(params, plain)
-
-
 def test_parameters_that_are_not_dense_run_eagerly_beside_triton():
     base = torch.ones(40)
     params, plain = [nn.Parameter(base[::2]), *parameters([(30,)])], [nn.Parameter(torch.ones(20)), *parameters([(30,)])]

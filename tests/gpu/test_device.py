@@ -360,6 +360,30 @@ def test_a_captured_step_leaves_out_who_has_no_gradient():
     assert [torch.equal(p, b) for p, b in zip(params, before, strict=True)] == [False, True, False]
 
 
+def test_two_captured_steps_keep_their_gradients_apart():
+    """As when there is a graph for each of two batch sizes."""
+    p, exact = nn.Parameter(torch.ones(50, device=DEVICE)), nn.Parameter(torch.ones(50, dtype=torch.float64))
+    optimizer = AdamW([p], lr=0.1, capturable=True, consume_grad=False)
+    reference = AdamW([exact], lr=0.1, compile="eager")
+    grads = [torch.randn(50, device=DEVICE) for _ in range(2)]
+    graphs = [torch.cuda.CUDAGraph() for _ in grads]
+
+    def follow(i):
+        exact.grad = grads[i].cpu().double()
+        reference.step()
+
+    for i, graph in enumerate(graphs):
+        p.grad = grads[i]
+        on_a_side_stream(optimizer.step, 1)
+        follow(i)
+        with torch.cuda.graph(graph):
+            optimizer.step()
+    for i in (0, 1, 1, 0):
+        graphs[i].replay()
+        follow(i)
+    assert distance(host([p]), [exact]) <= FP32
+
+
 def test_a_captured_grad_scaler_skips_an_infinite_step():
     model, twin = network(), network()
     x, factor, data = torch.zeros(32, 16, device=DEVICE), torch.ones((), device=DEVICE), batches()
