@@ -27,7 +27,7 @@ FORMS: dict[Any, str] = {
     aten.where.self: "({1} if {0} else {2})", aten.eq.Scalar: "{0} == {1}", aten.gt.Scalar: "{0} > {1}",
     aten.lt.Scalar: "{0} < {1}", aten.ge.Scalar: "{0} >= {1}", aten.le.Scalar: "{0} <= {1}",
     aten.minimum.default: "min({0}, {1})", aten.maximum.default: "max({0}, {1})",
-    aten.scalar_tensor.default: "{0}",
+    aten.full.default: "{1}",
 }  # fmt: skip
 """ATen operation -> Python expression of its arguments."""
 

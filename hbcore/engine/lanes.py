@@ -90,6 +90,9 @@ class Work:
         names = ("step", *(name for name in columns if name not in ("param", "grad")))
         self._slots = itemgetter(*names) if len(names) > 1 else lambda state: (state["step"],)
         self._held = [e.stored[name] for e in entries for name in names]
+        # Code that offloads state swaps the memory under its tensors, all of them: looking at one for each parameter tells.
+        self._sample = [e.stored[stored[0]] for e in entries] if stored else []
+        self._places = list(map(Tensor.data_ptr, self._sample))
         self.batch = Batch(columns, [], [], dense=lane.key.dense)
         self._scalars = () in self._strides
         self._contiguous = all(map(Tensor.is_contiguous, self.params))
@@ -107,7 +110,11 @@ class Work:
             else:
                 alike = list(map(Tensor.stride, grads)) == self._strides
             held = chain.from_iterable(map(self._slots, self._states))
-            moved = list(map(Tensor.data_ptr, self.params)) != self._pointers or not all(map(is_, held, self._held))
+            moved = (
+                list(map(Tensor.data_ptr, self.params)) != self._pointers
+                or not all(map(is_, held, self._held))
+                or list(map(Tensor.data_ptr, self._sample)) != self._places
+            )
         except (KeyError, RuntimeError, TypeError):  # a slot is gone; a sparse gradient has no layout, a missing one nothing
             return False
         if moved or (self._any_dtype and not all(g.dtype == self.lane.key.grad for g in grads)):

@@ -89,6 +89,8 @@ def _host(graph: fx.Graph, live: Iterable[fx.Node], hoisted: Sequence[fx.Node], 
     for n in live:
         if n.meta["kind"] == "host" and n.op == "call_function":
             copies[n] = host.node_copy(n, lambda i: copies[i])
+            if n.target is torch.ops.aten.scalar_tensor.default:  # a fill, which a captured step can hold
+                copies[n].target, copies[n].args = torch.ops.aten.full.default, ([], n.args[0])
             copies[n].kwargs = {k: v for k, v in n.kwargs.items() if k != "device"}  # Program.scalars says which
     host.output(tuple(copies[n] for n in hoisted))
     return fx.GraphModule(torch.nn.Module(), host)

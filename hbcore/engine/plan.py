@@ -214,6 +214,8 @@ class Plan:
         try:
             compiles = lane.executable.prepare(work.batch)
         except CompileError as error:  # a size or an alignment that had no gradient before
+            if capturing():
+                raise
             rest = backends[[b.name for b in backends].index(lane.backend) + 1 :]
             fell_back(self.report, f"{lane.backend} does not run here: {error}. {rest[0].name} runs instead")
             lane.backend, lane.executable = compile_first(rest, lane.program, work.batch, self.report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -68,6 +69,10 @@ class TritonExecutable:
 
     def prepare(self, batch: Batch) -> int:
         """Bring the device's tables up to date with ``batch``, and compile whatever variant it needs."""
+        with current(batch.tensors["param"][0].device):
+            return self._prepare(batch)
+
+    def _prepare(self, batch: Batch) -> int:
         pointers = list(map(Tensor.data_ptr, batch.tensors["grad"]))
         if self.tables is None or not self.tables.fits(batch, pointers):
             self.tables = Tables(batch, self.layout, self.chunk, rows=len(batch.values))
@@ -89,9 +94,10 @@ class TritonExecutable:
         for name in self.program.phases[phase].sums:
             if name in batch.model:
                 self.tables.model[self.layout.reductions.index(name)] = batch.model[name]
-        for launch in self.tables.launches:
-            kernel = self._variants[launch.aligned, phase]
-            kernel[launch.chunks.shape[0], 1, 1](*self._arguments(launch))
+        with current(self.tables.device):
+            for launch in self.tables.launches:
+                kernel = self._variants[launch.aligned, phase]
+                kernel[launch.chunks.shape[0], 1, 1](*self._arguments(launch))
         for r in self.program.phases[phase].reduces:
             if r.domain == Domain.MODEL:
                 place = self.layout.reductions.index(r.name)
@@ -116,6 +122,13 @@ class TritonExecutable:
             launch.table, launch.chunks, launch.moving, tables.rows, launch.partials, tables.model,
             len(launch.members), launch.chunks.shape[0], self.chunk, self.block, launch.aligned,
         )  # fmt: skip
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make ``device`` the current one, on which Triton launches; free of charge where it is already."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _interpreted() -> bool:

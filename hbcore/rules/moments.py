@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hbcore.rules.numerics import debiased
@@ -52,6 +51,6 @@ class Momentum(Transform):
         return {"momentum_buffer": zeros(param)}
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        fresh = torch.where(c.step == 1, 1.0, 1 - self.dampening)
+        fresh = 1 - self.dampening * (c.step - 1).clamp(max=1)  # 1 on the first step
         buffer = self.momentum * s["momentum_buffer"] + fresh * u
         return (u + self.momentum * buffer if self.nesterov else buffer), {"momentum_buffer": buffer}

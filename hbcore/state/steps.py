@@ -50,7 +50,9 @@ class Selection:
         for address in addresses:
             rows.setdefault(address.slab, []).append(address.row)
         self._slabs = {i: slabs[i] for i in rows}
-        self._rows = {i: None if len(r) == slabs[i].shape[1] else r for i, r in rows.items()}
+        self._rows = {  # an index that is on the device already: a captured step may copy none to it
+            i: None if len(r) == slabs[i].shape[1] else torch.tensor(r, device=slabs[i].device) for i, r in rows.items()
+        }
         self._pairs = [(slab[0], slab[1]) for slab in self._slabs.values()]
         self._base: list[float] | None = None
         self._ahead = 0

@@ -442,3 +442,17 @@ def test_parameters_gradients_and_state_are_freed_with_the_optimizer(options, sm
 def test_param_ecc_says_what_it_does(small_chunks):
     with pytest.warns(StateWarning, match="param_ecc turned 6 float32 parameters"):
         trained(AdamW, {"param_ecc": "bf16+8"}, "triton", count=1)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_state_whose_memory_was_swapped_is_read_where_it_is_now(backend, small_chunks):
+    """``tensor.data = ...`` moves memory and keeps the tensor, as code that offloads state to the host does."""
+    params, plain = parameters([(40,)]), parameters([(40,)])
+    optimizer, reference = AdamW(params, compile=backend), AdamW(plain, compile="eager")
+    [first, second] = [[g] for [g] in gradients(2, [(40,)])]
+    run(optimizer, params, [first])
+    run(reference, plain, [first])
+    optimizer.state[params[0]]["exp_avg"].data = optimizer.state[params[0]]["exp_avg"].clone()
+    run(optimizer, params, [second])
+    run(reference, plain, [second])
+    assert same(state(optimizer), state(reference)) and same(params, plain)
