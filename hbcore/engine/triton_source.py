@@ -166,14 +166,12 @@ class PhaseWriter:
                 lines.append(f"            {self.names[node]}, _, _, _ = tl.randint4x({pointer(name)}, at)")
                 lines.append(f"            {self.names[node]} = ({self.names[node]} & 0xFFFF).to(tl.int32)")
                 continue
-            # a later phase may find the value in the cache; the last one to read it should not keep others out
-            once = ', eviction_policy="evict_first"' if len(self.program.phases) == 1 else ""
-            lines.append(f"            {self.names[node]} = tl.load({pointer(name)} + at{mask}{once})")
+            lines.append(f"            {self.names[node]} = tl.load({pointer(name)} + at{mask})")
         lines += [f"            {self._statement(n)}" for n in body]
         for name, node in zip(self.phase.writes, output, strict=False):
             dtype = self.program.dtypes[name]
             value = cast(self.names[node], node.meta["dtype"], dtype)
-            lines.append(f'            tl.store({pointer(name)} + at, {value}{mask}, cache_modifier=".cs")')
+            lines.append(f"            tl.store({pointer(name)} + at, {value}{mask})")
         for i, (r, node) in enumerate(zip(self.phase.reduces, output[len(self.phase.writes) :], strict=True)):
             value = self.names[node.args[0]]
             if r.how == "sum":

@@ -156,7 +156,8 @@ class Sender:
     def __init__(self, target: Tensor) -> None:
         self._target = target
         self._cuda = target.device.type == "cuda"
-        self._ring = [pinned(target) for _ in range(self.SLOTS)] if self._cuda else []
+        # one allocation for all: pinning memory takes the driver milliseconds each time
+        self._ring = pinned(target, self.SLOTS) if self._cuda else []
         self._events: list[Any] = [torch.cuda.Event(), torch.cuda.Event()] if self._cuda else []  # type: ignore[no-untyped-call]
         self._spare: list[Tensor] = []
         self._kept: list[Tensor] = []
@@ -164,8 +165,8 @@ class Sender:
 
     def spare(self, count: int = 4) -> None:
         """Have buffers ready for captures, which allow no allocation; ``count`` of them between two ordinary steps."""
-        while self._cuda and len(self._spare) < count:
-            self._spare.append(pinned(self._target))
+        if self._cuda and len(self._spare) < count:
+            self._spare += pinned(self._target, count - len(self._spare))
 
     def send(self, parts: Sequence[tuple[int, array[Any]]]) -> None:
         """Copy each array to its byte offset; the parts follow each other."""
@@ -194,9 +195,9 @@ class Sender:
         self._target[start:].copy_(buffer[start:], non_blocking=True)
 
 
-def pinned(like: Tensor) -> Tensor:
-    """A pinned host buffer as large as ``like``."""
-    return torch.zeros(like.numel(), dtype=torch.uint8, pin_memory=True)
+def pinned(like: Tensor, count: int = 1) -> list[Tensor]:
+    """``count`` pinned host buffers as large as ``like``."""
+    return list(torch.zeros(count, like.numel(), dtype=torch.uint8, pin_memory=True).unbind())
 
 
 def fill(buffer: Tensor, parts: Sequence[tuple[int, array[Any]]]) -> None:

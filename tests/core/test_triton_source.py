@@ -126,14 +126,14 @@ def test_whole_chunks_move_16_bytes_at_a_time(compiled, case, bits, width):
     """Three tensors are written and four are read, at the least; packed narrow numbers travel as 32-bit words."""
     ptx = compiled[case]["phases"][0]["ptx"]
     assert len(re.findall(rf"ld\.global[\w.:]*\.v{width}\.b{bits}", ptx)) >= 4
-    assert len(re.findall(rf"st\.global\.cs[\w.:]*\.v{width}\.b{bits}", ptx)) >= 3
+    assert len(re.findall(rf"st\.global[\w.:]*\.v{width}\.b{bits}", ptx)) >= 3
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if "loose" in name])
 def test_unaligned_tensors_are_read_element_by_element(compiled, case):
     ptx = compiled[case]["phases"][0]["ptx"]
     assert not re.search(r"(ld|st)\.global[\w.:]*\.v[248]", ptx)
-    assert re.search(r"st\.global\.cs\.b(16|32)", ptx)
+    assert re.search(r"st\.global\.b(16|32)", ptx)
 
 
 @pytest.mark.parametrize("case", CASES)
