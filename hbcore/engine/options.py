@@ -150,17 +150,7 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
         if name not in OPTIONS:
             raise OptionError(unknown(optimizer, name, own))
     values = {name: given.get(name, option.default) for name, option in OPTIONS.items()}
-    for spelling in ("foreach", "fused"):
-        if values[spelling] is not None:
-            values["multi_tensor"] = bool(values[spelling])
-            warnings.warn(
-                f"{optimizer}: {spelling}={values[spelling]} is torch's spelling; pass multi_tensor="
-                f"{bool(values[spelling])}. Kernels are always fused where a backend can.",
-                FutureWarning,
-                stacklevel=4,
-            )
-    if values["compile_step"]:
-        values["compile"] = "inductor"
+    _translate(optimizer, values)
     if values["compile"] not in fallback.CHOICES:
         raise OptionError(f"{optimizer}: compile={values['compile']!r} is not one of {', '.join(fallback.CHOICES)}.")
     if values["stochastic_rounding"] and values["capturable"]:
@@ -189,6 +179,21 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
         compile=values["compile"],
     )
     return settings, {name: values[name] for name in (*SCHEDULED, "maximize")}
+
+
+def _translate(optimizer: str, values: dict[str, Any]) -> None:
+    """Map other libraries' spellings to ours, in place; torch's with a warning."""
+    for spelling in ("foreach", "fused"):
+        if values[spelling] is not None:
+            values["multi_tensor"] = bool(values[spelling])
+            warnings.warn(
+                f"{optimizer}: {spelling}={values[spelling]} is torch's spelling; pass multi_tensor="
+                f"{bool(values[spelling])}. Kernels are always fused where a backend can.",
+                FutureWarning,
+                stacklevel=5,
+            )
+    if values["compile_step"]:
+        values["compile"] = "inductor"
 
 
 def check_slots(transforms: Iterable[Transform]) -> None:

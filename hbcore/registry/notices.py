@@ -81,6 +81,11 @@ def unknown_optimizer(index: Index, name: str) -> RegistryError:
         wanted = provider or next((known for known in _FAMILIES if fold(known) == prefix), "")
         if wanted and fold(wanted) not in present:
             return UnknownOptimizerError(f"{message}It comes with {wanted}: {pip_line(wanted)}")
+        if provider:  # a family's name, and the family is here: suggesting the name itself would help nobody
+            return UnknownOptimizerError(
+                f"{message}It belongs to {wanted}, and {present[fold(wanted)]} does not provide it yet; "
+                f"a newer one may: pip install --upgrade {wanted}. 'hbcore list' shows every name"
+            )
     message += suggestions(name, index.names(aliases=True))
     if broken := ", ".join(failure.entry for failure in index.snapshot.failures):
         message += f"It may belong to a plugin that is disabled ({broken}; see 'hbcore doctor'). "

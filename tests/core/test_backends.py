@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from core.chains import CHAINS, EVERYTHING
 from core.kit import distance, gradients, optimizer_of, parameters, run, same, train, values
 from core.kit import mlp as small_model
 from torch import nn
@@ -34,37 +35,6 @@ pytestmark = [
 ]
 
 FP32 = 1e-6
-EVERYTHING = {
-    "caution": True,
-    "cautious_weight_decay": True,
-    "weight_decay": 0.1,
-    "mars": True,
-    "mars_gamma": 0.025,
-    "gradient_clipping": "global_l2norm_clip",
-    "update_clipping": ("l2_clip_", 3.0),
-    "warmup_steps": 2,
-    "maximize": True,
-}
-SHARED = {
-    "plain": {},
-    "decay": {"weight_decay": 0.1, "warmup_steps": 2, "maximize": True},
-    "cautious-decay": {"weight_decay": 0.1, "cautious_weight_decay": True},
-    "caution": {"caution": True},
-    "mars": {"mars": True, "mars_gamma": 0.025},
-    "clip-update": {"update_clipping": "l2_clip_"},
-    "clip-gradient": {"gradient_clipping": "global_l2norm_clip"},
-    "everything": EVERYTHING,
-    "capturable": {"capturable": True, "weight_decay": 0.1},
-    "capturable-everything": {"capturable": True, **EVERYTHING},
-}
-ADAMW = {f"adamw-{name}": (AdamW, options) for name, options in SHARED.items()}
-ADAMW |= {f"adamw-{d}": (AdamW, {"division_backend": d, "eps": 0.01}) for d in ("eps_add", "atan2", "nan_to_0")}
-SGDS = {f"sgd-{name}": (SGD, options) for name, options in SHARED.items()}
-SGDS |= {
-    "sgd-nesterov": (SGD, {"nesterov": True, "dampening": 0.2}),
-    "sgd-coupled": (SGD, {"weight_decay": 0.1, "decoupled_weight_decay": False}),
-}
-CHAINS = ADAMW | SGDS
 every_chain = pytest.mark.parametrize("chain", CHAINS)
 
 CHUNKS = {name: size for name, size in vars(triton_backend).items() if name.startswith("CHUNK")}

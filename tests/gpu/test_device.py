@@ -17,6 +17,7 @@ from itertools import islice
 
 import pytest
 import torch
+from core.chains import CHAINS, EVERYTHING
 from core.kit import distance, gradients, parameters, same, values
 from torch import nn
 
@@ -27,36 +28,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*param_ecc:hb
 
 DEVICE = "cuda"
 FP32 = 1e-6
-EVERYTHING = {
-    "caution": True,
-    "cautious_weight_decay": True,
-    "weight_decay": 0.1,
-    "mars": True,
-    "mars_gamma": 0.025,
-    "gradient_clipping": "global_l2norm_clip",
-    "update_clipping": ("l2_clip_", 3.0),
-    "warmup_steps": 2,
-    "maximize": True,
-}
-SHARED = {
-    "plain": {},
-    "decay": {"weight_decay": 0.1, "warmup_steps": 2, "maximize": True},
-    "cautious-decay": {"weight_decay": 0.1, "cautious_weight_decay": True},
-    "caution": {"caution": True},
-    "mars": {"mars": True, "mars_gamma": 0.025},
-    "clip-update": {"update_clipping": "l2_clip_"},
-    "clip-gradient": {"gradient_clipping": "global_l2norm_clip"},
-    "everything": EVERYTHING,
-    "capturable": {"capturable": True, **EVERYTHING},
-}
-CHAINS = {f"adamw-{name}": (AdamW, options) for name, options in SHARED.items()}
-CHAINS |= {f"adamw-{d}": (AdamW, {"division_backend": d, "eps": 0.01}) for d in ("eps_add", "atan2", "nan_to_0")}
-CHAINS |= {f"sgd-{name}": (SGD, options) for name, options in SHARED.items()}
-CHAINS |= {
-    "sgd-nesterov": (SGD, {"nesterov": True, "dampening": 0.2}),
-    "sgd-coupled": (SGD, {"weight_decay": 0.1, "decoupled_weight_decay": False}),
-}
-
 SHAPES = ((4, 3, 5, 7), (33, 65), (50_001,), (8191,), (8192,), (32_769,), (1,), (0, 3), ())
 """Channels-last, transposed, a view that starts 4 bytes into another tensor, the ends of chunks, one element, none, 0-d."""
 
