@@ -169,8 +169,9 @@ class Optimizer(torch.optim.Optimizer):
             parts = {name: torch.empty_like(p, dtype=dtype) for name, dtype in codec.parts("param", p.dtype).items()}
             for name, value in codec.write(parts, "param", p.detach()).items():
                 parts[name].copy_(value)
-            p.grad = None if p.grad is None else p.grad.to(parts["param"].dtype)
+            grad, p.grad = p.grad, None  # torch holds a gradient to its parameter's dtype, before the change and after it
             p.data = parts.pop("param")
+            p.grad = None if grad is None else grad.to(p.dtype)
             self.state[p].update(parts)
         if wide:
             self.report.note(f"param_ecc={self.settings.param_codec.name!r} stores float32 parameters as {wide[0].dtype}")  # type: ignore[union-attr]

@@ -414,6 +414,16 @@ def test_param_ecc_says_what_it_does(small_chunks):
         trained(AdamW, {"param_ecc": "bf16+8"}, "triton", count=1)
 
 
+def test_param_ecc_takes_a_gradient_that_is_there_already_along():
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    p.grad = torch.tensor([0.5, -0.5])
+    with pytest.warns(StateWarning, match="param_ecc"):
+        optimizer = AdamW([p], lr=0.1, param_ecc="bf16+8")
+    assert p.dtype == p.grad.dtype == torch.bfloat16
+    optimizer.step()
+    assert p[0] < 1 and p[1] > 2 and p.grad is None
+
+
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_state_whose_memory_was_swapped_is_read_where_it_is_now(backend, small_chunks):
     """``tensor.data = ...`` moves memory and keeps the tensor, as code that offloads state to the host does."""

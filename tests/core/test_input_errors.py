@@ -70,7 +70,10 @@ def test_numbers_from_numpy_are_numbers():
     import numpy as np
 
     optimizer = AdamW(one(), lr=np.float32(0.5), betas=(np.float64(0.9), 0.99), warmup_steps=np.int64(3))
-    run(optimizer, optimizer.param_groups[0]["params"], [[torch.ones(3)]])
+    [params, twins] = [optimizer.param_groups[0]["params"], one()]
+    run(optimizer, params, [[torch.ones(3)]])
+    run(AdamW(twins, lr=0.5, betas=(0.9, 0.99), warmup_steps=3), twins, [[torch.ones(3)]])
+    assert torch.equal(params[0], twins[0])
 
 
 p = nn.Parameter(torch.zeros(2, 3))
