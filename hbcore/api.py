@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from hbcore.engine.optimizer import Optimizer
     from hbcore.engine.options import Options
     from hbcore.rules.moments import Momentum, ScaleByAdam
-    from hbcore.rules.numerics import debiased, ema
+    from hbcore.rules.numerics import compute_dtype, debiased, ema
+    from hbcore.rules.route import Route, is_matrix
     from hbcore.rules.stages import CoupleDecay
     from hbcore.rules.transform import Context, Domain, Slot, State, Transform, hyper, zeros
+    from hbcore.rules.views import Block, matrix_view
 
 __all__ = [
     "API_VERSION",
     "Alias",
+    "Block",
     "CodecSpec",
     "Context",
     "CoupleDecay",
@@ -34,30 +37,39 @@ __all__ = [
     "Optimizer",
     "OptimizerSpec",
     "Options",
+    "Route",
     "ScaleByAdam",
     "Slot",
     "State",
     "Transform",
+    "compute_dtype",
     "debiased",
     "ema",
     "hookimpl",
     "hyper",
+    "is_matrix",
+    "matrix_view",
     "zeros",
 ]
 
 _LAZY = {
+    "Block": "hbcore.rules.views:Block",
     "Context": "hbcore.rules.transform:Context",
     "CoupleDecay": "hbcore.rules.stages:CoupleDecay",
     "Domain": "hbcore.rules.transform:Domain",
     "Momentum": "hbcore.rules.moments:Momentum",
     "Optimizer": "hbcore.engine.optimizer:Optimizer",
     "Options": "hbcore.engine.options:Options",
+    "Route": "hbcore.rules.route:Route",
     "ScaleByAdam": "hbcore.rules.moments:ScaleByAdam",
     "Slot": "hbcore.rules.transform:Slot",
     "State": "hbcore.rules.transform:State",
     "Transform": "hbcore.rules.transform:Transform",
+    "compute_dtype": "hbcore.rules.numerics:compute_dtype",
     "debiased": "hbcore.rules.numerics:debiased",
     "ema": "hbcore.rules.numerics:ema",
+    "is_matrix": "hbcore.rules.route:is_matrix",
+    "matrix_view": "hbcore.rules.views:matrix_view",
     "hyper": "hbcore.rules.transform:hyper",
     "zeros": "hbcore.rules.transform:zeros",
 }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from hbcore.rules.transform import Scalar
+if TYPE_CHECKING:
+    from hbcore.rules.transform import Scalar
 
 
 def ema(old: Tensor, new: Tensor, beta: Scalar) -> Tensor:

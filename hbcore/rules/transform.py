@@ -17,7 +17,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from hbcore.errors import HyperparameterError
+from hbcore.errors import HyperparameterError, RuleError
+from hbcore.rules.numerics import compute_dtype
+from hbcore.rules.views import Block
 
 State = Mapping[str, Tensor]
 Scalar: TypeAlias = "Tensor | float"
@@ -82,16 +84,23 @@ class Slot:
         shape: its logical shape; the parameter's own for elementwise rules.
         fill: the value it starts with.
         basis: how a change of basis acts on it: ``"rotate"`` (a first moment), ``"permute"`` (a second moment), ``None``.
+        exact: stored in the compute dtype whatever codec the optimizer has: preconditioners, and small numbers.
     """
 
     shape: torch.Size
     fill: float = 0.0
     basis: Literal["rotate", "permute"] | None = None
+    exact: bool = False
 
 
 def zeros(param: Tensor, basis: Literal["rotate", "permute"] | None = None) -> Slot:
     """A slot of the parameter's shape that starts at zero."""
     return Slot(param.shape, 0.0, basis)
+
+
+def unavailable(*_: Any) -> Any:
+    """What the parts of a :class:`Context` are that an elementwise rule has no use for."""
+    raise RuleError("c.probe, c.noise and c.apply are for rules of Domain.MATRIX; declare `domain = Domain.MATRIX`.")
 
 
 class Context(NamedTuple):
@@ -100,6 +109,16 @@ class Context(NamedTuple):
     ``param`` and ``grad`` come in the compute dtype: float32, or float64 for float64 parameters. ``step`` is a 0-d float64
     tensor, this parameter's own count, 1 on its first step. The reductions return 0-d tensors and reduce over one tensor
     (:attr:`Domain.TENSOR`) or over all parameters of the optimizer (:attr:`Domain.MODEL`).
+
+    What follows ``numel`` is for rules of :attr:`Domain.MATRIX`, which see stacks ``[B, *shape]`` of equally shaped blocks:
+
+    * ``param`` and ``grad`` are there for a rule whose ``needs`` name them; reading them otherwise is an error.
+    * ``refresh``: the expensive part is due this step, see :meth:`Transform.rate`.
+    * ``probe(like)``: standard normal numbers of ``like``'s shape and dtype, drawn from the optimizer's seed, each block's
+      identity and the step; the second call of a step draws others. The same on every rank and device; the global
+      generators are never used. ``noise(like)`` is the same, uniform in [0, 1).
+    * ``apply(inner, u, s)``: run the elementwise rule ``inner`` on the stack as one lane: ``inner.update(u, s, c)``, fused
+      where a backend can. Returns its update and its slots' new values, which the rule hands on with its own.
     """
 
     param: Tensor
@@ -109,6 +128,10 @@ class Context(NamedTuple):
     sum: Callable[[Tensor], Tensor]
     amax: Callable[[Tensor], Tensor]
     numel: Tensor
+    refresh: bool = True
+    probe: Callable[[Tensor], Tensor] = unavailable
+    noise: Callable[[Tensor], Tensor] = unavailable
+    apply: Callable[[Transform, Tensor, State], tuple[Tensor, dict[str, Tensor]]] = unavailable
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of ``x`` over the rule's domain, 0-d."""
@@ -129,6 +152,8 @@ class Transform:
         domain: the least of the model that ``update`` must see.
         stage: where :data:`hbcore.rules.stages.ORDER` puts it; rules leave it at ``"rule"``.
         owns_apply: ``update`` returns the new parameter rather than a step to subtract.
+        primes: the first gradient only prepares the state, see :meth:`prime`; it moves no parameter and counts no step.
+        needs: what a matrix rule reads of its context besides the update: of ``{"param", "grad"}``.
     """
 
     name: ClassVar[str] = ""
@@ -136,6 +161,8 @@ class Transform:
     domain: ClassVar[Domain] = Domain.ELEMENTWISE
     stage: ClassVar[str] = "rule"
     owns_apply: ClassVar[bool] = False
+    primes: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -166,9 +193,52 @@ class Transform:
         """The tensors this rule remembers for ``param``, by name. torch's names where torch has the slot."""
         return {}
 
+    def scalars(self) -> dict[str, float]:
+        """Numbers that a param group carries from step to step (a sum of weights, a largest lr), with their first values.
+
+        ``update`` finds them in ``s`` under their names, 0-d float64, and returns their new values with the slots' ones. They
+        may depend on hyperparameters and on each other, never on a tensor or on ``c.step``.
+        """
+        return {}
+
+    def rate(self, k: int) -> float:
+        """How many refreshes the group's step ``k`` (1 on its first) is worth, in [0, 1].
+
+        ``c.refresh`` is true whenever the running sum of the rates passes a whole number: 1 refreshes always, 1 / f at every
+        f-th step. The engine carries the sum, and checkpoints keep it.
+        """
+        return 1.0
+
+    def blocks(self, shape: torch.Size) -> tuple[Block, ...]:
+        """Matrix rules: how a parameter of ``shape`` is cut into stacks of equal blocks; see :mod:`hbcore.rules.views`."""
+        raise NotImplementedError(f"{type(self).__name__} is a matrix rule and defines no blocks(shape)")
+
+    def working_dtype(self, param: Tensor) -> torch.dtype:
+        """Matrix rules: the dtype in which ``update`` receives its stack; the compute dtype unless overridden."""
+        return compute_dtype(param.dtype)
+
+    def prime(self, u: Tensor, s: State, c: Context) -> dict[str, Tensor]:
+        """Matrix rules that say ``primes``: the state that the first update ``u`` of each block leads to."""
+        raise NotImplementedError(f"{type(self).__name__} says that it primes and defines no prime(u, s, c)")
+
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the new update and the new value of every slot. Pure: reads its arguments, writes nothing."""
+        """Return the new update and the new value of every slot. Pure: reads its arguments, writes nothing.
+
+        An elementwise rule may be handed any shape. A matrix rule is handed a stack ``[B, *shape]`` of equal blocks, and
+        slots of ``[B, *slot.shape]``, where ``slots`` was asked with a tensor of the block's shape; it treats each block by
+        itself, and slots that it does not return keep their values.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no update(u, s, c)")
+
+    def swap(self, param: Tensor, s: State, training: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rules with two sets of weights: the other set's parameter, and the slots that change with it. Pure, elementwise.
+
+        Args:
+            param: the parameter in the compute dtype.
+            s: the rule's slots.
+            training: whether the weights to train with are asked for, rather than those to evaluate with.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has one set of weights")
 
 
 def check_bounds(label: str, number: Any, bounds: Bounds) -> None:

@@ -1,0 +1,63 @@
+"""Different rules for different parameters of one group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hbcore.rules.transform import Bounds, Transform
+
+Predicate = Callable[[Tensor], bool]
+
+
+def is_matrix(param: Tensor) -> bool:
+    """Whether a parameter has two dimensions or more that are larger than 1."""
+    return sum(n > 1 for n in param.shape) > 1
+
+
+@dataclass(frozen=True)
+class Route(Transform):
+    """A fork in a chain: parameters for which ``when`` holds go through ``then``, the others through ``otherwise``.
+
+    Never runs by itself: :func:`resolve` puts one of its branches in its place before anything is traced.
+
+    Args:
+        when: a module-level function of the parameter, whose shape and dtype it may look at.
+        then, otherwise: the transforms of each branch.
+    """
+
+    when: Predicate
+    then: tuple[Transform, ...]
+    otherwise: tuple[Transform, ...] = ()
+    name = "route"
+
+    def hypers(self) -> Iterator[tuple[str, Any, Bounds]]:
+        for t in (*self.then, *self.otherwise):
+            yield from t.hypers()
+
+
+def resolve(chain: Iterable[Transform], branches: Iterable[bool]) -> tuple[Transform, ...]:
+    """The chain with each fork replaced by the branch that ``branches`` picks, in order of appearance."""
+    picks = iter(branches)
+
+    def walk(transforms: Iterable[Transform]) -> Iterator[Transform]:
+        for t in transforms:
+            if isinstance(t, Route):
+                yield from walk(t.then if next(picks) else t.otherwise)
+            else:
+                yield t
+
+    return tuple(walk(chain))
+
+
+def branches(chain: Iterable[Transform], param: Tensor) -> tuple[bool, ...]:
+    """Which way ``param`` takes at each fork that it meets."""
+    taken: list[bool] = []
+    for t in chain:
+        if isinstance(t, Route):
+            taken.append(bool(t.when(param)))
+            taken += branches(t.then if taken[-1] else t.otherwise, param)
+    return tuple(taken)
