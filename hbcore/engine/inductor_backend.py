@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -134,8 +134,26 @@ def _in_place(phase: Phase) -> Flat:
 
 
 def _compiled(phase: Phase) -> Flat:
-    compiled: Flat = torch.compile(_in_place(phase), dynamic=True, fullgraph=True)
+    compiled: Flat = torch.compile(_in_place(phase), dynamic=True, fullgraph=True, options=_options())
     return compiled
+
+
+def _options() -> dict[str, Any]:
+    """Options that keep Inductor from compiling more than the graph, which took most of a first step.
+
+    It compiles a test of each vector instruction set of the CPU, unless told that they are usable. All that the tests can find
+    is a C++ compiler too old for the instructions, and one that old does not compile torch's headers either. And it precompiles
+    those headers, which pays from about the fifth graph on; most trainings need one or two.
+    """
+    from torch._inductor import config  # takes long, and only who compiles needs it
+
+    known = config.get_config_copy()
+    options: dict[str, Any] = {}
+    if known.get("cpp.vec_isa_ok", False) is None:  # neither the user nor the environment has said
+        options["cpp.vec_isa_ok"] = True
+    if "cpp_cache_precompile_headers" in known:  # not in every version of torch
+        options["cpp_cache_precompile_headers"] = False
+    return options
 
 
 def compiler_on_path() -> bool:

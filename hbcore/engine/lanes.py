@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +19,9 @@ from hbcore.rules.transform import Transform
 from hbcore.state.steps import Address
 
 Group = dict[str, Any]
+
+SAMPLE = 8
+"""How many parameters' state is looked at for having moved."""
 
 _grad = attrgetter("grad")
 
@@ -80,18 +82,15 @@ class Work:
     def __init__(self, lane: Lane, entries: list[Entry]) -> None:
         self.lane, self.entries = lane, entries
         self.params = [e.param for e in entries]
-        self._states = [e.state for e in entries]
         self._pointers = list(map(Tensor.data_ptr, self.params))
         self._strides = list(map(Tensor.stride, self.params))
         columns: dict[str, list[Tensor]] = {"param": [at_least_1d(p.detach()) for p in self.params], "grad": []}
         self._noise = [name for name in lane.dtypes if name.startswith(NOISE)]
         stored = [name for name in lane.dtypes if name not in (*columns, *self._noise)]
         columns.update({name: [at_least_1d(e.stored[name]) for e in entries] for name in stored})
-        names = ("step", *(name for name in columns if name not in ("param", "grad")))
-        self._slots = itemgetter(*names) if len(names) > 1 else lambda state: (state["step"],)
-        self._held = [e.stored[name] for e in entries for name in names]
-        # Code that offloads state swaps the memory under its tensors, all of them: looking at one for each parameter tells.
-        self._sample = [e.stored[stored[0]] for e in entries] if stored else []
+        # Code that offloads state swaps the memory under its tensors, and begins with the large ones: looking at those tells.
+        largest = sorted(entries, key=lambda e: e.param.numel(), reverse=True)[:SAMPLE]
+        self._sample = [e.stored[name] for e in largest for name in stored]
         self._places = list(map(Tensor.data_ptr, self._sample))
         self.batch = Batch(columns, [], [], dense=lane.key.dense)
         self._scalars = () in self._strides
@@ -109,13 +108,11 @@ class Work:
                 alike = all(map(Tensor.is_contiguous, grads))
             else:
                 alike = list(map(Tensor.stride, grads)) == self._strides
-            held = chain.from_iterable(map(self._slots, self._states))
             moved = (
                 list(map(Tensor.data_ptr, self.params)) != self._pointers
-                or not all(map(is_, held, self._held))
                 or list(map(Tensor.data_ptr, self._sample)) != self._places
             )
-        except (KeyError, RuntimeError, TypeError):  # a slot is gone; a sparse gradient has no layout, a missing one nothing
+        except (RuntimeError, TypeError):  # a sparse gradient has no layout, a missing one nothing at all
             return False
         if moved or (self._any_dtype and not all(g.dtype == self.lane.key.grad for g in grads)):
             return False

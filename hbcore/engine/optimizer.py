@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as hooks
 from torch.optim.optimizer import ParamsT
 
 from hbcore.engine.lanes import Group
@@ -23,6 +23,7 @@ from hbcore.engine.values import Amp, capturing
 from hbcore.errors import HyperparameterError, OptionError, ParameterTypeError, StateWarning
 from hbcore.rules.transform import Transform
 from hbcore.state import checkpoint
+from hbcore.state.slots import StateMap
 
 
 class Assembly:
@@ -79,6 +80,7 @@ class Optimizer(torch.optim.Optimizer):
         defaults = {**scheduled, **hyperparameters}
         self._keys = tuple(defaults)
         super().__init__(check_params(name, params), {k: _tupled(v) for k, v in defaults.items()})
+        self.state: Any = StateMap(self.state)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,7 +101,6 @@ class Optimizer(torch.optim.Optimizer):
         """The rule's transforms for a group's hyperparameters ``h`` (attribute access). No branch on a ``hyper`` entry."""
         raise NotImplementedError("an Optimizer subclass defines chain(h)")
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
@@ -109,6 +110,14 @@ class Optimizer(torch.optim.Optimizer):
         Returns:
             The closure's loss, or None.
         """
+        if _observed(self):
+            return self._observed_step(closure)
+        with torch.no_grad():
+            return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch then leaves it unwrapped: _observed_step is what it would make
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -121,6 +130,8 @@ class Optimizer(torch.optim.Optimizer):
             for p in stepped:
                 p.grad = None
         return loss
+
+    _observed_step = torch.optim.Optimizer.profile_hook_step(torch.no_grad()(_step))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at any time. Its hyperparameters default to the constructor's.
@@ -147,6 +158,12 @@ class Optimizer(torch.optim.Optimizer):
         added["hbcore"] = checkpoint.metadata(self._transforms(added), self.settings.codec.name)
         self._pack(added["params"])
         self._plan = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the param groups as plain data, with torch's layout and hooks."""
+        result: dict[str, Any] = super().state_dict()
+        result["state"] = {key: dict(slots) for key, slots in result["state"].items()}
+        return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state dict exactly: every tensor keeps the dtype it was saved with. All or nothing.
@@ -250,13 +267,24 @@ class Optimizer(torch.optim.Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "state": defaultdict(dict, state["state"])})
+        super().__setstate__({**state, "state": StateMap(state["state"])})
         self._assembly = Assembly(type(self).chain, self.settings)
         self.report = Report()
         self._plan = None
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.report}"
+
+
+def _observed(optimizer: Optimizer) -> bool:
+    """Whether hooks or a profiler want to see the step. Asking takes a tenth of the time that torch's wrapper takes."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or hooks._global_optimizer_pre_hooks
+        or hooks._global_optimizer_post_hooks
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )
 
 
 def _plain(value: Any) -> Any:

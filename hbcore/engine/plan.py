@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from operator import is_
 from typing import Any
@@ -20,6 +21,7 @@ from hbcore.engine.trace import trace
 from hbcore.engine.values import NO_AMP, Amp, capturing, device_values, numbers
 from hbcore.errors import CompileError, SparseGradientError, TraceError
 from hbcore.rules.transform import Domain
+from hbcore.state.slots import StateMap
 from hbcore.state.steps import Address, StepCounters
 
 
@@ -58,7 +60,7 @@ class Plan:
         self._idle: list[Tensor] = []
         self._model_numel = 0.0
         self._active: list[Tensor] = []
-        self._states: list[dict[str, Any]] = []
+        self._revision: float = 0
         self._lists: list[list[Tensor]] = []
         self._lengths: list[int] = []
         self._selection = self.counters.select([])
@@ -78,8 +80,8 @@ class Plan:
             self._fill(work, work.rows(base, start, ahead), amp)
             start += len(work.entries)
             self._compile(work)
-        self._selection.advance(1 if amp.found_inf is None else (amp.found_inf == 0).float())
         self._run(works)
+        self._selection.advance(1 if amp.found_inf is None else (amp.found_inf == 0).float())  # while the device is at work
         for work in works:
             work.batch.tensors["grad"].clear()  # else a gradient that the user dropped would live until the next one
         self.report.backend = "+".join(sorted({w.lane.backend for w in works})) or self.report.backend
@@ -93,10 +95,13 @@ class Plan:
             and list(map(len, self._lists)) == self._lengths
             and all(self._recipes[g].fits(group) for g, group in enumerate(self.groups))
             and all(p.grad is None for p in self._idle)
-            and len(self.state) == len(self._states)
-            and all(map(is_, self.state.values(), self._states))  # by identity, in order: hashing tensors is slow
+            and self._revision == self._revised()
             and all(w.collect() for w in self._works)
         )
+
+    def _revised(self) -> float:
+        """What changes when somebody replaces state; never twice the same where a wrapper put a mapping of its own there."""
+        return self.state.revision.count if isinstance(self.state, StateMap) else math.nan
 
     def _replan(self) -> list[Work]:
         """Find the parameters with a gradient; new ones get their state and a step counter at zero."""
@@ -124,7 +129,7 @@ class Plan:
             work.collect()
         self._active = [p for w in works for p in w.params]
         self._selection = self.counters.select([e.counter for w in works for e in w.entries])
-        self._states = list(self.state.values())
+        self._revision = self._revised()
         self._lists = [group["params"] for group in self.groups]
         self._lengths = list(map(len, self._lists))
         return works

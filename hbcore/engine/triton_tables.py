@@ -70,6 +70,7 @@ class Tables:
                 length = self.words * len(members)
                 part, moving = moving[:length], moving[length:]
                 self.launches.append(self._launch(members, aligned, columns, part))
+        self._start = scalars * WORD
         self._sender = Sender(self.buffer)
         self._sent: list[int] = []
         self._sent_rows: list[int] = []
@@ -84,11 +85,12 @@ class Tables:
 
     def send(self, pointers: list[int], numbers: Sequence[Sequence[float]]) -> None:
         """Send the step's scalars, one row for each of ``numbers``, and pointers and row numbers if they changed."""
-        scalars = array("d", chain.from_iterable(numbers))
-        parts: list[tuple[int, array[Any]]] = [(0, scalars)]
-        if pointers != self._sent or self.batch.rows is not self._sent_rows or self.layout.noise:
+        parts: list[tuple[int, array[Any]]] = [(0, array("d", chain.from_iterable(numbers)))]
+        alone = len(self.launches) == 1 and self.batch.rows is self._sent_rows and not self.layout.noise
+        if pointers != self._sent or not alone:
+            # pointers come first: where nothing else changed, nothing else is sent
+            parts.append((self._start, array("q", pointers) if alone else self._moving(pointers)))
             self._sent, self._sent_rows = pointers, self.batch.rows
-            parts.append((self.rows.numel() * WORD, self._moving(pointers)))
         self._sender.send(parts)
 
     def send_device(self, pointers: list[int], rows: Sequence[Tensor], capture: bool) -> None:
@@ -102,7 +104,7 @@ class Tables:
         if not capture:
             self._sender.spare()
         self._sent = []  # a replay overwrites what later steps send
-        moving = [(self.rows.numel() * WORD, self._moving(pointers))]
+        moving = [(self._start, self._moving(pointers))]
         if capture:
             self._sender.record(moving)
         else:
@@ -159,6 +161,7 @@ class Sender:
         # one allocation for all: pinning memory takes the driver milliseconds each time
         self._ring = pinned(target, self.SLOTS) if self._cuda else []
         self._events: list[Any] = [torch.cuda.Event(), torch.cuda.Event()] if self._cuda else []  # type: ignore[no-untyped-call]
+        self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
         self._spare: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._next = 0
@@ -179,7 +182,11 @@ class Sender:
         buffer = self._ring[self._next]
         fill(buffer, parts)
         start, end = parts[0][0], parts[-1][0] + len(parts[-1][1]) * WORD
-        self._target[start:end].copy_(buffer[start:end], non_blocking=True)
+        key = (self._next, start, end)  # views are kept: making two of them takes longer than the copy
+        if key not in self._views:
+            self._views[key] = (self._target[start:end], buffer[start:end])
+        target, source = self._views[key]
+        target.copy_(source, non_blocking=True)
         if place == self.HALF - 1:
             self._events[half].record()
         self._next = (self._next + 1) % self.SLOTS

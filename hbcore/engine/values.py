@@ -51,4 +51,4 @@ def _on(device: torch.device, value: Any) -> Tensor:
 
 def capturing() -> bool:
     """Whether the current CUDA stream is recording a graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import gc
 import io
@@ -109,7 +110,7 @@ def test_a_replaced_list_of_groups_and_a_replaced_state_are_noticed():
     before = values(params)
     run(optimizer, params, grads[1:2])
     assert same(params, before)
-    optimizer.state = type(optimizer.state)(dict)
+    optimizer.state = collections.defaultdict(dict)
     run(optimizer, params, grads[2:])
     assert [int(optimizer.state[p]["step"]) for p in params] == [1] * len(params)
 
