@@ -18,11 +18,12 @@ from hbcore.registry.spec import Alias, CodecSpec, OptimizerSpec
 if TYPE_CHECKING:
     from hbcore.engine.optimizer import Optimizer
     from hbcore.engine.options import Options
+    from hbcore.errors import HyperparameterError, OptionError
     from hbcore.rules.moments import Momentum, ScaleByAdam
     from hbcore.rules.numerics import compute_dtype, debiased, ema
     from hbcore.rules.route import Route, is_matrix
     from hbcore.rules.stages import CoupleDecay
-    from hbcore.rules.transform import Context, Domain, Slot, State, Transform, hyper, zeros
+    from hbcore.rules.transform import Context, Domain, Scalar, Slot, State, Transform, hyper, zeros
     from hbcore.rules.views import Block, matrix_view
 
 __all__ = [
@@ -33,11 +34,14 @@ __all__ = [
     "Context",
     "CoupleDecay",
     "Domain",
+    "HyperparameterError",
     "Momentum",
     "Optimizer",
     "OptimizerSpec",
+    "OptionError",
     "Options",
     "Route",
+    "Scalar",
     "ScaleByAdam",
     "Slot",
     "State",
@@ -57,10 +61,13 @@ _LAZY = {
     "Context": "hbcore.rules.transform:Context",
     "CoupleDecay": "hbcore.rules.stages:CoupleDecay",
     "Domain": "hbcore.rules.transform:Domain",
+    "HyperparameterError": "hbcore.errors:HyperparameterError",
     "Momentum": "hbcore.rules.moments:Momentum",
     "Optimizer": "hbcore.engine.optimizer:Optimizer",
+    "OptionError": "hbcore.errors:OptionError",
     "Options": "hbcore.engine.options:Options",
     "Route": "hbcore.rules.route:Route",
+    "Scalar": "hbcore.rules.transform:Scalar",
     "ScaleByAdam": "hbcore.rules.moments:ScaleByAdam",
     "Slot": "hbcore.rules.transform:Slot",
     "State": "hbcore.rules.transform:State",

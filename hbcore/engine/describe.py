@@ -10,32 +10,26 @@ import torch
 
 from hbcore.engine.optimizer import Optimizer
 from hbcore.engine.options import OPTIONS
+from hbcore.engine.slabs import codec_of
 from hbcore.rules.numerics import compute_dtype
+from hbcore.rules.transform import Domain, Transform
+from hbcore.rules.views import Block
+from hbcore.state.codec import StateCodec
 
 
 def describe(cls: type[Optimizer]) -> dict[str, Any]:
     """Facts about an optimizer class, as plain data: hyperparameters with bounds, options, slots, bytes, chain.
 
-    Bytes per parameter are those of its state for float32 parameters at the class's defaults.
+    Bytes per parameter are those of its state for an 8 x 8 float32 matrix at the class's defaults.
     """
     signature = inspect.signature(cls)
     build: Callable[[list[torch.nn.Parameter]], Optimizer] = cls  # subclasses default everything but the parameters
     optimizer = build([torch.nn.Parameter(torch.zeros(8, 8))])
     [group] = optimizer.param_groups
-    recipe, transforms = optimizer._recipe(group), optimizer._transforms(group)
-    bounds = {name: str(b) for t in transforms for name, _, b in t.hypers()}
     param = group["params"][0]
-    slots: list[dict[str, Any]] = [
-        {
-            "name": part,
-            "transform": t.name,
-            "dtype": str(dtype).removeprefix("torch."),
-            "bytes_per_parameter": dtype.itemsize,
-        }
-        for t in transforms
-        for slot in t.slots(param)
-        for part, dtype in recipe.codec.parts(slot, compute_dtype(param.dtype)).items()
-    ]
+    transforms = optimizer._chain_of(group, param)
+    bounds = {name: str(b) for t in optimizer._transforms(group) for name, _, b in t.hypers()}
+    slots = [slot for t in transforms for slot in _slots(t, param, optimizer.settings.codec)]
     return {
         "name": cls.__name__,
         "doc": (inspect.getdoc(cls) or "").split("\n\n")[0],
@@ -53,3 +47,20 @@ def describe(cls: type[Optimizer]) -> dict[str, Any]:
         "bytes_per_parameter": float(sum(s["bytes_per_parameter"] for s in slots)),
         "chain": [t.name for t in transforms],
     }
+
+
+def _slots(t: Transform, param: torch.Tensor, codec: StateCodec) -> list[dict[str, Any]]:
+    """The tensors that one transform stores for ``param``."""
+    blocks = t.blocks(param.shape) if t.domain == Domain.MATRIX else (Block(0, 1, tuple(param.shape)),)
+    dtype = compute_dtype(param.dtype)
+    return [
+        {
+            "name": part,
+            "transform": t.name,
+            "dtype": str(stored).removeprefix("torch."),
+            "bytes_per_parameter": stored.itemsize * block.batch * slot.shape.numel() / param.numel(),
+        }
+        for block in blocks
+        for name, slot in t.slots(torch.empty(block.shape, dtype=param.dtype, device="meta")).items()
+        for part, stored in codec_of(slot, codec).parts(name, dtype).items()
+    ]

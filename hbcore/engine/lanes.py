@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from hbcore.engine.backend import Batch, Executable
-from hbcore.engine.program import NOISE, Program
+from hbcore.engine.courses import Course
+from hbcore.engine.program import NOISE, STACK, Program
 from hbcore.engine.recipe import Recipe
+from hbcore.engine.slabs import Seat
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Transform
 from hbcore.state.steps import Address
@@ -43,12 +45,14 @@ class Lane:
     """One program and what runs it.
 
     Attributes:
+        level: how many matrix rules come before it.
         slots: logical slot -> the value it starts with.
         dtypes: stored tensor -> dtype; ``param`` and ``grad`` first.
         transforms: its chain, with example hyperparameters.
     """
 
     key: LaneKey
+    level: int
     slots: dict[str, float]
     dtypes: dict[str, torch.dtype]
     transforms: tuple[Transform, ...]
@@ -69,28 +73,55 @@ class Entry:
 
     param: Tensor
     group: int
-    lane: Lane
+    course: Course
+    lanes: tuple[Lane, ...]
     counter: Address
     state: dict[str, Any]
     identity: str
+    seats: tuple[Seat, ...] = ()
     stored: dict[str, Tensor] = field(default_factory=dict)
+    primed: bool = True
+
+    @property
+    def reach(self) -> int:
+        """How many of its lanes take part in a step: not those after a rule that only primes."""
+        if self.primed:
+            return len(self.lanes)
+        return 1 + next(level for level, i in enumerate(self.course.rules) if self.course.transforms[i].primes)
+
+    def column(self, lane: Lane, name: str) -> Tensor:
+        """One of the tensors that ``lane`` reads or writes, gradient and noise excepted."""
+        if name == "param":
+            return self.param.detach()
+        if name == "update":
+            return self.seats[lane.level - 1].column(name)
+        if name.startswith(STACK):
+            return self.seats[lane.level].column(name.removeprefix(STACK))
+        return self.stored[name]
 
 
 class Work:
-    """The parameters of one lane that have a gradient, with their columns laid out; kept while nothing moves."""
+    """The parameters of one lane that have a gradient, with their columns laid out; kept while nothing moves.
 
-    def __init__(self, lane: Lane, entries: list[Entry]) -> None:
-        self.lane, self.entries = lane, entries
+    Args:
+        lane: what runs.
+        entries: its parameters.
+        places: where each one's step count is among those of all active parameters.
+    """
+
+    def __init__(self, lane: Lane, entries: list[Entry], places: list[int]) -> None:
+        self.lane, self.entries, self.places = lane, entries, places
         self.params = [e.param for e in entries]
         self._pointers = list(map(Tensor.data_ptr, self.params))
         self._strides = list(map(Tensor.stride, self.params))
-        columns: dict[str, list[Tensor]] = {"param": [at_least_1d(p.detach()) for p in self.params], "grad": []}
         self._noise = [name for name in lane.dtypes if name.startswith(NOISE)]
-        stored = [name for name in lane.dtypes if name not in (*columns, *self._noise)]
-        columns.update({name: [at_least_1d(e.stored[name]) for e in entries] for name in stored})
+        columns: dict[str, list[Tensor]] = {"param": [], "grad": []}
+        for name in lane.dtypes:
+            if name != "grad" and name not in self._noise:
+                columns[name] = [at_least_1d(e.column(lane, name)) for e in entries]
         # Code that offloads state swaps the memory under its tensors, and begins with the large ones: looking at those tells.
         largest = sorted(entries, key=lambda e: e.param.numel(), reverse=True)[:SAMPLE]
-        self._sample = [e.stored[name] for e in largest for name in stored]
+        self._sample = [t for e in largest for name, t in e.stored.items() if name in columns]
         self._places = list(map(Tensor.data_ptr, self._sample))
         self.batch = Batch(columns, [], [], dense=lane.key.dense)
         self._scalars = () in self._strides
@@ -121,24 +152,23 @@ class Work:
         self.batch.tensors["grad"][:] = grads
         return True
 
-    def rows(self, base: list[float], start: int, ahead: int) -> list[tuple[int, float]]:
+    def rows(self, base: list[float], ahead: int) -> list[tuple[int, float]]:
         """Give each parameter its scalar row; return the (group, step) of each row.
 
         Args:
             base: the step counts of all active parameters, the same list while they advance together.
-            start: where this lane's begin.
             ahead: what to add to them.
         """
         self.batch.sums.clear()
         self.batch.model.clear()
         if self._base is not base:
             index: dict[tuple[int, float], int] = {}
-            pairs = zip((e.group for e in self.entries), base[start:], strict=False)
+            pairs = ((e.group, base[i]) for e, i in zip(self.entries, self.places, strict=True))
             self.batch.rows = [index.setdefault(pair, len(index)) for pair in pairs]
             self._base, self._pairs = base, list(index)
         for name in self._noise:
-            steps = base[start:]
-            self.batch.keys[name] = [noise_key(e.identity, name, int(steps[i]) + ahead) for i, e in enumerate(self.entries)]
+            steps = [int(base[i]) + ahead for i in self.places]
+            self.batch.keys[name] = [noise_key(e.identity, name, t) for e, t in zip(self.entries, steps, strict=True)]
         return [(group, count + ahead) for group, count in self._pairs]
 
 
@@ -176,14 +206,20 @@ def initial_state(lane: Lane, p: Tensor, state: dict[str, Any]) -> dict[str, Ten
         blank = {name: torch.zeros_like(p, dtype=d, requires_grad=False) for name, d in parts.items()}
         missing.update(codec.write(blank, slot, torch.full_like(p, fill, dtype=dtype)) if fill else blank)
     for name, stored in lane.dtypes.items():  # what param_ecc keeps beside a parameter: nothing to correct yet
-        if name not in ("param", "grad") and not name.startswith(NOISE) and name not in state and name not in missing:
+        if not is_transient(name) and name not in state and name not in missing:
             missing[name] = torch.zeros_like(p, dtype=stored, requires_grad=False)
     return missing
 
 
+def is_transient(name: str) -> bool:
+    """Whether a lane's tensor is there for the step alone, and no part of the state."""
+    return name in ("param", "grad", "update") or name.startswith((NOISE, STACK))
+
+
 def by_lane(entries: Iterable[Entry]) -> list[Work]:
-    """Sort entries into one :class:`Work` for each lane, in order of appearance."""
-    lanes: dict[Lane, list[Entry]] = {}
-    for e in entries:
-        lanes.setdefault(e.lane, []).append(e)
-    return [Work(lane, members) for lane, members in lanes.items()]
+    """Sort entries into one :class:`Work` for each lane, in order of appearance; ``entries`` are all active ones."""
+    lanes: dict[Lane, list[tuple[Entry, int]]] = {}
+    for i, e in enumerate(entries):
+        for lane in e.lanes[: e.reach]:
+            lanes.setdefault(lane, []).append((e, i))
+    return [Work(lane, [e for e, _ in members], [i for _, i in members]) for lane, members in lanes.items()]

@@ -16,11 +16,13 @@ from torch.optim.optimizer import ParamsT
 from hbcore.engine.lanes import Group
 from hbcore.engine.options import OPTIONS, Settings, resolve
 from hbcore.engine.params import check_params, describe_param
-from hbcore.engine.plan import Plan
+from hbcore.engine.plan import Plan, Surroundings
+from hbcore.engine.progress import Progress
 from hbcore.engine.recipe import Recipe, length_of
 from hbcore.engine.report import Report
 from hbcore.engine.values import Amp, capturing
 from hbcore.errors import HyperparameterError, OptionError, ParameterTypeError, StateWarning
+from hbcore.rules import route
 from hbcore.rules.transform import Transform
 from hbcore.state import checkpoint
 from hbcore.state.slots import StateMap
@@ -35,7 +37,12 @@ class Assembly:
     def __init__(self, rule: Callable[[Any], tuple[Transform, ...]], settings: Settings) -> None:
         self.rule, self.settings = rule, settings
 
-    def __call__(self, h: Any) -> tuple[Transform, ...]:
+    def __call__(self, h: Any, branches: tuple[bool, ...]) -> tuple[Transform, ...]:
+        """The whole chain of the parameters that take ``branches`` at its forks."""
+        return self.settings.stages(h, route.resolve(self.rule(h), branches))
+
+    def forked(self, h: Any) -> tuple[Transform, ...]:
+        """The whole chain with its forks unresolved."""
         return self.settings.stages(h, self.rule(h))
 
 
@@ -77,6 +84,7 @@ class Optimizer(torch.optim.Optimizer):
         self._assembly = Assembly(type(self).chain, self.settings)
         self.report = Report()
         self._plan: Plan | None = None
+        self._progress: list[Progress] = []
         defaults = {**scheduled, **hyperparameters}
         self._keys = tuple(defaults)
         super().__init__(check_params(name, params), {k: _tupled(v) for k, v in defaults.items()})
@@ -220,12 +228,12 @@ class Optimizer(torch.optim.Optimizer):
         return {k: length_of(group[k]) for k in self._keys if k in names and group[k] is not None}
 
     def _transforms(self, group: Group) -> tuple[Transform, ...]:
-        """The group's chain with its present numbers, checked against their bounds."""
-        return self._assembly(SimpleNamespace(**{k: group[k] for k in self._keys}))
+        """The group's chain with its present numbers, checked against their bounds, its forks unresolved."""
+        return self._assembly.forked(SimpleNamespace(**{k: group[k] for k in self._keys}))
 
-    def _slot_names(self, g: int) -> set[str]:
-        group = self.param_groups[g]
-        return {s for t in self._transforms(group) for p in group["params"][:1] for s in t.slots(p)}
+    def _chain_of(self, group: Group, p: Tensor) -> tuple[Transform, ...]:
+        """The chain of one parameter of the group."""
+        return route.resolve(self._transforms(group), route.branches(self._transforms(group), p))
 
     def _check_hyperparameters(self, group: Group, index: int) -> None:
         where = f"{type(self).__name__}, parameter group {index}"
@@ -244,7 +252,19 @@ class Optimizer(torch.optim.Optimizer):
         return self.settings.capturable
 
     def _new_plan(self) -> Plan:
-        return Plan(self.param_groups, self.state, self._recipe, self._name_of, self._identity, self.report, self.settings)
+        self._progress += [{} for _ in self.param_groups[len(self._progress) :]]
+        around = Surroundings(
+            groups=self.param_groups,
+            state=self.state,
+            progress=self._progress,
+            recipe=self._recipe,
+            chain=self._transforms,
+            name_of=self._name_of,
+            identity=self._identity,
+            report=self.report,
+            settings=self.settings,
+        )
+        return Plan(around)
 
     def _name_of(self, group: int, index: int) -> str:
         return f"{type(self).__name__}: {describe_param(self.param_groups, group, index)}"
@@ -270,6 +290,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__({**state, "state": StateMap(state["state"])})
         self._assembly = Assembly(type(self).chain, self.settings)
         self.report = Report()
+        self._progress = []
         self._plan = None
 
     def __repr__(self) -> str:

@@ -14,9 +14,9 @@ from typing_extensions import TypedDict
 from hbcore import registry
 from hbcore.engine import fallback
 from hbcore.errors import OptionError, RuleError
-from hbcore.rules import clipping, division, stages
+from hbcore.rules import clipping, division, route, stages
 from hbcore.rules.mars import Mars
-from hbcore.rules.transform import Transform
+from hbcore.rules.transform import Domain, Transform
 from hbcore.state.codec import StateCodec, cast_codec
 
 
@@ -117,6 +117,9 @@ class Settings:
     def stages(self, h: Any, rule: Iterable[Transform]) -> tuple[Transform, ...]:
         """The transforms that the options insert around ``rule``, given a group's hyperparameters ``h``."""
         rule = tuple(rule)
+        held = [t.name for t in route.every(rule) if self.capturable and (t.domain == Domain.MATRIX or t.scalars())]
+        if held:
+            raise OptionError(f"capturable=True is not to be had for {', '.join(held)} yet; pass capturable=False.")
         decays = any(name == "weight_decay" for t in rule for name, _, _ in t.hypers())
         inserted = list(self.clips)
         if self.mars:
@@ -213,7 +216,7 @@ def first_beta(h: Any) -> Any:
     Raises:
         OptionError: the rule has no first moment.
     """
-    for name in ("betas", "momentum", "beta"):
+    for name in ("momentum", "beta", "betas"):
         value = getattr(h, name, None)
         if value is not None:
             return value[0] if isinstance(value, tuple) else value

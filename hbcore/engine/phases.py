@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from hbcore.engine.program import NOISE, REDUCERS, Phase, Program, Reduction
+from hbcore.engine.program import CARRIED, NOISE, REDUCERS, Phase, Program, Reduction
 from hbcore.errors import TraceError
 from hbcore.rules.transform import Domain
 
@@ -31,9 +31,16 @@ def split(
         scalar_names: the 0-d inputs, in order.
         label: the chain in words, for generated sources and reports.
     """
+    carries = {name: node for name, node in results.items() if name.startswith(CARRIED)}
+    results = {name: node for name, node in results.items() if name not in carries}
     for name, node in results.items():
         if node.meta["kind"] != "element":
             raise TraceError(f"{node.meta['where']}: the new value of {name!r} is one number; it must be a whole tensor.")
+    for name, node in carries.items():
+        if node.meta["kind"] != "host":
+            raise TraceError(
+                f"{node.meta['where']}: {name.removeprefix(CARRIED)!r} is carried by the group and may not depend on a tensor."
+            )
     stores = {name: node for name, node in results.items() if node.meta.get("input") != name}
     live = _live(graph, stores.values())
     hoisted = [n for n in _varying(live) if any(u.meta["kind"] != "host" for u in n.users if u in live)]
@@ -47,6 +54,8 @@ def split(
         _host(graph, live, hoisted, scalar_names),
         tuple(n.meta["dtype"] for n in hoisted),
         phases,
+        tuple(name.removeprefix(CARRIED) for name in carries),
+        _host(graph, _live(graph, carries.values()), list(carries.values()), scalar_names) if carries else None,
     )
 
 

@@ -4,62 +4,79 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hbcore.engine import schedule
+from hbcore.engine.adoption import Adopter
+from hbcore.engine.courses import Course, course, example
 from hbcore.engine.eager_backend import DirectExecutable
 from hbcore.engine.fallback import candidates, compile_first, fell_back
-from hbcore.engine.lanes import Entry, Group, Lane, LaneKey, Work, aligned, by_lane, initial_state
+from hbcore.engine.lanes import Entry, Group, Lane, LaneKey, Work, by_lane
 from hbcore.engine.layout import is_dense
 from hbcore.engine.options import Settings
+from hbcore.engine.progress import Progress, advanced, carried
 from hbcore.engine.recipe import Recipe
 from hbcore.engine.report import Report
+from hbcore.engine.stacks import Stack, seats_of, stacks_of
 from hbcore.engine.trace import trace
 from hbcore.engine.values import NO_AMP, Amp, capturing, device_values, numbers
 from hbcore.errors import CompileError, SparseGradientError, TraceError
-from hbcore.rules.transform import Domain
+from hbcore.rules import route
+from hbcore.rules.transform import Domain, Transform
 from hbcore.state.slots import StateMap
-from hbcore.state.steps import Address, StepCounters
+from hbcore.state.steps import StepCounters
 
 
-class Plan:
-    """Built as parameters first show a gradient; dropped when groups are added or a checkpoint is loaded.
+@dataclass(frozen=True)
+class Surroundings:
+    """What a plan knows of its optimizer.
 
-    Args:
-        groups: the optimizer's param groups.
-        state: the optimizer's state, which this creates slots in.
-        recipe: param group -> its recipe.
+    Attributes:
+        groups: the param groups.
+        state: the state, which the plan creates slots in.
+        progress: what each group carries from step to step; the plan writes to it.
+        recipe: param group -> the recipe of its chain, forks unresolved.
+        chain: param group -> its transforms, forks unresolved.
         name_of: (group index, parameter index) -> what messages call it.
         identity: (group index, parameter) -> what its noise is drawn by: seed, and name or position.
         report: where to say what runs.
-        settings: the optimizer's options: which backend, whether lanes are shared, whether steps may be captured.
+        settings: the options: which backend, whether lanes are shared, whether steps may be captured.
     """
 
-    def __init__(
-        self,
-        groups: list[Group],
-        state: dict[Tensor, dict[str, Any]],
-        recipe: Callable[[Group], Recipe],
-        name_of: Callable[[int, int], str],
-        identity: Callable[[int, Tensor], str],
-        report: Report,
-        settings: Settings,
-    ) -> None:
-        self.groups, self.state, self.recipe, self.report = groups, state, recipe, report
-        self.name_of, self.identity = name_of, identity
-        self.settings = settings
-        self.counters = StepCounters()
+    groups: list[Group]
+    state: dict[Tensor, dict[str, Any]]
+    progress: list[Progress]
+    recipe: Callable[[Group], Recipe]
+    chain: Callable[[Group], tuple[Transform, ...]]
+    name_of: Callable[[int, int], str]
+    identity: Callable[[int, Tensor], str]
+    report: Report
+    settings: Settings
+
+
+class Plan:
+    """Built as parameters first show a gradient; dropped when groups are added or a checkpoint is loaded."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self.around = around
+        self.groups, self.state, self.report, self.settings = around.groups, around.state, around.report, around.settings
         self.entries: dict[Tensor, Entry] = {}
         self.lanes: dict[LaneKey, Lane] = {}
-        self.numel = sum(p.numel() for g in groups for p in g["params"])
+        self.counters = StepCounters()
+        self.numel = sum(p.numel() for g in self.groups for p in g["params"])
+        self._courses: dict[tuple[int, tuple[bool, ...], torch.dtype], Course] = {}
         self._recipes: dict[int, Recipe] = {}
+        self._forks: dict[int, tuple[Transform, ...]] = {}
         self._works: list[Work] | None = None
+        self._stacks: list[Stack] = []
         self._idle: list[Tensor] = []
         self._model_numel = 0.0
-        self._active: list[Tensor] = []
+        self._active: list[Entry] = []
         self._revision: float = 0
         self._lists: list[list[Tensor]] = []
         self._lengths: list[int] = []
@@ -74,18 +91,33 @@ class Plan:
                     "run a whole step outside the capture first, with the gradients that the captured one will have."
                 )
             self._works = self._replan()
-        works, start = self._works, 0
+        works = self._works
         base, ahead = self._selection.coming(trusted=self.settings.capturable)
+        progress, refreshes = self._progress()
         for work in works:  # everything compiles before anything is written
-            self._fill(work, work.rows(base, start, ahead), amp)
-            start += len(work.entries)
+            self._fill(work, work.rows(base, ahead), amp, progress)
             self._compile(work)
-        self._run(works)
+        for stack in self._stacks:
+            stack.arrange(base)
+        run_level = self._runner(ahead, progress, refreshes)
+        self.report.launches = schedule.run(works, 1 + max((s.level for s in self._stacks), default=-1), run_level)
         self._selection.advance(1 if amp.found_inf is None else (amp.found_inf == 0).float())  # while the device is at work
+        for g, carries in progress.items():
+            self.around.progress[g].update(carries)
         for work in works:
             work.batch.tensors["grad"].clear()  # else a gradient that the user dropped would live until the next one
+        self._after_priming()
         self.report.backend = "+".join(sorted({w.lane.backend for w in works})) or self.report.backend
-        return self._active
+        return [e.param for e in self._active]
+
+    def _progress(self) -> tuple[dict[int, Progress], dict[int, dict[str, bool]]]:
+        """What each active group will carry, as far as its count decides, and which of its rules refresh."""
+        progress, refreshes = {}, {}
+        for g in {e.group for e in self._active}:
+            transforms = [t for (group, _, _), c in self._courses.items() if group == g for t in c.transforms]
+            before = self.around.progress[g]
+            progress[g], refreshes[g] = advanced({**before, **carried(before, transforms)}, transforms)
+        return progress, refreshes
 
     def _unchanged(self) -> bool:
         """Whether last step's layout still holds; reads the gradients on the way."""
@@ -105,12 +137,13 @@ class Plan:
 
     def _replan(self) -> list[Work]:
         """Find the parameters with a gradient; new ones get their state and a step counter at zero."""
-        fresh: list[tuple[int, Tensor, Lane]] = []
+        adopter = Adopter(self.around, self.counters)
         active: list[Tensor] = []
         self._idle = []
         for g, group in enumerate(self.groups):
             if g not in self._recipes or not self._recipes[g].fits(group):
-                self._recipes[g] = self.recipe(group)
+                self._recipes[g], self._forks[g] = self.around.recipe(group), self.around.chain(group)
+                self._courses = {key: c for key, c in self._courses.items() if key[0] != g}
             for i, p in enumerate(group["params"]):
                 if p.numel() == 0:
                     continue
@@ -118,72 +151,62 @@ class Plan:
                     self._idle.append(p)
                     continue
                 active.append(p)
-                key = self._key(self._recipes[g], p, g, i)
+                way = self._course(g, group, p)
+                lanes = tuple(self._lane(way, level, p, g, i) for level in range(len(way.lanes)))
                 entry = self.entries.get(p)
-                if entry is None or entry.group != g or entry.lane.key != key or not self._current(entry):
-                    fresh.append((g, p, self._lane(key, p, group)))
-        self._adopt(fresh)
-        self._model_numel = float(sum(p.numel() for p in active))
-        works = by_lane(self.entries[p] for p in active)
+                if entry is None or entry.group != g or entry.lanes != lanes or not adopter.holds(entry):
+                    adopter.want(g, p, way, lanes)
+        self.entries.update(adopter.adopt())
+        self._active = [self.entries[p] for p in active]
+        return self._lay_out()
+
+    def _lay_out(self) -> list[Work]:
+        """Sort the active parameters into lanes and slabs."""
+        self._model_numel = float(sum(e.param.numel() for e in self._active))
+        works = by_lane(self._active)
+        self._stacks = stacks_of(self._active)
         for work in works:
             work.collect()
-        self._active = [p for w in works for p in w.params]
-        self._selection = self.counters.select([e.counter for w in works for e in w.entries])
+        counted = [e.counter for e in self._active]
+        self._selection = self.counters.select(counted, [e.primed for e in self._active])
         self._revision = self._revised()
         self._lists = [group["params"] for group in self.groups]
         self._lengths = list(map(len, self._lists))
         return works
 
-    def _key(self, recipe: Recipe, p: Tensor, g: int, i: int) -> LaneKey:
+    def _after_priming(self) -> None:
+        """Parameters that were primed in this step take whole ones from now on."""
+        if not all(e.primed for e in self._active):
+            for e in self._active:
+                e.primed = True
+            self._works = None
+
+    def _course(self, g: int, group: Group, p: Tensor) -> Course:
+        branches = route.branches(self._forks[g], p)
+        key = (g, branches, p.dtype)
+        if key not in self._courses:
+            self._courses[key] = course(replace(self._recipes[g], branches=branches), group, p)
+        return self._courses[key]
+
+    def _lane(self, way: Course, level: int, p: Tensor, g: int, i: int) -> Lane:
         grad = p.grad
         assert grad is not None
         if grad.layout != torch.strided:
             raise SparseGradientError(
-                f"{self.name_of(g, i)} has a sparse gradient ({grad.layout}); use an optimizer for sparse gradients, "
+                f"{self.around.name_of(g, i)} has a sparse gradient ({grad.layout}); use an optimizer for sparse gradients, "
                 "or make the layer dense (nn.Embedding(..., sparse=False))."
             )
-        return LaneKey(recipe, p.device, p.dtype, grad.dtype, is_dense(p), None if self.settings.multi_tensor else id(p))
-
-    def _lane(self, key: LaneKey, p: Tensor, group: Group) -> Lane:
+        dense = is_dense(p) if not way.rules else p.is_contiguous()  # a slab's rows lie in logical order
+        recipe = way.lanes[level]
+        key = LaneKey(recipe, p.device, p.dtype, grad.dtype, dense, None if self.settings.multi_tensor else id(p))
         if key not in self.lanes:
-            example = dict(zip(key.recipe.scalar_names, [*numbers(key.recipe, group), *[1.0] * 4], strict=False))
-            transforms = key.recipe.transforms(example)
+            transforms = recipe.transforms(example(recipe, self.groups[g]))
             slots = {name: slot.fill for t in transforms for name, slot in t.slots(p).items()}
-            dtypes = key.recipe.dtypes(p, key.grad, list(slots))
-            self.lanes[key] = Lane(key, slots, dtypes, transforms)
+            self.lanes[key] = Lane(key, level, slots, recipe.dtypes(p, grad.dtype, list(slots)), transforms)
         return self.lanes[key]
 
-    def _current(self, entry: Entry) -> bool:
-        """Whether the optimizer's state still holds the very tensors that were planned for."""
-        state = self.state[entry.param]
-        return state is entry.state and all(
-            state.get(name) is tensor and (name == "step" or aligned(tensor, entry.param))
-            for name, tensor in entry.stored.items()
-        )
-
-    def _adopt(self, fresh: list[tuple[int, Tensor, Lane]]) -> None:
-        """Plan parameters, taking over what state they have and creating what they lack."""
-        if not fresh:
-            return
-        devices = {p: p.device if self.settings.capturable else torch.device("cpu") for _, p, _ in fresh}
-        addresses: dict[Tensor, Address] = {}
-        for device in set(devices.values()):
-            there = [p for p, d in devices.items() if d == device]
-            opened = self.counters.open([float(self.state[p].get("step", 0.0)) for p in there], device)
-            addresses.update(zip(there, opened, strict=True))
-        for g, p, lane in fresh:
-            address = addresses[p]
-            state = self.state[p]
-            state["step"] = self.counters.view(address)
-            state.update(initial_state(lane, p, state))
-            for name, dtype in lane.dtypes.items():
-                if name in state and not (state[name].dtype == dtype and aligned(state[name], p)):
-                    state[name] = torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(state[name])
-            stored = {name: state[name] for name in ("step", *lane.dtypes) if name in state}
-            self.entries[p] = Entry(p, g, lane, address, state, self.identity(g, p), stored)
-
-    def _fill(self, work: Work, rows: list[tuple[int, float]], amp: Amp) -> None:
-        """Write down the numbers of each distinct (group, step)."""
+    def _fill(self, work: Work, rows: list[tuple[int, float]], amp: Amp, progress: dict[int, Progress]) -> None:
+        """Write down the numbers of each distinct (group, step), and what the group will carry."""
         self._trace(work.lane)
         recipe = work.lane.key.recipe
         if self.settings.capturable:
@@ -192,8 +215,16 @@ class Plan:
                 device_values(recipe, self.groups[g], step, amp, self._model_numel)
                 for (g, _), step in zip(rows, steps, strict=True)
             ]
-        else:
-            work.batch.values = [[*numbers(recipe, self.groups[g]), count, self._model_numel] for g, count in rows]
+            return
+        work.batch.values = [
+            [*numbers(recipe, self.groups[g], self._carried(g, work)), count, self._model_numel] for g, count in rows
+        ]
+        if work.lane.program is not None and work.lane.program.carries:
+            for (g, _), values in zip(rows, work.batch.values, strict=True):
+                progress[g].update(work.lane.program.carried(values))
+
+    def _carried(self, g: int, work: Work) -> Progress:
+        return carried(self.around.progress[g], work.entries[0].course.transforms)
 
     def _trace(self, lane: Lane) -> None:
         if lane.program is None and lane.executable is None:
@@ -201,8 +232,8 @@ class Plan:
                 lane.program = trace(lane.key.recipe, lane.dtypes, " -> ".join(t.name for t in lane.transforms))
                 self.report.programs += 1
             except TraceError as error:
-                if any(t.domain == Domain.MODEL for t in lane.transforms):
-                    raise  # one parameter at a time cannot see the model
+                if any(t.domain == Domain.MODEL or t.scalars() for t in lane.transforms):
+                    raise  # one parameter at a time cannot see the model, nor carry what all of them share
                 fell_back(self.report, f"the chain cannot be fused: {error} It runs one parameter at a time")
                 lane.executable, lane.backend = DirectExecutable(lane.key.recipe), "eager"
 
@@ -213,7 +244,9 @@ class Plan:
             return
         backends = candidates(self.settings.compile if lane.key.dense else "eager", lane.key.device, self.numel)
         if not lane.key.dense:
-            self.report.note("parameters that are not dense in memory run eagerly, one at a time")
+            self.report.note(
+                "parameters that are not dense in memory, in the order that the rule needs, run eagerly one by one"
+            )
         if lane.executable is None:
             lane.backend, lane.executable = compile_first(backends, lane.program, work.batch, self.report)
         try:
@@ -228,38 +261,30 @@ class Plan:
         self.report.compiles += max(compiles - lane.compiles, 0)
         lane.compiles = compiles
 
-    def _run(self, works: list[Work]) -> None:
-        """Run every lane's phases; a phase that reads a sum over the model waits until all lanes have contributed."""
-        waiting = {
-            r.name: {id(w) for w in works if w.lane.program and r in _reductions(w.lane)}
-            for w in works
-            for r in _reductions(w.lane)
-            if r.domain == Domain.MODEL
-        }
-        done, self.report.launches = dict.fromkeys(map(id, works), 0), 0
-        while any(done[id(w)] < w.lane.phases for w in works):
-            for w in works:
-                k = done[id(w)]
-                if k == w.lane.phases or (w.lane.program and any(waiting.get(s) for s in w.lane.program.phases[k].sums)):
-                    continue
-                assert w.lane.executable is not None
-                self.report.launches += w.lane.executable.run(k, w.batch)
-                done[id(w)] += 1
-                for r in w.lane.program.phases[k].reduces if w.lane.program else ():
-                    if r.domain == Domain.MODEL:
-                        waiting[r.name].discard(id(w))
-                        if not waiting[r.name]:
-                            _combine(r.name, r.how, works)
+    def _runner(
+        self, ahead: int, progress: dict[int, Progress], refreshes: dict[int, dict[str, bool]]
+    ) -> Callable[[int], None]:
+        """What runs one level of matrix rules."""
 
+        def run_level(level: int) -> None:
+            scattered = seats_of(self._active, level)
+            for seat in scattered:
+                seat.deal()
+            for stack in (s for s in self._stacks if s.level == level):
+                g, recipe = stack.slab.key.group, stack.slab.key.recipe
+                values = [*numbers(recipe, self.groups[g], self._carried_of(stack)), *[1.0] * 4]
+                scalars = {n: torch.tensor(v, dtype=torch.float64) for n, v in zip(recipe.scalar_names, values, strict=False)}
+                rule = recipe.whole_chain(scalars)[stack.slab.key.place]
+                state = {n: torch.tensor(v, dtype=torch.float64) for n, v in carried(self.around.progress[g], [rule]).items()}
+                for turn in stack.turns(rule, ahead, refreshes[g][rule.name], recipe.divide, state):
+                    progress[g].update({n: float(v) for n, v in stack.slab.run(turn).items()})
+                if stack.partial:
+                    self.report.note("some matrices of a slab sat a step out: the others were gathered and scattered back")
+            for seat in scattered:
+                seat.collect()
 
-def _reductions(lane: Lane) -> list[Any]:
-    return [r for p in lane.program.phases for r in p.reduces] if lane.program else []
+        return run_level
 
-
-def _combine(name: str, how: str, works: list[Work]) -> None:
-    """Make one number of what every lane contributed, and give it to all of them."""
-    parts = [x.double() for w in works for x in w.batch.sums.get(name, ())]
-    parts = [x.to(parts[0].device) for x in parts]
-    total = torch.stack(parts).sum() if how == "sum" else torch.stack(parts).amax()
-    for w in works:
-        w.batch.model[name] = total
+    def _carried_of(self, stack: Stack) -> Progress:
+        first = stack.members[0].entry
+        return carried(self.around.progress[first.group], first.course.transforms)

@@ -36,6 +36,13 @@ NOISE = "noise."
 """Prefix of the graph inputs that are random bits: drawn from a key and the element's index, stored nowhere."""
 
 
+STACK = "stack."
+"""Prefix of what a lane writes for the matrix rule that follows it: ``stack.update``, ``stack.grad``, ``stack.param``."""
+
+CARRIED = "carried."
+"""Prefix of the numbers that a param group carries from one step to the next."""
+
+
 def as_scalars(values: Sequence[float | Tensor]) -> Sequence[Tensor]:
     """Numbers as 0-d float64 tensors; tensors stay what and where they are."""
     if any(isinstance(v, Tensor) for v in values):
@@ -79,6 +86,14 @@ class Program:
     host: fx.GraphModule
     hoisted: tuple[torch.dtype, ...]
     phases: tuple[Phase, ...]
+    carries: tuple[str, ...] = ()
+    carry: fx.GraphModule | None = None
+
+    def carried(self, values: Sequence[float | Tensor]) -> dict[str, float]:
+        """The new values of the numbers that a group carries, from the present ones among ``values``."""
+        if self.carry is None:
+            return {}
+        return {name: float(value) for name, value in zip(self.carries, self.carry(*as_scalars(values)), strict=True)}
 
     def scalars(self, values: Sequence[float | Tensor]) -> tuple[Tensor, ...]:
         """The hoisted scalars as 0-d tensors, from one number or 0-d tensor for each of :attr:`scalar_names`."""

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbcore.engine.program import NOISE
+from hbcore.engine.program import CARRIED, NOISE, STACK
 from hbcore.rules.division import Divide
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Context, Domain, Transform
 from hbcore.state.codec import StateCodec, narrowed
 
-Chain = Callable[[SimpleNamespace], tuple[Transform, ...]]
+Chain = Callable[[SimpleNamespace, tuple[bool, ...]], tuple[Transform, ...]]
+"""Hyperparameters of a group, and the way at each fork -> the transforms, arranged."""
 Reduce = Callable[[Tensor, str, Domain, str], Tensor]
 """``reduce(x, "sum" | "amax", domain, rule)``: the one door through which a rule sees more than one element."""
 
@@ -30,8 +31,11 @@ def length_of(value: Any) -> int | None:
 class Recipe:
     """Everything static about how a set of parameters is updated. Equal recipes share one compiled program.
 
+    A matrix rule cuts a chain into lanes, and a recipe describes one of them: the lane before the rule ends by writing what the
+    rule asks for into tensors named ``stack.<what>``, the one after it begins with the tensor named ``update``.
+
     Args:
-        chain: hyperparameters of a group -> its transforms, arranged.
+        chain: hyperparameters of a group, and the way at each fork -> its transforms, arranged.
         static: the group's entries that are structure, ``((key, value), ...)``.
         dynamic: the group's entries that may change every step, ``((key, length or None), ...)``: a length for tuples.
         divide: the division backend.
@@ -40,6 +44,11 @@ class Recipe:
         stochastic: bfloat16 is rounded to stochastically, with noise that arrives as tensors named ``noise.<slot>``.
         scaled: gradients come multiplied by ``grad_scale``, and ``found_inf`` skips the step, as torch's GradScaler says.
         maximize: ascend instead of descend.
+        branches: the way at each fork of the chain.
+        carried: the numbers that a group carries from step to step.
+        span: the first transform of this lane, and the one after its last; None for the chain's end.
+        takes: the dtype of the update that a matrix rule before this lane made; None where it begins with the gradient.
+        feeds: what the matrix rule after this lane reads, and in which dtypes: ``(("update", bfloat16), ...)``.
     """
 
     chain: Chain
@@ -51,6 +60,11 @@ class Recipe:
     param_codec: StateCodec | None = None
     scaled: bool = False
     stochastic: bool = False
+    branches: tuple[bool, ...] = ()
+    carried: tuple[str, ...] = ()
+    span: tuple[int, int | None] = (0, None)
+    takes: torch.dtype | None = None
+    feeds: tuple[tuple[str, torch.dtype], ...] = ()
 
     def fits(self, group: Mapping[str, Any]) -> bool:
         """Whether the group still has the structure this recipe was made for; its numbers may be any."""
@@ -64,14 +78,19 @@ class Recipe:
     def scalar_names(self) -> tuple[str, ...]:
         """The 0-d inputs, flattened: ``lr``, ``betas.0``, ``betas.1``, ..., ``step``, ``model_numel``."""
         names = [k if n is None else f"{k}.{i}" for k, n in self.dynamic for i in range(n or 1)]
+        names += [CARRIED + name for name in self.carried]
         return (*names, *(("grad_scale", "found_inf") if self.scaled else ()), "step", "model_numel")
 
-    def transforms(self, scalars: Mapping[str, Any]) -> tuple[Transform, ...]:
-        """The chain with its hyperparameters bound to ``scalars``, one entry for each of :attr:`scalar_names`."""
+    def whole_chain(self, scalars: Mapping[str, Any]) -> tuple[Transform, ...]:
+        """Every transform, hyperparameters bound to ``scalars``, which has an entry for each of :attr:`scalar_names`."""
         values = dict(self.static)
         for key, n in self.dynamic:
             values[key] = scalars[key] if n is None else tuple(scalars[f"{key}.{i}"] for i in range(n))
-        return self.chain(SimpleNamespace(**values))
+        return self.chain(SimpleNamespace(**values), self.branches)
+
+    def transforms(self, scalars: Mapping[str, Any]) -> tuple[Transform, ...]:
+        """The transforms of this lane."""
+        return self.whole_chain(scalars)[self.span[0] : self.span[1]]
 
     def update(
         self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Tensor], numel: Tensor, reduce: Reduce
@@ -92,12 +111,19 @@ class Recipe:
             grad = -grad
         packed = self.param_codec if self.packs(tensors["param"].dtype) else None
         param = packed.read(tensors, "param", dtype) if packed else tensors["param"].to(dtype)
-        stored, update = {}, grad
+        stored, update = {}, grad if self.takes is None else tensors["update"].to(dtype)
         for t in self.transforms(scalars):
             state = {name: self.codec.read(tensors, name, dtype) for name in t.slots(tensors["param"])}
+            state.update({name: scalars[CARRIED + name] for name in t.scalars()})
             update, new = t.update(update, state, self._context(t, param, grad, scalars, numel, reduce))
             for name, value in new.items():
-                stored.update(self.codec.write(tensors, name, value, tensors.get(NOISE + name)))
+                if name in t.scalars():
+                    stored[CARRIED + name] = value
+                else:
+                    stored.update(self.codec.write(tensors, name, value, tensors.get(NOISE + name)))
+        if self.feeds:
+            made = {"update": update, "grad": grad, "param": param}
+            return {**stored, **{STACK + name: made[name].to(d) for name, d in self.feeds}}
         noise = tensors.get(f"{NOISE}param")
         plain = {"param": narrowed(update, tensors["param"].dtype, noise)}
         stored.update(packed.write(tensors, "param", update, noise) if packed else plain)
@@ -117,6 +143,9 @@ class Recipe:
             dtypes.update(self.codec.parts(slot, compute_dtype(param.dtype)))
         if self.param_codec is not None and self.packs(param.dtype):
             dtypes.update(self.param_codec.parts("param", torch.float32))
+        if self.takes is not None:
+            dtypes["update"] = self.takes
+        dtypes.update({STACK + name: dtype for name, dtype in self.feeds})
         if self.stochastic:
             dtypes.update({NOISE + slot: torch.int32 for slot in self._rounded(param.dtype, slots)})
         return dtypes
@@ -125,7 +154,7 @@ class Recipe:
         """The slots, ``param`` among them, that are stored with fewer bits than they are computed in."""
         rounded = [s for s in slots if self.codec.rounds and compute_dtype(param) == torch.float32]
         exact = self.param_codec is not None and self.packs(param) and not self.param_codec.rounds
-        return [*rounded, "param"] if param == torch.bfloat16 and not exact else rounded
+        return [*rounded, "param"] if param == torch.bfloat16 and not exact and not self.feeds else rounded
 
     def _context(
         self, t: Transform, param: Tensor, grad: Tensor, scalars: Mapping[str, Tensor], numel: Tensor, reduce: Reduce

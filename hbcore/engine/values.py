@@ -21,13 +21,13 @@ class Amp(NamedTuple):
 NO_AMP = Amp()
 
 
-def numbers(recipe: Recipe, group: Mapping[str, Any]) -> list[float]:
-    """The group's present hyperparameters, flattened as in ``recipe.scalar_names``."""
+def numbers(recipe: Recipe, group: Mapping[str, Any], carried: Mapping[str, float]) -> list[float]:
+    """The group's present hyperparameters and what it carries, flattened as in ``recipe.scalar_names``."""
     flat: list[float] = []
     for key, n in recipe.dynamic:
         value = group[key]
         flat += [float(value)] if n is None else [float(v) for v in value]
-    return flat
+    return [*flat, *(carried[name] for name in recipe.carried)]
 
 
 def device_values(recipe: Recipe, group: Mapping[str, Any], step: Tensor, amp: Amp, model_numel: float) -> list[Tensor]:

@@ -67,3 +67,30 @@ def _product(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
     """The high and the low 32 bits of a 32-bit product, in two steps of 48 bits: int64 may not overflow, nor is it unsigned."""
     upper, lower = x * (constant >> 16), x * (constant & 0xFFFF)
     return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _LOW
+
+
+def bits(keys: Tensor, numel: int, device: torch.device) -> Tensor:
+    """Sixteen random bits for each element of each row: int32 ``[rows, numel]`` in [0, 2^16), for one int64 key a row."""
+    index = torch.arange(numel, device=device)
+    return (philox4x32(keys.to(device)[:, None], index)[0] & 0xFFFF).to(torch.int32)
+
+
+def uniform(keys: Tensor, numel: int, device: torch.device) -> Tensor:
+    """Uniform numbers in [0, 1): float32 ``[rows, numel]`` for one int64 key a row, four from each draw of Philox."""
+    index = torch.arange((numel + 3) // 4, device=device)
+    drawn = torch.stack(philox4x32(keys.to(device)[:, None], index), dim=-1)
+    return ((drawn >> 8).to(torch.float32) * 2.0**-24).flatten(1)[:, :numel]
+
+
+def normal(keys: Tensor, numel: int, device: torch.device) -> Tensor:
+    r"""Standard normal numbers, float32 ``[rows, numel]``, for one int64 key a row: Box and Muller 1958.
+
+    .. math:: \sqrt{-2 \ln u_1} \cos 2 \pi u_2, \quad \sqrt{-2 \ln u_1} \sin 2 \pi u_2
+    """
+    index = torch.arange((numel + 3) // 4, device=device)
+    a, b, c, d = (((x >> 8).to(torch.float32) + 0.5) * 2.0**-24 for x in philox4x32(keys.to(device)[:, None], index))
+    parts: list[Tensor] = []
+    for u, v in ((a, b), (c, d)):
+        radius, angle = (-2 * u.log()).sqrt(), 2 * torch.pi * v
+        parts += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(parts, dim=-1).flatten(1)[:, :numel]

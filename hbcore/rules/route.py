@@ -53,6 +53,15 @@ def resolve(chain: Iterable[Transform], branches: Iterable[bool]) -> tuple[Trans
     return tuple(walk(chain))
 
 
+def every(chain: Iterable[Transform]) -> Iterator[Transform]:
+    """Every transform that some parameter may meet, forks themselves left out."""
+    for t in chain:
+        if isinstance(t, Route):
+            yield from every((*t.then, *t.otherwise))
+        else:
+            yield t
+
+
 def branches(chain: Iterable[Transform], param: Tensor) -> tuple[bool, ...]:
     """Which way ``param`` takes at each fork that it meets."""
     taken: list[bool] = []

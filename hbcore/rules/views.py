@@ -34,13 +34,13 @@ def matrix_view(
     fused q, k, v ``(3 d, d)``    ``split=(d, d, d)``                 three of ``(d, d)``
     the same with fewer k, v      ``split=(d, e, e)``                 one of ``(d, d)``, two of ``(e, d)``
     convolution                   ``merge_dims=False``                one ``(o, i, h, w)``
-    convolution                   ``merge_dims=256``                  dimensions joined while within 256
+    convolution ``(64, 64, 3, 3)``  ``merge_dims=256``                one ``(64, 64, 9)``
     ============================  ==================================  ==========================================
 
     Args:
         shape: the parameter's.
-        merge_dims: True joins all dimensions after the first; a number joins neighbours while their product stays within it;
-            False joins none. Dimensions of size 1 disappear, as long as one is left.
+        merge_dims: True joins all dimensions after the first; a number joins those after the first, from the last on, while
+            their product stays within it, and dimensions of size 1 disappear among them; False joins none.
         split: how many rows (of the first dimension after the batch) each block has; their sum is all rows.
         batch_dims: how many leading dimensions count blocks.
 
@@ -78,9 +78,9 @@ def merged(shape: Sequence[int], merge_dims: bool | int) -> tuple[int, ...]:
     if merge_dims is False:
         return tuple(shape)
     joined: list[int] = []
-    for size in (n for n in shape if n != 1):
+    for size in (n for n in reversed(shape[1:]) if n != 1):
         if joined and joined[-1] * size <= merge_dims:
             joined[-1] *= size
         else:
             joined.append(size)
-    return tuple(joined) or (1,)
+    return (*shape[:1], *reversed(joined))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hbcore.errors import CheckpointError, HyperparameterError, StateWarning
+from hbcore.rules import route
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Transform
 from hbcore.state import schema
@@ -30,7 +31,7 @@ def metadata(transforms: Iterable[Transform], codec: str) -> str:
 
 def versions(transforms: Iterable[Transform]) -> dict[str, int]:
     """The chain's transforms by name, with their versions."""
-    return {t.name: t.version for t in transforms}
+    return {t.name: t.version for t in route.every(transforms)}
 
 
 def load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
@@ -87,7 +88,7 @@ def _entry(optimizer: Optimizer, theirs: Mapping[str, Any], g: int, i: int, entr
     entry = {k: v for k, v in entry.items() if v is not None}  # torch.optim.SGD's momentum before its first step
     saved = schema.rules(theirs.get(schema.KEY))
     parts: dict[str, torch.dtype] = {}
-    for t in optimizer._transforms(group):
+    for t in optimizer._chain_of(group, group["params"][i]):
         own: dict[str, torch.dtype] = {}
         for slot in t.slots(group["params"][i]):
             own.update(codec.parts(slot, dtype))
@@ -147,7 +148,7 @@ def _loaded(optimizer: Optimizer, g: int, i: int, key: Any, value: Any) -> Any:
     """One state entry as it will be held: the dtype it was saved with, on the parameter's device, in its memory order."""
     param = optimizer.param_groups[g]["params"][i]
     if not isinstance(value, Tensor):
-        if key in optimizer._slot_names(g):
+        if key in {s for t in optimizer._chain_of(optimizer.param_groups[g], param) for s in t.slots(param)}:
             raise CheckpointError(
                 f"{optimizer._name_of(g, i)} has {value!r} for state {key!r} in the checkpoint; it is a tensor."
             )

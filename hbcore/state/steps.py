@@ -36,22 +36,26 @@ class StepCounters:
         """The 0-d view of one row."""
         return self.slabs[address.slab][0, address.row]
 
-    def select(self, addresses: Sequence[Address]) -> Selection:
-        """The rows that the coming steps advance, found once and used while the same parameters are active."""
-        return Selection(self.slabs, addresses)
+    def select(self, addresses: Sequence[Address], counts: Sequence[bool] | None = None) -> Selection:
+        """The rows that the coming steps read, found once and used while the same parameters are active.
+
+        Only those for which ``counts`` holds, all by default, are advanced.
+        """
+        return Selection(self.slabs, addresses, [True] * len(addresses) if counts is None else counts)
 
 
 class Selection:
     """Some rows of the counters, advanced together."""
 
-    def __init__(self, slabs: Sequence[Tensor], addresses: Sequence[Address]) -> None:
+    def __init__(self, slabs: Sequence[Tensor], addresses: Sequence[Address], counts: Sequence[bool]) -> None:
         self._addresses = list(addresses)
         rows: dict[int, list[int]] = {}
-        for address in addresses:
-            rows.setdefault(address.slab, []).append(address.row)
+        for address, counted in zip(addresses, counts, strict=True):
+            rows.setdefault(address.slab, []).extend([address.row] if counted else [])
         self._slabs = {i: slabs[i] for i in rows}
         self._rows = {  # an index that is on the device already: a captured step may copy none to it
-            i: None if len(r) == slabs[i].shape[1] else torch.tensor(r, device=slabs[i].device) for i, r in rows.items()
+            i: None if len(r) == slabs[i].shape[1] else torch.tensor(r, dtype=torch.int64, device=slabs[i].device)
+            for i, r in rows.items()
         }
         self._pairs = [(slab[0], slab[1]) for slab in self._slabs.values()]
         self._base: list[float] | None = None

@@ -1,5 +1,32 @@
-"""The Muon family of optimizers for hbcore. Provides nothing yet."""
+"""The Muon family of optimizers for hbcore.
 
-__all__ = ["__version__"]
+``hbcore.get("Muon")`` finds these classes by name; ``from hb_muon import Muon`` works as well. The classes are imported on
+first use: discovery reads ``hb_muon.plugin``, which runs this module first, and must not pay for importing torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hb_muon.muon import Muon
+
+__all__ = ["Muon", "__version__"]
 
 __version__ = "0.1.0"
+
+_HOME = {"Muon": "hb_muon.muon"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that holds the class ``name`` (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,33 @@
-"""The manifest that hbcore discovers. It names the plugin API it was written for and provides nothing yet."""
+"""What hb_psgd offers to hbcore, as plain data. Importing this module imports no torch."""
 
 from __future__ import annotations
 
+from hbcore.api import Alias, OptimizerSpec, hookimpl
+
 API = (1, 0)
+
+
+@hookimpl
+def hb_optimizers(api: object) -> list[OptimizerSpec]:
+    """The optimizers of the PSGD family."""
+    return [
+        OptimizerSpec(
+            name="PSGDKron",
+            target="hb_psgd.psgd:PSGDKron",
+            summary="Preconditioned SGD with Kronecker factors that whiten the momentum",
+            paper="Pooladzandi & Li 2024, arXiv:2402.11858; Li 2015, arXiv:1512.04202",
+        ),
+    ]
+
+
+@hookimpl
+def hb_aliases(api: object) -> list[Alias]:
+    """Names that HeavyBall users know."""
+    same = ("ForeachPSGDKron", "ForeachCachedPSGDKron", "CachedPSGDKron")
+    pure = ("ForeachPurePSGD", "PurePSGD")
+    delayed = ("ForeachDelayedPSGD", "DelayedPSGD", "ForeachCachedDelayedPSGDKron", "CachedDelayedPSGDKron")
+    return [
+        *(Alias(name, "PSGDKron") for name in same),
+        *(Alias(name, "PSGDKron", {"exp_avg_input": False}) for name in pure),
+        *(Alias(name, "PSGDKron", {"delayed": True}) for name in delayed),
+    ]

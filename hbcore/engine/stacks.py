@@ -1,0 +1,88 @@
+"""One step of the matrix rules: which rows of which slab run together, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hbcore.engine.lanes import Entry, noise_key
+from hbcore.engine.slabs import Seat, Slab, Turn
+from hbcore.rules.division import Divide
+from hbcore.rules.transform import Transform
+
+
+@dataclass(frozen=True)
+class Member:
+    """An active parameter's rows in a slab."""
+
+    entry: Entry
+    place: int
+    rows: range
+
+
+class Stack:
+    """The active rows of one slab.
+
+    Attributes:
+        level: how many matrix rules come before this one.
+        priming: whether some of them are primed this step.
+    """
+
+    def __init__(self, slab: Slab, level: int, members: list[Member]) -> None:
+        self.slab, self.level, self.members = slab, level, members
+        self._base: list[float] | None = None
+        self._parts: list[tuple[float, bool, Tensor | None, list[str]]] = []
+
+    @property
+    def partial(self) -> bool:
+        """Whether some of the slab's rows sit this step out, or take it at another step than the rest."""
+        return len(self._parts) > 1 or any(rows is not None for _, _, rows, _ in self._parts)
+
+    def arrange(self, base: list[float]) -> None:
+        """Sort the rows by step; ``base`` is the same list while all parameters advance together."""
+        if self._base is base:
+            return
+        groups: dict[tuple[float, bool], list[int]] = {}
+        for m in self.members:
+            priming = not m.entry.primed and m.entry.reach == self.level + 1
+            groups.setdefault((base[m.place], priming), []).extend(m.rows)
+        self._base, self._parts = base, []
+        for (count, priming), rows in groups.items():
+            whole = sorted(rows) == list(range(len(self.slab.names)))
+            index = None if whole else torch.tensor(sorted(rows), device=self.slab.key.device)
+            self._parts.append((count, priming, index, [self.slab.names[r] for r in sorted(rows)]))
+
+    def turns(self, rule: Transform, ahead: int, refresh: bool, divide: Divide, carried: Mapping[str, Tensor]) -> list[Turn]:
+        """The runs of ``rule`` that this step takes."""
+        return [
+            Turn(
+                rule,
+                rows,
+                names,
+                torch.tensor(count + ahead, dtype=torch.float64),
+                refresh,
+                priming,
+                divide,
+                carried,
+                noise_key,
+            )
+            for count, priming, rows, names in self._parts
+        ]
+
+
+def stacks_of(entries: list[Entry]) -> list[Stack]:
+    """One :class:`Stack` for each slab that an active parameter has rows in, in order of appearance."""
+    slabs: dict[Slab, tuple[int, list[Member]]] = {}
+    for place, e in enumerate(entries):
+        for level, seat in enumerate(e.seats[: min(e.reach, len(e.seats))]):
+            for block, slab, row in seat.places:
+                slabs.setdefault(slab, (level, []))[1].append(Member(e, place, range(row, row + block.batch)))
+    return [Stack(slab, level, members) for slab, (level, members) in slabs.items()]
+
+
+def seats_of(entries: list[Entry], level: int) -> list[Seat]:
+    """The seats of one level whose blocks lie in several slabs."""
+    return [e.seats[level] for e in entries if level < min(e.reach, len(e.seats)) and len(e.seats[level].places) > 1]

@@ -1,0 +1,274 @@
+"""PSGD with a Kronecker-factored whitening preconditioner, Li 2015 and Pooladzandi and Li 2024."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
+
+from hb_psgd import kron
+from hbcore.api import (
+    Block,
+    Context,
+    Domain,
+    HyperparameterError,
+    Optimizer,
+    OptionError,
+    Options,
+    Slot,
+    State,
+    Transform,
+    debiased,
+    hyper,
+    matrix_view,
+    zeros,
+)
+
+Probability: TypeAlias = "float | Callable[[int], float] | None"
+
+EPS = torch.finfo(torch.float32).eps
+"""The dampening's share of the gradient: that of float32, whatever the dtype."""
+
+RULES = {"pro": kron.pro_update}
+"""How the factors follow the gradient, by name."""
+
+
+def update_probability(k: int) -> float:
+    """How many refreshes step k (1, 2, ...) is worth unless told otherwise: 1 for 1000 steps, then less, at last 0.03.
+
+    ``max(0.03, min(1, 0.999^(k - 1000)))``
+    """
+    return max(0.03, min(1.0, 0.999 ** (k - 1000)))
+
+
+@dataclass(frozen=True)
+class PreconditionByKron(Transform):
+    r"""Precondition by Kronecker factors that are fitted so that they whiten what they precondition.
+
+    .. math::
+        x = m_t / (1 - \beta^t) \;\text{ with }\; m_t = \beta m_{t-1} + (1 - \beta)\, g_t, \;\text{ or }\; x = g_t \\
+        \tilde x = x + (\mathrm{dampening} + \epsilon |x|)\, v \qquad v \sim \mathcal N(0, 1) \qquad
+        Q \leftarrow \mathrm{rule}(Q, \tilde x) \;\text{ when due} \qquad u_t = Q^T Q\, x
+
+    The factors start as multiples of the identity when a block first sees something other than zeros; until then u is zero.
+
+    Args:
+        beta: decay of the momentum.
+        precond_lr: learning rate of the factors.
+        lower_bound_beta: decay of the running bound on the factors' curvature.
+        dampening: the noise that the factors are fitted with.
+        exp_avg_input: precondition the momentum; otherwise the gradient, and there is no momentum.
+        momentum_into_precond_update: fit the factors to the momentum; otherwise to the gradient.
+        delayed: precondition by the factors of before this step's refresh.
+        preconditioner_update_probability: how many refreshes a step is worth, in [0, 1]: a number, a module-level function of
+            the step (1, 2, ...), or None for :func:`update_probability`. Not drawn: a refresh is due whenever the sum of them
+            passes a whole number.
+        max_size_triangular, min_ndim_triangular, memory_save_mode: which factors are dense, :func:`hb_psgd.kron.memory_layout`.
+        merge_dims: how dimensions are joined, :func:`hbcore.api.matrix_view`; those of size 1 are dropped first.
+        precond_update_power_iterations: of :func:`hb_psgd.kron.norm_bound`.
+        precond_init_scale: the scale of Q at first; None for ``(a s)^b``, s by :func:`hb_psgd.kron.whitening_scale`.
+        precond_init_scale_scale, precond_init_scale_power: a and b; None for 1.
+        rule: one of :data:`RULES`.
+    """
+
+    beta: float = hyper(0.9, ge=0, lt=1)
+    precond_lr: float = hyper(0.1, ge=0, le=1)
+    lower_bound_beta: float = hyper(0.9, ge=0, lt=1)
+    dampening: float = hyper(1e-9, ge=0)
+    exp_avg_input: bool = True
+    momentum_into_precond_update: bool = True
+    delayed: bool = False
+    preconditioner_update_probability: Probability = None
+    max_size_triangular: int = 2048
+    min_ndim_triangular: int = 2
+    memory_save_mode: str | None = None
+    merge_dims: bool | int = False
+    precond_update_power_iterations: int = 2
+    precond_init_scale: float | None = None
+    precond_init_scale_scale: float = hyper(1.0, gt=0)
+    precond_init_scale_power: float | None = None
+    rule: str = "pro"
+    name = "psgd_kron"
+    domain = Domain.MATRIX
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule not in RULES:
+            raise OptionError(f"rule={self.rule!r} is not one of {', '.join(RULES)}.")
+        kron.memory_layout((), memory_save_mode=self.memory_save_mode)  # raises if there is no such mode
+        if not callable(self.preconditioner_update_probability):
+            _check("preconditioner_update_probability", self.preconditioner_update_probability, low=0, high=1)
+        _check("precond_update_power_iterations", self.precond_update_power_iterations, low=1)
+        _check("precond_init_scale", self.precond_init_scale, low=1e-30)
+        _check("precond_init_scale_power", self.precond_init_scale_power)
+
+    def rate(self, k: int) -> float:
+        p = self.preconditioner_update_probability
+        if p is None:
+            return update_probability(k)
+        return min(1.0, max(0.0, float(p(k)))) if callable(p) else float(p)
+
+    def blocks(self, shape: torch.Size) -> tuple[Block, ...]:
+        return matrix_view([n for n in shape if n != 1] or [1], self.merge_dims)
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        shape = param.shape or torch.Size([1])
+        dense = kron.memory_layout(shape, self.max_size_triangular, self.min_ndim_triangular, self.memory_save_mode)
+        slots = {"exp_avg": zeros(param)} if self.exp_avg_input else {}
+        slots["init_scale"] = Slot(torch.Size(), exact=True)
+        for i, n in enumerate(shape):
+            slots[f"Q_{i}"] = Slot(torch.Size((n, n) if dense[i] else (n,)), exact=True)
+            slots[f"L_{i}"] = Slot(torch.Size(), exact=True)
+        return slots
+
+    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        new, x = {}, u
+        if self.exp_avg_input:
+            new["exp_avg"], x = debiased(s["exp_avg"], u, self.beta, c.step)
+        target = x if self.momentum_into_precond_update else u
+        new["init_scale"], factors = self.started(target, s)
+        before = factors
+        if c.refresh:
+            dampened = target + (self.dampening + EPS * target.abs()) * c.probe(target)
+            factors, bounds = RULES[self.rule](
+                dampened, factors, [s[f"L_{i}"] for i in range(len(factors))], lr=self.precond_lr, beta=self.lower_bound_beta,
+                probe=c.probe, iterations=self.precond_update_power_iterations,
+            )  # fmt: skip
+            new |= {f"L_{i}": bound for i, bound in enumerate(bounds)}
+        new |= {f"Q_{i}": q for i, q in enumerate(factors)}
+        return kron.precondition(x, before if self.delayed else factors), new
+
+    def started(self, x: Tensor, s: State) -> tuple[Tensor, list[Tensor]]:
+        """The first scale of Q and the factors, begun where they were not yet and ``x`` is not zero: ``[B]`` and a list."""
+        factors = [s[f"Q_{i}"] for i in range(x.ndim - 1)]
+        waiting = s["init_scale"] == 0
+        if self.precond_init_scale is not None:
+            first = torch.full_like(s["init_scale"], self.precond_init_scale)
+        else:
+            first = self.precond_init_scale_scale * kron.whitening_scale(x, self.dampening)
+            if self.precond_init_scale_power is not None:
+                first = torch.where(first > 0, first**self.precond_init_scale_power, 0.0)
+        scale = torch.where(waiting, first.to(x.dtype), s["init_scale"])
+        return scale, kron.begin(factors, waiting, scale)
+
+
+def _check(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise HyperparameterError unless ``value`` is None or a finite number from ``low`` to ``high``."""
+    if value is None:
+        return
+    try:
+        fits = math.isfinite(value) and low <= value <= high
+    except TypeError:
+        fits = False
+    if not fits:
+        raise HyperparameterError(f"{name}={value!r} is no finite number in [{low:g}, {high:g}]; pass one, or leave it out.")
+
+
+NOT_YET: Mapping[str, Any] = {
+    "hessian_approx": False,
+    "hvp_interval": 1,
+    "finite_differences": False,
+    "fallback_to_finite_differences": True,
+    "q_dtype": "float32",
+    "precond_grad_accum": False,
+    "cached": True,
+    "store_triu_as_line": True,
+}
+"""HeavyBall's options that this version knows by name only, and the values that ask for nothing."""
+
+
+class PSGDKron(Optimizer):
+    r"""Preconditioned stochastic gradient descent with Kronecker factors: :math:`p \leftarrow p - \mathrm{lr}\, Q^T Q\, m`.
+
+    Pooladzandi and Li 2024 (arXiv:2402.11858), after Li 2015 (arXiv:1512.04202). :class:`PreconditionByKron` has the formulas,
+    :func:`hb_psgd.kron.pro_update` the rule by which the factors are fitted.
+
+    Args:
+        params: parameters, named parameters or groups of them; any floating dtype and shape.
+        lr: learning rate.
+        beta: decay of the momentum, in [0, 1).
+        betas: another spelling; its first number wins over ``beta``, the others mean nothing here.
+        preconditioner_update_probability: how often the factors are refreshed; None for :func:`update_probability`.
+        max_size_triangular: larger dimensions get a diagonal factor.
+        min_ndim_triangular: parameters of fewer dimensions get diagonal factors.
+        memory_save_mode: None, "one_diag", "smart_one_diag", "one_triu" or "all_diag": which other factors are diagonal.
+        momentum_into_precond_update: fit the factors to the momentum rather than the gradient.
+        merge_dims: join dimensions.
+        delayed: precondition by the factors of before this step's refresh.
+        exp_avg_input: precondition the momentum; with False there is none.
+        lower_bound_beta: decay of the bound on the factors' curvature.
+        dampening: the noise that the factors are fitted with.
+        precond_update_power_iterations: of the norms that refreshes need.
+        precond_init_scale: the scale of the factors' product at first; None to take it from the first gradient.
+        precond_init_scale_scale, precond_init_scale_power: what the scale so taken is multiplied by, then raised to.
+        precond_lr: learning rate of the factors, in [0, 1].
+        hessian_approx, hvp_interval, finite_differences, fallback_to_finite_differences, q_dtype, precond_grad_accum, cached,
+            store_triu_as_line: not to be had yet; any value but the default is refused.
+        **options: ``update_clipping`` is ``"trust_region_clip_"`` unless given; see :class:`hbcore.api.Options`.
+
+    State: ``exp_avg``, of the parameter's shape; ``Q_0``, ``Q_1``, ..., a matrix or a diagonal for each dimension larger than
+    1; ``L_0``, ``L_1``, ... and ``init_scale``, one number each; ``step``.
+
+    Raises:
+        HyperparameterError: a hyperparameter is outside its bounds.
+        OptionError: an option does not exist, or is not to be had yet.
+        ParameterError: ``params`` is unusable.
+    """
+
+    option_defaults: ClassVar[Mapping[str, Any]] = {"update_clipping": "trust_region_clip_"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 0.001,
+        beta: float = 0.9,
+        betas: tuple[float, ...] | None = None,
+        preconditioner_update_probability: Probability = None,
+        max_size_triangular: int = 2048,
+        min_ndim_triangular: int = 2,
+        memory_save_mode: str | None = None,
+        momentum_into_precond_update: bool = True,
+        merge_dims: bool | int = False,
+        delayed: bool = False,
+        exp_avg_input: bool = True,
+        lower_bound_beta: float = 0.9,
+        dampening: float = 1e-9,
+        precond_update_power_iterations: int = 2,
+        precond_init_scale: float | None = None,
+        precond_init_scale_scale: float = 1.0,
+        precond_init_scale_power: float | None = None,
+        precond_lr: float = 0.1,
+        hessian_approx: bool = False,
+        hvp_interval: int = 1,
+        finite_differences: bool = False,
+        fallback_to_finite_differences: bool = True,
+        q_dtype: str = "float32",
+        precond_grad_accum: bool = False,
+        cached: bool = True,
+        store_triu_as_line: bool = True,
+        **options: Unpack[Options],
+    ) -> None:
+        given = locals()
+        for option, harmless in NOT_YET.items():
+            if given[option] != harmless:
+                raise OptionError(
+                    f"{type(self).__name__}: {option}={given[option]!r} is not to be had yet; leave it at {harmless!r}."
+                )
+        hyperparameters = {name: given[name] for name in HYPERPARAMETERS}
+        if betas is not None:
+            hyperparameters["beta"] = betas[0]
+        super().__init__(params, {"lr": lr, **hyperparameters}, options)
+
+    @staticmethod
+    def chain(h: Any) -> tuple[Transform, ...]:
+        return (PreconditionByKron(**{name: getattr(h, name) for name in HYPERPARAMETERS}),)
+
+
+HYPERPARAMETERS = tuple(f.name for f in fields(PreconditionByKron) if f.name != "rule")
+"""The rule's fields that are the optimizer's too."""

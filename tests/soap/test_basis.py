@@ -1,0 +1,189 @@
+"""Eigenbases and changes of basis, against the same in plain words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hb_soap import basis
+
+DTYPES = [torch.float32, torch.float64]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other take longer over matrices this small than the matrices do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def orthogonal(*shape, seed=0, dtype=torch.float64):
+    return torch.linalg.qr(normal(*shape, seed=seed))[0].to(dtype)
+
+
+def spectrum(values, seed=0, dtype=torch.float64):
+    """One symmetric matrix ``[1, n, n]`` with these eigenvalues."""
+    q = orthogonal(len(values), len(values), seed=seed)
+    return ((q * torch.tensor(values, dtype=torch.float64)) @ q.T).to(dtype)[None]
+
+
+def defect(q):
+    """How far the columns are from orthonormal."""
+    q = q.double()
+    return float((q.mT @ q - torch.eye(q.shape[-1], dtype=torch.float64)).abs().max())
+
+
+def test_a_matrix_is_projected_from_both_sides():
+    x, left, right = normal(3, 4, 6), orthogonal(3, 4, 4, seed=1), orthogonal(3, 6, 6, seed=2)
+    both = torch.stack([q.T @ a @ p for a, q, p in zip(x, left, right, strict=True)])
+    assert torch.allclose(basis.project(x, [left, right]), both, atol=1e-14)
+    assert torch.allclose(basis.project(x, [left, None]), left.mT @ x, atol=1e-14)
+    assert torch.allclose(basis.project(x, [None, right]), x @ right, atol=1e-14)
+    assert basis.project(x, [None, None]) is x
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 6), (2, 3, 4), (3, 2, 4, 5)], ids=str)
+@pytest.mark.parametrize("skipped", [None, 0], ids=["all", "but-one"])
+def test_projecting_back_undoes_projecting(shape, skipped):
+    x = normal(2, *shape)
+    bases = [None if i == skipped else orthogonal(2, n, n, seed=i) for i, n in enumerate(shape)]
+    letters = "abcd"[: len(shape)]
+    wanted = x
+    for i, q in enumerate(bases):
+        if q is not None:
+            wanted = torch.einsum(f"z{letters},z{letters[i]}y->z{letters.replace(letters[i], 'y')}", wanted, q)
+    there = basis.project(x, bases)
+    assert torch.allclose(there, wanted, atol=1e-13)
+    assert torch.allclose(basis.project_back(there, bases), x, atol=1e-13)
+
+
+@pytest.mark.parametrize("dim", range(4))
+def test_outer_is_the_unfolding_times_itself(dim):
+    x = normal(2, 3, 2, 4, 5)
+    letters = "abcd"
+    other = letters.replace(letters[dim], "y")
+    wanted = torch.einsum(f"z{letters},z{other}->z{letters[dim]}y", x, x)
+    assert torch.allclose(basis.outer(x, dim), wanted, atol=1e-13)
+
+
+def test_outer_of_a_vector():
+    x = normal(2, 3)
+    assert torch.equal(basis.outer(x, 0), x[:, :, None] * x[:, None, :])
+
+
+def test_permuting_orders_each_block_by_its_own():
+    x = normal(2, 3, 4)
+    rows, columns = torch.tensor([[2, 0, 1], [0, 2, 1]]), torch.tensor([[3, 2, 1, 0], [1, 0, 3, 2]])
+    wanted = torch.stack([a[r][:, c] for a, r, c in zip(x, rows, columns, strict=True)])
+    assert torch.equal(basis.permuted(x, [rows, columns]), wanted)
+    assert torch.equal(basis.permuted(x, [None, columns])[1], x[1][:, columns[1]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_eigenbasis_is_orthonormal_and_sorted(dtype):
+    p = torch.cat([spectrum([4, 1, 9, 2], seed=s, dtype=dtype) for s in range(3)])
+    q = basis.eigenbasis(p)
+    values = q.mT @ p @ q
+    assert q.dtype == dtype
+    assert defect(q) < 1e-5
+    assert torch.allclose(values, torch.diag(torch.tensor([9.0, 4, 2, 1], dtype=dtype)).expand(3, 4, 4), atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_nothing_known_gives_unit_vectors_to_that_matrix_alone(value):
+    p = torch.cat([torch.full((1, 4, 4), value, dtype=torch.float64), spectrum([4, 3, 2, 1])])
+    q = basis.eigenbasis(p)
+    assert torch.equal(q[0].abs().sort(0).values, torch.eye(4, dtype=torch.float64).sort(0).values)
+    assert torch.equal(q[1:], basis.eigenbasis(p[1:]))
+
+
+def test_float64_takes_over_where_the_solver_fails(monkeypatch):
+    solver, seen = torch.linalg.eigh, []
+
+    def fails_in_float32(p):
+        seen.append(p.dtype)
+        if p.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return solver(p)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
+    q = basis.eigenbasis(spectrum([3, 2, 1], dtype=torch.float32))
+    assert seen == [torch.float32, torch.float64]
+    assert q.dtype == torch.float32 and defect(q) < 1e-6
+
+
+def test_a_refresh_is_qr_of_the_sorted_image():
+    p, q = spectrum([5, 4, 3, 2, 1]), orthogonal(1, 5, 5, seed=7)
+    fresh, order = basis.refreshed(p, q)
+    values = (q.mT @ p @ q)[0].diagonal()
+    assert torch.equal(order[0], values.argsort(descending=True))
+    wanted = torch.linalg.qr(p[0] @ q[0][:, order[0]])[0]
+    signs = (fresh[0] * wanted).sum(0)
+    assert torch.allclose(signs.abs(), torch.ones_like(signs), atol=1e-12)
+    assert torch.allclose(fresh[0] * signs, wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_refreshes_find_the_eigenvectors(dtype):
+    p, q = spectrum([16, 8, 4, 2, 1], dtype=dtype), orthogonal(1, 5, 5, seed=7, dtype=dtype)
+    for _ in range(40):
+        q, order = basis.refreshed(p, q)
+    assert torch.equal(order[0], torch.arange(5))
+    wanted = torch.tensor([16, 8, 4, 2, 1], dtype=dtype)
+    assert torch.allclose(q.mT @ p @ q, torch.diag(wanted)[None], atol=1e-4 if dtype == torch.float32 else 1e-11)
+
+
+SPECTRA = {
+    "condition-1e8": [10 ** (-8 * i / 95) for i in range(96)],
+    "one-direction": [1.0] + [0.0] * 95,
+    "half-rank": [1.0] * 48 + [0.0] * 48,
+    "zero": [0.0] * 96,
+    "tiny": [1e-36] * 96,
+    "huge": [1e36 * 0.9**i for i in range(96)],
+}
+
+
+@pytest.mark.parametrize("start", ["random", "eigenvectors"])
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_refreshed_basis_is_orthonormal_whatever_the_spectrum(dtype, name, start):
+    p = spectrum(SPECTRA[name], dtype=dtype)
+    q = orthogonal(1, 96, 96, seed=5, dtype=dtype) if start == "random" else basis.eigenbasis(p)
+    fresh, _ = basis.refreshed(p, q)
+    assert fresh.dtype == dtype
+    assert defect(fresh) < (1e-5 if dtype == torch.float32 else 1e-13)
+
+
+def test_directions_that_the_gradients_never_showed_stay_about_where_they_are():
+    q = basis.eigenbasis(spectrum([4, 3, 2, 1, 0.5, 0.2]))
+    p = (q[:, :, :2] * torch.tensor([3.0, 1.0], dtype=torch.float64)) @ q[:, :, :2].mT
+    fresh, order = basis.refreshed(p, q)
+    moved = (fresh.mT @ q.gather(-1, order[:, None].expand_as(q))).abs()
+    assert torch.allclose(moved, torch.eye(6, dtype=torch.float64)[None], atol=0.1)
+
+
+def test_steep_spectra_converge_as_fast_as_with_qr():
+    """A shift that is not tiny would hold back the small eigenvalues."""
+    p, q = spectrum([10.0**-i for i in range(7)]), orthogonal(1, 7, 7, seed=3)
+    plain = q
+    for _ in range(3):
+        q, _ = basis.refreshed(p, q)
+        columns = (plain.mT @ p @ plain)[0].diagonal().argsort(descending=True)
+        plain = torch.linalg.qr(p @ plain[:, :, columns])[0]
+    assert torch.allclose((q.mT @ plain).abs(), torch.eye(7, dtype=torch.float64)[None], atol=1e-7)
+
+
+def test_a_matrix_that_is_not_finite_keeps_its_basis():
+    q = orthogonal(2, 4, 4)
+    p = spectrum([4, 3, 2, 1]).repeat(2, 1, 1)
+    alone, _ = basis.refreshed(p[1:], q[1:])
+    p[0, 1, 2] = float("nan")
+    fresh, order = basis.refreshed(p, q)
+    assert torch.equal(fresh[0], q[0][:, order[0]])
+    assert torch.allclose(fresh[1:], alone, atol=1e-14)
