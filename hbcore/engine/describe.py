@@ -10,11 +10,7 @@ import torch
 
 from hbcore.engine.optimizer import Optimizer
 from hbcore.engine.options import OPTIONS
-from hbcore.engine.slabs import codec_of
-from hbcore.rules.numerics import compute_dtype
-from hbcore.rules.transform import Domain, Transform
-from hbcore.rules.views import Block
-from hbcore.state.codec import StateCodec
+from hbcore.state.expected import expected
 
 
 def describe(cls: type[Optimizer]) -> dict[str, Any]:
@@ -29,7 +25,16 @@ def describe(cls: type[Optimizer]) -> dict[str, Any]:
     param = group["params"][0]
     transforms = optimizer._chain_of(group, param)
     bounds = {name: str(b) for t in optimizer._transforms(group) for name, _, b in t.hypers()}
-    slots = [slot for t in transforms for slot in _slots(t, param, optimizer.settings.codec)]
+    slots = [
+        {
+            "name": part,
+            "transform": slot.rule,
+            "dtype": str(dtype).removeprefix("torch."),
+            "bytes_per_parameter": dtype.itemsize * slot.shape.numel() / param.numel(),
+        }
+        for slot in expected(transforms, param, optimizer.settings.codec)
+        for part, dtype in slot.parts(param).items()
+    ]
     return {
         "name": cls.__name__,
         "doc": (inspect.getdoc(cls) or "").split("\n\n")[0],
@@ -47,20 +52,3 @@ def describe(cls: type[Optimizer]) -> dict[str, Any]:
         "bytes_per_parameter": float(sum(s["bytes_per_parameter"] for s in slots)),
         "chain": [t.name for t in transforms],
     }
-
-
-def _slots(t: Transform, param: torch.Tensor, codec: StateCodec) -> list[dict[str, Any]]:
-    """The tensors that one transform stores for ``param``."""
-    blocks = t.blocks(param.shape) if t.domain == Domain.MATRIX else (Block(0, 1, tuple(param.shape)),)
-    dtype = compute_dtype(param.dtype)
-    return [
-        {
-            "name": part,
-            "transform": t.name,
-            "dtype": str(stored).removeprefix("torch."),
-            "bytes_per_parameter": stored.itemsize * block.batch * slot.shape.numel() / param.numel(),
-        }
-        for block in blocks
-        for name, slot in t.slots(torch.empty(block.shape, dtype=param.dtype, device="meta")).items()
-        for part, stored in codec_of(slot, codec).parts(name, dtype).items()
-    ]

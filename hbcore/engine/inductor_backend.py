@@ -1,7 +1,8 @@
 """torch.compile over the traced graph: C++ on a CPU, and on a GPU where the Triton backend cannot run.
 
 Two dynamic graphs for each phase serve every shape, one compiled for large tensors and one for small ones: Inductor decides
-from its first example whether a loop is worth several threads, and a graph made for an embedding wastes them on a bias.
+from its first example whether a loop is worth several threads, and a graph made for an embedding wastes them on a bias. Its
+cache keeps what it made of that example for every size, so the examples, and an option, tell the two apart.
 Tensors are passed flat, in their own memory order, so a shape never makes a graph.
 """
 
@@ -23,6 +24,9 @@ from hbcore.errors import CompileError
 from hbcore.rules.numerics import compute_dtype
 
 Flat = Callable[..., tuple[Tensor, ...]]
+
+EXAMPLE = {False: 1 << 20, True: SMALL // 2}
+"""Whether small -> the number of elements to compile with. Large enough for every core to be worth its thread."""
 
 
 class InductorBackend:
@@ -48,7 +52,7 @@ class InductorExecutable:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._functions = [(_compiled(p), _compiled(p)) for p in program.phases]
+        self._functions = [(_compiled(p, small=False), _compiled(p, small=True)) for p in program.phases]
         self._single = [_in_place(p) for p in program.phases]
         self._scalars: list[tuple[Tensor, ...]] = []
         self._warm: set[tuple[int, bool]] = set()
@@ -69,13 +73,14 @@ class InductorExecutable:
             return
         for piece in pieces(phase, batch):
             size = piece.columns["param" if "param" in piece.columns else phase.tensors[0]].numel()
-            if size > 1 and (k, size < SMALL) not in self._warm:
-                self._warm.add((k, size < SMALL))
-                blank = {name: torch.zeros_like(t[: 1 << 20]) for name, t in piece.columns.items()}
+            small = size < SMALL
+            if size > 1 and (k, small) not in self._warm:
+                self._warm.add((k, small))
+                blank = [t.new_zeros(EXAMPLE[small]) for t in piece.columns.values()]
                 ones = torch.ones((), dtype=compute_dtype(self.program.dtypes["param"]))
                 numbers = [self._scalars[piece.row][j] for j in phase.scalars]
                 numbers += [ones] * (len(phase.sums) + phase.needs_numel)
-                self._functions[k][size < SMALL](*blank.values(), *numbers)
+                self._functions[k][small](*blank, *numbers)
         self._seen[k] = batch
 
     def run(self, phase: int, batch: Batch) -> int:
@@ -133,22 +138,22 @@ def _in_place(phase: Phase) -> Flat:
     return forward
 
 
-def _compiled(phase: Phase) -> Flat:
-    compiled: Flat = torch.compile(_in_place(phase), dynamic=True, fullgraph=True, options=_options())
+def _compiled(phase: Phase, small: bool) -> Flat:
+    compiled: Flat = torch.compile(_in_place(phase), dynamic=True, fullgraph=True, options=_options(small))
     return compiled
 
 
-def _options() -> dict[str, Any]:
-    """Options that keep Inductor from compiling more than the graph, which took most of a first step.
+def _options(small: bool) -> dict[str, Any]:
+    """One thread for small tensors, and nothing compiled but the graph: the rest took most of a first step.
 
-    It compiles a test of each vector instruction set of the CPU, unless told that they are usable. All that the tests can find
-    is a C++ compiler too old for the instructions, and one that old does not compile torch's headers either. And it precompiles
-    those headers, which pays from about the fifth graph on; most trainings need one or two.
+    Inductor compiles a test of each vector instruction set of the CPU, unless told that they are usable. All that the tests can
+    find is a C++ compiler too old for the instructions, and one that old does not compile torch's headers either. And it
+    precompiles those headers, which pays from about the fifth graph on; most trainings need one or two.
     """
     from torch._inductor import config  # takes long, and only who compiles needs it
 
     known = config.get_config_copy()
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"cpp.threads": 1} if small else {}
     if known.get("cpp.vec_isa_ok", False) is None:  # neither the user nor the environment has said
         options["cpp.vec_isa_ok"] = True
     if "cpp_cache_precompile_headers" in known:  # not in every version of torch

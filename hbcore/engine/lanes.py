@@ -17,7 +17,8 @@ from hbcore.engine.program import NOISE, STACK, Program
 from hbcore.engine.recipe import Recipe
 from hbcore.engine.slabs import Seat
 from hbcore.rules.numerics import compute_dtype
-from hbcore.rules.transform import Transform
+from hbcore.rules.transform import Slot, Transform
+from hbcore.state.codec import codec_of
 from hbcore.state.steps import Address
 
 Group = dict[str, Any]
@@ -46,14 +47,14 @@ class Lane:
 
     Attributes:
         level: how many matrix rules come before it.
-        slots: logical slot -> the value it starts with.
+        slots: its transforms' slots.
         dtypes: stored tensor -> dtype; ``param`` and ``grad`` first.
         transforms: its chain, with example hyperparameters.
     """
 
     key: LaneKey
     level: int
-    slots: dict[str, float]
+    slots: dict[str, Slot]
     dtypes: dict[str, torch.dtype]
     transforms: tuple[Transform, ...]
     program: Program | None = None
@@ -197,14 +198,15 @@ def aligned(tensor: Tensor, param: Tensor) -> bool:
 
 def initial_state(lane: Lane, p: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
     """The stored tensors that ``state`` lacks, in the parameter's own memory order."""
-    codec, dtype = lane.key.recipe.codec, compute_dtype(p.dtype)
+    dtype = compute_dtype(p.dtype)
     missing: dict[str, Tensor] = {}
-    for slot, fill in lane.slots.items():
-        parts = codec.parts(slot, dtype)
-        if all(name in state for name in parts):
+    for name, slot in lane.slots.items():
+        codec = codec_of(slot, lane.key.recipe.codec)
+        parts = codec.parts(name, dtype)
+        if all(part in state for part in parts):
             continue
-        blank = {name: torch.zeros_like(p, dtype=d, requires_grad=False) for name, d in parts.items()}
-        missing.update(codec.write(blank, slot, torch.full_like(p, fill, dtype=dtype)) if fill else blank)
+        blank = {part: torch.zeros_like(p, dtype=d, requires_grad=False) for part, d in parts.items()}
+        missing.update(codec.write(blank, name, torch.full_like(p, slot.fill, dtype=dtype)) if slot.fill else blank)
     for name, stored in lane.dtypes.items():  # what param_ecc keeps beside a parameter: nothing to correct yet
         if not is_transient(name) and name not in state and name not in missing:
             missing[name] = torch.zeros_like(p, dtype=stored, requires_grad=False)

@@ -25,7 +25,8 @@ from hbcore.errors import HyperparameterError, OptionError, ParameterTypeError, 
 from hbcore.rules import route
 from hbcore.rules.transform import Transform
 from hbcore.state import checkpoint
-from hbcore.state.slots import StateMap
+from hbcore.state.expected import Logical, expected
+from hbcore.state.slots import StateMap, own
 
 
 class Assembly:
@@ -87,6 +88,7 @@ class Optimizer(torch.optim.Optimizer):
         self._progress: list[Progress] = []
         defaults = {**scheduled, **hyperparameters}
         self._keys = tuple(defaults)
+        self._hyper: set[str] = set()
         super().__init__(check_params(name, params), {k: _tupled(v) for k, v in defaults.items()})
         self.state: Any = StateMap(self.state)
 
@@ -130,6 +132,9 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.state and checkpoint.is_dry(self):
+            checkpoint.allocate(self)
+            return loss
         plan = self._plan
         if plan is None or plan.groups is not self.param_groups or plan.state is not self.state:  # wrappers assign both
             plan = self._plan = self._new_plan()
@@ -163,26 +168,36 @@ class Optimizer(torch.optim.Optimizer):
         self._check_hyperparameters(group, index)
         super().add_param_group(group)
         added = self.param_groups[-1]
-        added["hbcore"] = checkpoint.metadata(self._transforms(added), self.settings.codec.name)
+        added["hbcore"] = checkpoint.record_of(self, index).dump()
         self._pack(added["params"])
         self._plan = None
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """The state and the param groups as plain data, with torch's layout and hooks."""
-        result: dict[str, Any] = super().state_dict()
-        result["state"] = {key: dict(slots) for key, slots in result["state"].items()}
-        return result
+        """The state and the param groups as plain data, in torch's layout. Changes nothing.
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state dict exactly: every tensor keeps the dtype it was saved with. All or nothing.
+        Every trained parameter has all of its slots, zeros and step 0 before its first step. With parameters that are spread
+        over ranks this is collective.
+        """
+        return checkpoint.save(self)
 
-        Parameters are matched by name where both sides have names, by position otherwise. Numbers come from the checkpoint,
-        structure (``nesterov=True``, a codec) from this optimizer.
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Load a state dict exactly: every value as it was saved, whatever the parameters' dtype. All or nothing.
+
+        Parameters are matched by name where both sides have names, by position otherwise. Numbers come from the checkpoint;
+        structure (``nesterov=True``, a codec) from this optimizer, and a rule that the checkpoint does not know starts afresh.
+        Checkpoints of torch.optim's optimizers are welcome.
+
+        Args:
+            state_dict: as :meth:`state_dict` returned it, from any device, other ranks or an older version.
+            strict: refuse what is missing or unexpected. Otherwise what is missing starts afresh, and what nobody asks for
+                is left out with a warning.
 
         Raises:
             CheckpointError: it does not fit; the message names the parameter, and nothing was changed.
         """
-        checkpoint.load(self, state_dict)
+        checkpoint.load(self, state_dict, strict)
 
     @torch.no_grad()
     def _pack(self, params: list[Tensor]) -> None:
@@ -228,8 +243,22 @@ class Optimizer(torch.optim.Optimizer):
         return {k: length_of(group[k]) for k in self._keys if k in names and group[k] is not None}
 
     def _transforms(self, group: Group) -> tuple[Transform, ...]:
-        """The group's chain with its present numbers, checked against their bounds, its forks unresolved."""
-        return self._assembly.forked(SimpleNamespace(**{k: group[k] for k in self._keys}))
+        """The group's chain, its forks unresolved. Its numbers are the defaults: whatever a scheduler wrote, it has a chain."""
+        fixed = {k for k, v in self.defaults.items() if v is None} | set(self._keys) - self._hyper
+        values = {k: group[k] if k in fixed or group[k] is None else self.defaults[k] for k in self._keys}
+        return self._assembly.forked(SimpleNamespace(**values))
+
+    def _every_transform(self, group: Group) -> tuple[Transform, ...]:
+        """What some parameter of the group may meet."""
+        return tuple(route.every(self._transforms(group)))
+
+    def _primes(self) -> bool:
+        """Whether some rule's first gradient only prepares the state."""
+        return any(t.primes for group in self.param_groups for t in self._every_transform(group))
+
+    def _expected(self, group: Group, p: Tensor) -> list[Logical]:
+        """The slots of one parameter of the group."""
+        return expected(self._chain_of(group, p), p, self.settings.codec, self.settings.param_codec)
 
     def _chain_of(self, group: Group, p: Tensor) -> tuple[Transform, ...]:
         """The chain of one parameter of the group."""
@@ -242,9 +271,10 @@ class Optimizer(torch.optim.Optimizer):
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise HyperparameterError(f"{where}: {key} is a tensor of shape {tuple(value.shape)}; pass one element.")
         try:
-            self._transforms({k: _plain(v) for k, v in group.items() if k != "params"})
+            checked = self._assembly.forked(SimpleNamespace(**{k: _plain(group[k]) for k in self._keys}))
         except HyperparameterError as error:
             raise HyperparameterError(f"{where}: {error}") from None
+        self._hyper |= {name for t in checked for name, _, _ in t.hypers()} & set(self._keys)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -277,20 +307,21 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle carry: no plan, no compiled code, and each step counter on its own."""
-        state = {p: {k: _own(v) for k, v in s.items()} for p, s in self.state.items()}
+        state = {p: {k: own(v) for k, v in s.items()} for p, s in self.state.items()}
         return {
+            "_progress": self._progress,
             "defaults": self.defaults,
             "state": state,
             "param_groups": self.param_groups,
             "settings": self.settings,
             "_keys": self._keys,
+            "_hyper": self._hyper,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "state": StateMap(state["state"])})
         self._assembly = Assembly(type(self).chain, self.settings)
         self.report = Report()
-        self._progress = []
         self._plan = None
 
     def __repr__(self) -> str:
@@ -317,9 +348,3 @@ def _plain(value: Any) -> Any:
 
 def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _own(value: Any) -> Any:
-    """A tensor without the rest of the slab that it is a row of."""
-    shares = isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.numel() * value.element_size()
-    return value.clone() if shares else value

@@ -110,6 +110,10 @@ class Plan:
         self.report.backend = "+".join(sorted({w.lane.backend for w in works})) or self.report.backend
         return [e.param for e in self._active]
 
+    def reread(self) -> None:
+        """Somebody wrote to the state tensors in place: what is known of the counters is not true any more."""
+        self._selection.forget()
+
     def _progress(self) -> tuple[dict[int, Progress], dict[int, dict[str, bool]]]:
         """What each active group will carry, as far as its count decides, and which of its rules refresh."""
         progress, refreshes = {}, {}
@@ -201,8 +205,8 @@ class Plan:
         key = LaneKey(recipe, p.device, p.dtype, grad.dtype, dense, None if self.settings.multi_tensor else id(p))
         if key not in self.lanes:
             transforms = recipe.transforms(example(recipe, self.groups[g]))
-            slots = {name: slot.fill for t in transforms for name, slot in t.slots(p).items()}
-            self.lanes[key] = Lane(key, level, slots, recipe.dtypes(p, grad.dtype, list(slots)), transforms)
+            slots = {name: slot for t in transforms for name, slot in t.slots(p).items()}
+            self.lanes[key] = Lane(key, level, slots, recipe.dtypes(p, grad.dtype, slots), transforms)
         return self.lanes[key]
 
     def _fill(self, work: Work, rows: list[tuple[int, float]], amp: Amp, progress: dict[int, Progress]) -> None:

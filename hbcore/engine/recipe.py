@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor
 from hbcore.engine.program import CARRIED, NOISE, STACK
 from hbcore.rules.division import Divide
 from hbcore.rules.numerics import compute_dtype
-from hbcore.rules.transform import Context, Domain, Transform
-from hbcore.state.codec import StateCodec, narrowed
+from hbcore.rules.transform import Context, Domain, Slot, Transform
+from hbcore.state.codec import StateCodec, codec_of, narrowed
 
 Chain = Callable[[SimpleNamespace, tuple[bool, ...]], tuple[Transform, ...]]
 """Hyperparameters of a group, and the way at each fork -> the transforms, arranged."""
@@ -113,14 +113,16 @@ class Recipe:
         param = packed.read(tensors, "param", dtype) if packed else tensors["param"].to(dtype)
         stored, update = {}, grad if self.takes is None else tensors["update"].to(dtype)
         for t in self.transforms(scalars):
-            state = {name: self.codec.read(tensors, name, dtype) for name in t.slots(tensors["param"])}
+            slots = t.slots(tensors["param"])
+            state = {name: codec_of(slot, self.codec).read(tensors, name, dtype) for name, slot in slots.items()}
             state.update({name: scalars[CARRIED + name] for name in t.scalars()})
             update, new = t.update(update, state, self._context(t, param, grad, scalars, numel, reduce))
             for name, value in new.items():
                 if name in t.scalars():
                     stored[CARRIED + name] = value
                 else:
-                    stored.update(self.codec.write(tensors, name, value, tensors.get(NOISE + name)))
+                    codec = codec_of(slots[name], self.codec)
+                    stored.update(codec.write(tensors, name, value, tensors.get(NOISE + name)))
         if self.feeds:
             made = {"update": update, "grad": grad, "param": param}
             return {**stored, **{STACK + name: made[name].to(d) for name, d in self.feeds}}
@@ -136,11 +138,11 @@ class Recipe:
         """Whether parameters of ``dtype`` are stored with :attr:`param_codec`: those whose first part it keeps."""
         return self.param_codec is not None and self.param_codec.parts("param", torch.float32)["param"] == dtype
 
-    def dtypes(self, param: Tensor, grad: torch.dtype, slots: Sequence[str]) -> dict[str, torch.dtype]:
+    def dtypes(self, param: Tensor, grad: torch.dtype, slots: Mapping[str, Slot]) -> dict[str, torch.dtype]:
         """Every stored tensor and its dtype, ``param`` and ``grad`` first; noise, which is not stored, last."""
         dtypes = {"param": param.dtype, "grad": grad}
-        for slot in slots:
-            dtypes.update(self.codec.parts(slot, compute_dtype(param.dtype)))
+        for name, slot in slots.items():
+            dtypes.update(codec_of(slot, self.codec).parts(name, compute_dtype(param.dtype)))
         if self.param_codec is not None and self.packs(param.dtype):
             dtypes.update(self.param_codec.parts("param", torch.float32))
         if self.takes is not None:
@@ -150,9 +152,10 @@ class Recipe:
             dtypes.update({NOISE + slot: torch.int32 for slot in self._rounded(param.dtype, slots)})
         return dtypes
 
-    def _rounded(self, param: torch.dtype, slots: Iterable[str]) -> list[str]:
+    def _rounded(self, param: torch.dtype, slots: Mapping[str, Slot]) -> list[str]:
         """The slots, ``param`` among them, that are stored with fewer bits than they are computed in."""
-        rounded = [s for s in slots if self.codec.rounds and compute_dtype(param) == torch.float32]
+        narrow = self.codec.rounds and compute_dtype(param) == torch.float32
+        rounded = [name for name, slot in slots.items() if narrow and not slot.exact]
         exact = self.param_codec is not None and self.packs(param) and not self.param_codec.rounds
         return [*rounded, "param"] if param == torch.bfloat16 and not exact and not self.feeds else rounded
 

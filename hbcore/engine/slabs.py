@@ -21,7 +21,7 @@ from hbcore.rules.noise import bits, normal, uniform
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Context, Slot, State, Transform
 from hbcore.rules.views import Block
-from hbcore.state.codec import Cast, StateCodec
+from hbcore.state.codec import codec_of, part_name
 
 
 @dataclass(frozen=True)
@@ -215,16 +215,6 @@ class Seat:
                 view = stored[row] if block.batch == 1 else stored[row : row + block.batch]
                 views[part_name(name, k, len(self.places))] = view
         return views
-
-
-def part_name(name: str, k: int, runs: int) -> str:
-    """The state's name for a slot of run ``k`` of a parameter that is cut into ``runs``."""
-    return name if runs == 1 else f"{name}@{k}"
-
-
-def codec_of(slot: Slot, codec: StateCodec) -> StateCodec:
-    """How a matrix rule's slot is stored."""
-    return Cast() if slot.exact else codec
 
 
 def _run(whole: Tensor, block: Block) -> Tensor:

@@ -1,58 +1,149 @@
-"""Loading a state dict exactly, or not at all.
+"""Saving a state dict that is whole, and loading one exactly or not at all.
 
 ``torch.optim.Optimizer.load_state_dict`` casts every state tensor to the parameter's dtype (pytorch issue 43706) and matches
-by position. This one validates everything first, then keeps every dtype as it was saved, and matches by name where it can.
+by position. This one validates everything first, then keeps every value as it was saved, and matches by name where it can.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hbcore.errors import CheckpointError, HyperparameterError, StateWarning
+from hbcore.distributed.placement import is_dtensor, local, shards_of, spread_like
+from hbcore.errors import CheckpointError, HyperparameterError
 from hbcore.rules import route
-from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Transform
 from hbcore.state import schema
+from hbcore.state.entries import Reader
+from hbcore.state.expected import Logical
+from hbcore.state.slots import own
 
 if TYPE_CHECKING:
     from hbcore.engine.optimizer import Optimizer
 
+PLAIN = (bool, int, float, str, type(None), Tensor)
+"""What a group's entry may be made of and still load with ``weights_only=True``."""
 
-def metadata(transforms: Iterable[Transform], codec: str) -> str:
-    """The ``hbcore`` entry of a group that runs ``transforms`` and stores its slots with ``codec``."""
-    return schema.dump(versions(transforms), codec)
+
+def record_of(optimizer: Optimizer, g: int) -> schema.Record:
+    """What a checkpoint says of one group."""
+    settings = optimizer.settings
+    transforms = optimizer._transforms(optimizer.param_groups[g])
+    progress = optimizer._progress[g] if g < len(optimizer._progress) else {}
+    return schema.Record(versions(transforms), settings.codec.name, settings.seed, dict(progress))
 
 
 def versions(transforms: Iterable[Transform]) -> dict[str, int]:
-    """The chain's transforms by name, with their versions."""
+    """A chain's transforms by name, with their versions."""
     return {t.name: t.version for t in route.every(transforms)}
 
 
-def load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save(optimizer: Optimizer) -> dict[str, Any]:
+    """See :meth:`hbcore.engine.optimizer.Optimizer.state_dict`."""
+    for pre in optimizer._optimizer_state_dict_pre_hooks.values():
+        pre(optimizer)
+    groups: list[dict[str, Any]] = []
+    state: dict[Any, dict[str, Any]] = {}
+    for g, group in enumerate(optimizer.param_groups):
+        start = sum(len(done["params"]) for done in groups)
+        packed = {k: v for k, v in group.items() if k != "params" and _is_plain(v)}
+        packed[schema.KEY] = record_of(optimizer, g).dump()
+        groups.append({**packed, "params": list(range(start, start + len(group["params"])))})
+        for i, p in enumerate(group["params"], start=start):
+            entry = whole_entry(optimizer, group, p)
+            if entry:
+                state[i] = entry
+    result: dict[str, Any] = {"state": state, "param_groups": groups}
+    for post in optimizer._optimizer_state_dict_post_hooks.values():
+        replaced = post(optimizer, result)
+        result = result if replaced is None else replaced
+    return result
+
+
+def whole_entry(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    """One parameter's state, zeros for what it does not have yet; nothing for a parameter that is not trained."""
+    held: Mapping[str, Any] = optimizer.state.get(p, {})
+    if not held and not p.requires_grad:
+        return {}
+    entry: dict[str, Any] = {"step": own(held.get("step", torch.zeros((), dtype=torch.float32, device="cpu")))}
+    for slot in optimizer._expected(group, p):
+        parts = slot.parts(p)
+        if slot.matrix:
+            mine = all(name in held for name in parts)
+            entry.update({name: own(t) for name, t in (held if mine else slot.blank(p)).items() if name in parts})
+        elif all(name in held for name in parts):
+            entry.update({name: held[name] for name in parts})
+        else:
+            entry.update({name: spread_like(t, p) for name, t in blank_local(slot, p).items()})
+    entry.update({k: v for k, v in held.items() if k not in entry})
+    return entry
+
+
+def blank_local(slot: Logical, p: Tensor) -> dict[str, Tensor]:
+    """An elementwise slot of this rank's part of ``p`` before the first step, in its memory order."""
+    part = local(p.detach())
+    values = slot._replace(shape=part.shape).blank(part)
+    return {name: torch.empty_like(part, dtype=t.dtype, requires_grad=False).copy_(t) for name, t in values.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, (tuple, list)) else isinstance(value, PLAIN)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load(optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool = True) -> None:
     """See :meth:`hbcore.engine.optimizer.Optimizer.load_state_dict`."""
     state_dict = dict(state_dict)
     for pre in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = pre(optimizer, state_dict)
         state_dict = state_dict if replaced is None else dict(replaced)
-    groups, state = _validated(optimizer, state_dict)
+    groups, records, state = _validated(optimizer, state_dict, strict)
     for group, values in zip(optimizer.param_groups, groups, strict=True):
         group.update(values)
-    optimizer.state.clear()
-    optimizer.state.update(state)
-    optimizer._plan = None
+    optimizer._progress[:] = [dict(record.progress) if record else {} for record in records]
+    _place(optimizer, state)
     for post in optimizer._optimizer_load_state_dict_post_hooks.values():
         post(optimizer)
 
 
+def _place(optimizer: Optimizer, state: dict[Tensor, dict[str, Any]]) -> None:
+    """Put loaded tensors where the old ones were, so that captured graphs find them; elsewhere if they do not fit there."""
+    fits = optimizer._plan is not None and set(state) == set(optimizer.state) and not optimizer._primes()
+    fits = fits and all(_alike(optimizer.state[p], entry) for p, entry in state.items())
+    if not fits:
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        optimizer._plan = None
+        return
+    for p, entry in state.items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor):
+                local(optimizer.state[p][name]).copy_(local(value))
+    assert optimizer._plan is not None
+    optimizer._plan.reread()
+
+
+def _alike(held: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    return set(held) == set(entry) and all(
+        isinstance(v, Tensor)
+        and isinstance(held[k], Tensor)
+        and (v.shape, v.dtype, is_dtensor(v)) == (held[k].shape, held[k].dtype, is_dtensor(held[k]))
+        for k, v in entry.items()
+    )
+
+
 def _validated(
-    optimizer: Optimizer, state_dict: Mapping[str, Any]
-) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
+    optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool
+) -> tuple[list[dict[str, Any]], list[schema.Record | None], dict[Tensor, dict[str, Any]]]:
     """What each group and each parameter will hold. Mutates nothing."""
     name = type(optimizer).__name__
     if not isinstance(state_dict.get("state"), Mapping) or not isinstance(state_dict.get("param_groups"), (list, tuple)):
@@ -67,69 +158,40 @@ def _validated(
         if not isinstance(theirs, Mapping) or not isinstance(theirs.get("params"), (list, tuple)):
             raise CheckpointError(f"{name}: param group {g} of the checkpoint has no list of 'params'.")
     known = {key for theirs in saved for key in theirs["params"]}
-    groups, state = [], {}
+    groups, records, state = [], [], {}
     for g, (theirs, ours) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
-        schema.check(theirs.get(schema.KEY), versions(optimizer._transforms(ours)), g)
+        records.append(schema.read(theirs.get(schema.KEY), g))
         groups.append(_numbers(optimizer, theirs, ours, g))
-        for i, key in enumerate(_match(optimizer, theirs, ours, g)):
-            param = ours["params"][i]
-            entry = state_dict["state"].get(key)
-            if entry:
-                state[param] = _entry(optimizer, theirs, g, i, entry)
-    if strangers := [k for k in state_dict["state"] if k not in known]:
+        reader = Reader(optimizer, g, records[-1], theirs, strict)
+        for i, key in enumerate(_match(optimizer, theirs, ours, g, strict)):
+            entry = None if key is None else state_dict["state"].get(key)
+            loaded = reader.read(i, entry)
+            if loaded:
+                state[ours["params"][i]] = loaded
+    if strict and (strangers := [k for k in state_dict["state"] if k not in known]):
         raise CheckpointError(f"{name}: the checkpoint has state for {strangers[:5]}, which none of its param groups lists.")
-    return groups, state
+    return groups, records, state
 
 
-def _entry(optimizer: Optimizer, theirs: Mapping[str, Any], g: int, i: int, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """One parameter's state, every slot of the rules that the checkpoint knows in place."""
-    group = optimizer.param_groups[g]
-    codec, dtype = optimizer.settings.codec, compute_dtype(group["params"][i].dtype)
-    entry = {k: v for k, v in entry.items() if v is not None}  # torch.optim.SGD's momentum before its first step
-    saved = schema.rules(theirs.get(schema.KEY))
-    parts: dict[str, torch.dtype] = {}
-    for t in optimizer._chain_of(group, group["params"][i]):
-        own: dict[str, torch.dtype] = {}
-        for slot in t.slots(group["params"][i]):
-            own.update(codec.parts(slot, dtype))
-        absent = [k for k in own if k not in entry]
-        if absent and (t.name in saved or len(absent) < len(own)):
-            raise CheckpointError(f"{optimizer._name_of(g, i)} has no {absent[0]!r} in the checkpoint, which {t.name!r} needs.")
-        parts.update(own)
-    loaded = {k: _loaded(optimizer, g, i, k, v) for k, v in entry.items()}
-    if any(k in loaded for k in parts):
-        loaded.setdefault(
-            "step", torch.ones((), dtype=torch.float32, device="cpu")
-        )  # torch.optim.SGD does not count; it has begun
-    for k, wanted in parts.items():
-        if k in loaded and loaded[k].dtype != wanted:
-            warnings.warn(
-                f"state {k!r} was saved as {loaded[k].dtype} and is converted to {wanted}, which storage_dtype asks for.",
-                StateWarning,
-                stacklevel=5,
-            )
-            loaded[k] = loaded[k].to(wanted)
-    return loaded
-
-
-def _match(optimizer: Optimizer, theirs: Mapping[str, Any], ours: Mapping[str, Any], g: int) -> list[Any]:
-    """For each of our parameters, the key of its state in the checkpoint."""
+def _match(optimizer: Optimizer, theirs: Mapping[str, Any], ours: Mapping[str, Any], g: int, strict: bool) -> list[Any]:
+    """For each of our parameters, the key of its state in the checkpoint; None for one that it does not know."""
     keys, names, wanted = list(theirs["params"]), theirs.get("param_names"), ours.get("param_names")
-    if len(keys) != len(ours["params"]):
+    by_name = dict(zip(names, keys, strict=False)) if names and wanted else None
+    if (by_name is None or strict) and len(keys) != len(ours["params"]):
         raise CheckpointError(
             f"{type(optimizer).__name__}: param group {g} has {len(keys)} parameters in the checkpoint and "
-            f"{len(ours['params'])} here; load it into the model it was saved from."
+            f"{len(ours['params'])} here; load it into the model it was saved from"
+            + (", or by name, with strict=False." if by_name else ".")
         )
-    if not names or not wanted:
+    if by_name is None:
         return keys
-    by_name = dict(zip(names, keys, strict=True))
-    missing = [n for n in wanted if n not in by_name]
-    if missing:
+    missing = [n for n in wanted or () if n not in by_name]
+    if missing and strict:
         raise CheckpointError(
             f"{type(optimizer).__name__}: param group {g} of the checkpoint has no {', '.join(map(repr, missing[:5]))}; "
-            f"it has {', '.join(map(repr, list(by_name)[:5]))}, ..."
+            f"it has {', '.join(map(repr, list(by_name)[:5]))}, ... Pass strict=False to start those afresh."
         )
-    return [by_name[n] for n in wanted]
+    return [by_name.get(n) for n in wanted or ()]
 
 
 def _numbers(optimizer: Optimizer, theirs: Mapping[str, Any], ours: dict[str, Any], g: int) -> dict[str, Any]:
@@ -144,22 +206,26 @@ def _numbers(optimizer: Optimizer, theirs: Mapping[str, Any], ours: dict[str, An
     return values
 
 
-def _loaded(optimizer: Optimizer, g: int, i: int, key: Any, value: Any) -> Any:
-    """One state entry as it will be held: the dtype it was saved with, on the parameter's device, in its memory order."""
-    param = optimizer.param_groups[g]["params"][i]
-    if not isinstance(value, Tensor):
-        if key in {s for t in optimizer._chain_of(optimizer.param_groups[g], param) for s in t.slots(param)}:
-            raise CheckpointError(
-                f"{optimizer._name_of(g, i)} has {value!r} for state {key!r} in the checkpoint; it is a tensor."
-            )
-        if key == "step" and isinstance(value, (int, float)):
-            return torch.tensor(float(value), dtype=torch.float32)
-        return copy.deepcopy(value)
-    if key == "step":
-        return value.detach().clone().to("cpu", torch.float32)
-    if value.shape != param.shape:
-        raise CheckpointError(
-            f"{optimizer._name_of(g, i)} has state {key!r} of shape {tuple(value.shape)} in the checkpoint; "
-            "load it into the model it was saved from."
-        )
-    return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
+def is_dry(optimizer: Optimizer) -> bool:
+    """Whether this step is the one that torch.distributed.checkpoint takes to make an optimizer allocate its state.
+
+    It has no state yet, every learning rate is 0, and so is every gradient, on all ranks.
+    """
+    if optimizer.state or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
+        return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    moving = any(bool(local(g).any()) for g in grads)
+    shards = next((s for g in grads if (s := shards_of(g)) is not None), None)
+    if shards is not None:
+        flag = torch.tensor(float(moving), device=local(grads[0]).device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=shards.group)
+        moving = bool(flag)
+    return bool(grads) and not moving
+
+
+def allocate(optimizer: Optimizer) -> None:
+    """Give every parameter that has a gradient its state of before the first step."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                optimizer.state[p] = whole_entry(optimizer, group, p)

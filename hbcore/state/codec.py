@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hbcore.errors import OptionError
 from hbcore.rules.noise import stochastic_round_bf16
+from hbcore.rules.transform import Slot
 
 
 @runtime_checkable
@@ -83,3 +84,13 @@ def cast_codec(storage: str | torch.dtype) -> Cast:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise OptionError(f"storage_dtype={storage!r} is no floating dtype; pass 'float32', 'bfloat16' or 'float16'.")
     return Cast(dtype)
+
+
+def codec_of(slot: Slot, codec: StateCodec) -> StateCodec:
+    """How a slot is stored by an optimizer whose codec is ``codec``."""
+    return Cast() if slot.exact else codec
+
+
+def part_name(name: str, k: int, runs: int) -> str:
+    """The state's name for a slot of run ``k`` of a parameter that a matrix rule cuts into ``runs``."""
+    return name if runs == 1 else f"{name}@{k}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hbcore.errors import CheckpointError
@@ -15,41 +16,52 @@ KEY = "hbcore"
 """The param group's entry that holds the string."""
 
 
-def dump(rules: Mapping[str, int], codec: str) -> str:
-    """The string for a group whose chain has ``rules`` (name -> version) and stores its slots with ``codec``."""
-    return json.dumps({"format": FORMAT, "rules": dict(sorted(rules.items())), "codec": codec}, sort_keys=True)
+@dataclass(frozen=True)
+class Record:
+    """What a group's string says.
+
+    Attributes:
+        rules: the chain's transforms and their versions.
+        codec: how slots are stored.
+        seed: what random numbers are drawn from.
+        progress: what the group carries from step to step.
+    """
+
+    rules: Mapping[str, int] = field(default_factory=dict)
+    codec: str = "plain"
+    seed: int = 0
+    progress: Mapping[str, float] = field(default_factory=dict)
+
+    def dump(self) -> str:
+        """The string."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
 
 
-def check(text: Any, rules: Mapping[str, int], group: int) -> None:
-    """Refuse what this version cannot read. A group without the string comes from torch.optim, and is welcome.
+def read(text: Any, group: int) -> Record | None:
+    """Read a group's string. A group without one comes from torch.optim, and is welcome.
 
     Raises:
-        CheckpointError: the string is malformed, of a newer format, or a rule's version differs.
+        CheckpointError: the string is malformed, or of a newer format.
     """
     if text is None:
-        return
+        return None
     try:
-        data = json.loads(text)
-        format_, saved = int(data["format"]), {str(k): int(v) for k, v in data["rules"].items()}
+        data = json.loads(text, parse_constant=_no_constant)
+        format_ = int(data["format"])
+        record = Record(
+            {str(k): int(v) for k, v in data["rules"].items()},
+            str(data["codec"]),
+            int(data.get("seed", 0)),
+            {str(k): float(v) for k, v in data.get("progress", {}).items()},
+        )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"param group {group}: its {KEY!r} entry is not hbcore's ({error}); got {text!r:.120}.") from None
     if format_ > FORMAT:
         raise CheckpointError(
             f"param group {group} has checkpoint format {format_}, this hbcore reads up to {FORMAT}; upgrade hbcore."
         )
-    for name, version in common(saved, rules):
-        if saved[name] != version:
-            raise CheckpointError(
-                f"param group {group}: rule {name!r} was saved at version {saved[name]}, installed is version {version}, "
-                "and no migration leads from one to the other; install the version that wrote it."
-            )
+    return record
 
 
-def rules(text: Any) -> Mapping[str, int]:
-    """The rules that a checked string lists; none for a group from torch.optim."""
-    return {} if text is None else json.loads(text)["rules"]
-
-
-def common(saved: Mapping[str, int], rules: Mapping[str, int]) -> Iterable[tuple[str, int]]:
-    """The rules that both sides have. One side alone means that a flag was turned on or off, which is allowed."""
-    return ((name, version) for name, version in rules.items() if name in saved)
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of a checkpoint's")

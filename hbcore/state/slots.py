@@ -88,3 +88,9 @@ class StateMap(dict[Tensor, Slots]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)
+
+
+def own(value: Any) -> Any:
+    """A tensor without the rest of the slab that it is a row of."""
+    shares = isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.numel() * value.element_size()
+    return value.clone() if shares else value

@@ -76,6 +76,10 @@ class Selection:
             self._base, self._ahead = [counts[a.slab][a.row] for a in self._addresses], 0
         return self._base, self._ahead + 1
 
+    def forget(self) -> None:
+        """Read the counters anew before the next step."""
+        self._base = None
+
     def advance(self, by: float | Tensor = 1) -> None:
         """Add ``by`` to each row: 1, or a 0-d tensor that is 0 where a step is skipped."""
         self._ahead += 1

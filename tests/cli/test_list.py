@@ -20,7 +20,7 @@ from hbcore.api import Alias, OptimizerSpec, hookimpl
 API = (1, 0)
 @hookimpl
 def hb_optimizers(api):
-    return [OptimizerSpec("TestOne", "hb_listed.rules:TestOne", "the first", "arXiv:1234.56789", frozenset({"amp"})),
+    return [OptimizerSpec("TestOne", "hb_listed.rules:TestOne", "the first", "arXiv:1234.56789", frozenset({"capturable"})),
             OptimizerSpec("TestTwo", "hb_listed.rules:TestTwo", "the second")]
 @hookimpl
 def hb_aliases(api):
@@ -71,7 +71,7 @@ def test_json_holds_the_whole_spec(environment: dict[str, str]) -> None:
         "version": "2.5",
         "summary": "the first",
         "paper": "arXiv:1234.56789",
-        "capabilities": ["amp"],
+        "capabilities": ["capturable"],
         "target": "hb_listed.rules:TestOne",
         "aliases": ["OldOne"],
     }

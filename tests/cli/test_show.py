@@ -47,7 +47,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     manifest.Shown = Shown
 
     def hb_optimizers() -> list[OptimizerSpec]:
-        return [OptimizerSpec("Shown", "hb_shown:Shown", "a rule", "arXiv:1711.05101", frozenset({"amp"}))]
+        return [OptimizerSpec("Shown", "hb_shown:Shown", "a rule", "arXiv:1711.05101", frozenset({"capturable"}))]
 
     def hb_aliases() -> list[Alias]:
         return [Alias("OldShown", "Shown", {"caution": True})]
@@ -71,7 +71,7 @@ def test_the_text_has_every_fact(plugin: None, capsys: pytest.CaptureFixture[str
         "hb_shown (unknown unknown), hb_shown:Shown",
         "arXiv:1711.05101",
         "OldShown",
-        "amp",
+        "capturable",
         "adam -> decay -> lr",
         "Shown(params: 'Any', lr: 'float' = 0.1, **options: 'Any')",
         "  lr     = 0.1          in [0, inf), may be scheduled\n  betas  = (0.9, 0.99)\n",

@@ -1,0 +1,1 @@
+"""Parameters that are spread over ranks: where their pieces lie, and who computes what."""

@@ -1,0 +1,68 @@
+"""What a parameter's state consists of: the tensors that its chain and codec ask for, known without a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hbcore.rules.numerics import compute_dtype
+from hbcore.rules.transform import Domain, Slot, Transform
+from hbcore.rules.views import Block
+from hbcore.state.codec import Cast, StateCodec, codec_of, part_name
+
+
+class Logical(NamedTuple):
+    """One slot of a parameter, before a codec cuts it into stored tensors.
+
+    Attributes:
+        rule: the transform that it belongs to.
+        name: its name; ``slot@k`` for run ``k`` of a parameter that a matrix rule cuts into several.
+        shape: of a matrix rule's slot the run's, ``[count, *slot.shape]`` unless the run is one block.
+        matrix: whether a matrix rule has it; others lie in memory as their parameter does.
+    """
+
+    rule: str
+    name: str
+    shape: torch.Size
+    fill: float
+    codec: StateCodec
+    matrix: bool
+
+    def parts(self, param: Tensor) -> dict[str, torch.dtype]:
+        """The stored tensors and their dtypes."""
+        return self.codec.parts(self.name, compute_dtype(param.dtype))
+
+    def blank(self, param: Tensor) -> dict[str, Tensor]:
+        """The stored tensors as they are before the first step, whole, on the parameter's device."""
+        dtype, device = compute_dtype(param.dtype), param.device
+        parts = {part: torch.zeros(self.shape, dtype=d, device=device) for part, d in self.parts(param).items()}
+        if not self.fill:
+            return parts
+        return self.codec.write(parts, self.name, torch.full(self.shape, self.fill, dtype=dtype, device=device))
+
+
+def expected(
+    chain: Iterable[Transform], param: Tensor, codec: StateCodec, param_codec: StateCodec | None = None
+) -> list[Logical]:
+    """Every slot of ``param``, in the chain's order, and what ``param_codec`` keeps beside it."""
+    slots: list[Logical] = []
+    if param_codec is not None and param_codec.parts("param", torch.float32)["param"] == param.dtype:
+        kept = {n: d for n, d in param_codec.parts("param", torch.float32).items() if n != "param"}
+        slots += [Logical("param_ecc", n, param.shape, 0.0, Cast(d), False) for n, d in kept.items()]
+    for t in chain:
+        if t.domain != Domain.MATRIX:
+            slots += [Logical(t.name, n, param.shape, s.fill, codec_of(s, codec), False) for n, s in t.slots(param).items()]
+            continue
+        runs = t.blocks(param.shape)
+        for k, run in enumerate(runs):
+            of_block = t.slots(torch.empty(run.shape, dtype=param.dtype, device="meta"))
+            slots += [_run_slot(t, part_name(n, k, len(runs)), s, run, codec) for n, s in of_block.items()]
+    return slots
+
+
+def _run_slot(t: Transform, name: str, slot: Slot, run: Block, codec: StateCodec) -> Logical:
+    shape = slot.shape if run.batch == 1 else torch.Size((run.batch, *slot.shape))
+    return Logical(t.name, name, shape, slot.fill, codec_of(slot, codec), True)
