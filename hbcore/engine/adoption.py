@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hbcore.distributed.exchange import owners
+from hbcore.distributed.placement import gathered, local, shards_of, spread_like
 from hbcore.engine.courses import Course
 from hbcore.engine.lanes import Entry, Lane, aligned, initial_state, is_transient
-from hbcore.engine.slabs import Seat, Slab, SlabKey
+from hbcore.engine.slabs import Seat, Slab, SlabKey, SpreadSeat
 from hbcore.rules.transform import Transform
 from hbcore.rules.views import Block
+from hbcore.state.expected import expected
 from hbcore.state.steps import Address, StepCounters
 
 if TYPE_CHECKING:
@@ -43,8 +46,8 @@ class Adopter:
         state = self.around.state[entry.param]
         walked = {name for lane in entry.lanes for name in lane.dtypes if not is_transient(name)}
         return state is entry.state and all(
-            state.get(name) is tensor and (name not in walked or aligned(tensor, entry.param))
-            for name, tensor in entry.stored.items()
+            state.get(name) is tensor and (name not in walked or aligned(entry.stored[name], local(entry.param)))
+            for name, tensor in entry.held.items()
         )
 
     def adopt(self) -> dict[Tensor, Entry]:
@@ -52,29 +55,59 @@ class Adopter:
         addresses, seats = self._addresses(), self._seats()
         return {n.param: self._entry(n, addresses[n.param], tuple(seats[n.param])) for n in self._new}
 
-    def _entry(self, n: Newcomer, address: Address, seats: tuple[Seat, ...]) -> Entry:
-        p, state = n.param, self.around.state[n.param]
+    def _entry(self, n: Newcomer, address: Address, seats: tuple[Seat | SpreadSeat, ...]) -> Entry:
+        p, state, part = n.param, self.around.state[n.param], local(n.param.detach())
         names = ["step"]
         for lane in n.lanes:
-            state.update(initial_state(lane, p, state))
+            state.update({name: spread_like(t, p) for name, t in initial_state(lane, part, state).items()})
             for name, dtype in lane.dtypes.items():
                 if not is_transient(name):
                     names.append(name)
-                    if state[name].dtype != dtype or not aligned(state[name], p):
-                        state[name] = torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(state[name])
+                    old = local(state[name])
+                    if old.dtype != dtype or not aligned(old, part):
+                        moved = torch.empty_like(part, dtype=dtype, requires_grad=False).copy_(old)
+                        state[name] = spread_like(moved, p)
         touched = float(state.get("step", 0.0)) > 0
-        for views in (seat.state() for seat in seats):
-            for name, view in views.items():
-                if name in state:
-                    touched = touched or not torch.equal(view, state[name].to(view.device, view.dtype))
-                    view.copy_(state[name])
-            state.update(views)
-            names += views
+        for seat in seats:
+            touched = self._take_over(n, seat, state) or touched
+            names += seat.state()
         state["step"] = self.counters.view(address)
-        stored = {name: state[name] for name in names}
-        identity = self.around.identity(n.group, p)
-        primed = touched or not n.course.primes
-        return Entry(p, n.group, n.course, n.lanes, address, state, identity, seats, stored, primed)
+        held = {name: state[name] for name in names}
+        return Entry(
+            param=p,
+            local=part,
+            shards=shards_of(p),
+            group=n.group,
+            course=n.course,
+            lanes=n.lanes,
+            counter=address,
+            state=state,
+            identity=self.around.identity(n.group, p),
+            seats=seats,
+            held=held,
+            stored={name: local(t) for name, t in held.items()},
+            primed=touched or not n.course.primes,
+        )
+
+    def _take_over(self, n: Newcomer, seat: Seat | SpreadSeat, state: dict[str, Any]) -> bool:
+        """Move what the state has of a matrix rule's slots into the slabs; say whether it was more than what it begins with.
+
+        Collective for a spread parameter whose state is spread as well, as a checkpoint brings it: all of it goes to the owner.
+        """
+        views = seat.state()
+        rules = [n.course.transforms[i] for i in n.course.rules]
+        slots = {part: slot for slot in expected(rules, n.param, n.lanes[0].key.recipe.codec) for part in slot.parts(n.param)}
+        touched = False
+        for name in [name for name in slots if name in state and (name in views or isinstance(seat, SpreadSeat))]:
+            whole = gathered(state[name])
+            blank = slots[name].blank(whole)[name]
+            touched = touched or not torch.equal(blank, whole.to(blank.dtype))
+            if name in views:
+                views[name].copy_(whole)
+            else:
+                del state[name]
+        state.update(views)
+        return touched
 
     def _addresses(self) -> dict[Tensor, Address]:
         """A counter for each newcomer, which goes on from where its state says."""
@@ -87,26 +120,38 @@ class Adopter:
             addresses.update(zip(there, opened, strict=True))
         return addresses
 
-    def _seats(self) -> dict[Tensor, list[Seat]]:
+    def _seats(self) -> dict[Tensor, list[Seat | SpreadSeat]]:
         """Seats in new slabs: late parameters open slabs of their own, so that nobody else's state moves."""
         rows: dict[SlabKey, list[str]] = {}
-        places: list[tuple[Newcomer, list[list[tuple[Block, SlabKey, int]]]]] = []
         rules: dict[SlabKey, tuple[Transform, dict[str, torch.dtype]]] = {}
+        plans: list[tuple[Newcomer, list[list[tuple[Block, SlabKey, int]]]]] = []
+        dealt = owners(p for group in self.around.groups for p in group["params"])
         for n in self._new:
-            identity = self.around.identity(n.group, n.param) if n.course.rules else ""
+            shards = shards_of(n.param)
             levels: list[list[tuple[Block, SlabKey, int]]] = []
             for lane, i in zip(n.lanes, n.course.rules, strict=False):
                 rule, level = n.course.transforms[i], []
-                for k, block in enumerate(rule.blocks(n.param.shape)):
-                    key = SlabKey(lane.key.recipe, n.group, i, block.shape, n.param.dtype, n.param.device)
+                elsewhere = shards is not None and dealt[n.param] != shards.rank
+                for k, block in enumerate(() if elsewhere else rule.blocks(n.param.shape)):
+                    key = SlabKey(lane.key.recipe, n.group, i, block.shape, n.param.dtype, lane.key.device)
                     rules[key] = (rule, dict(lane.key.recipe.feeds))
                     names = rows.setdefault(key, [])
                     level.append((block, key, len(names)))
+                    identity = self.around.identity(n.group, n.param)
                     names += [f"{identity}/{k}.{j}" for j in range(block.batch)]
                 levels.append(level)
-            places.append((n, levels))
+            plans.append((n, levels))
         slabs = {key: Slab(key, *rules[key], names) for key, names in rows.items()}
-        return {
-            n.param: [Seat(n.param.shape, [(block, slabs[key], row) for block, key, row in level]) for level in levels]
-            for n, levels in places
-        }
+        seats: dict[Tensor, list[Seat | SpreadSeat]] = {}
+        for n, levels in plans:
+            whole = [Seat(n.param.shape, [(block, slabs[key], row) for block, key, row in level]) for level in levels]
+            shards, part = shards_of(n.param), local(n.param.detach())
+            seats[n.param] = (
+                [*whole]
+                if shards is None
+                else [
+                    SpreadSeat(shards, dealt[n.param], seat, part, dict(lane.key.recipe.feeds))
+                    for seat, lane in zip(whole, n.lanes, strict=False)
+                ]
+            )
+        return seats

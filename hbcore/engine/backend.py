@@ -27,6 +27,7 @@ class Batch:
         keys: noise input -> each parameter's key for this step.
         dense: whether every tensor is dense in memory, in whatever order of dimensions.
         model: reduction over the whole model -> its 0-d result, once every lane has contributed.
+        numels, starts: where the tensors are parts of larger ones, how many elements those have, and how many come before.
     """
 
     tensors: Mapping[str, list[Tensor]]
@@ -36,6 +37,8 @@ class Batch:
     model: dict[str, Tensor] = field(default_factory=dict)
     dense: bool = True
     keys: dict[str, list[int]] = field(default_factory=dict)
+    numels: list[float] | None = None
+    starts: list[int] | None = None
     _flat: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -43,6 +46,7 @@ class Batch:
 
     def noise(self, name: str, i: int, start: int, length: int) -> Tensor:
         """Bits for elements ``start`` to ``start + length`` of parameter ``i``, in memory order: int32 in [0, 2^16)."""
+        start += self.starts[i] if self.starts else 0
         index = torch.arange(start, start + length, device=self.tensors["param"][i].device)
         return (philox4x32(self.keys[name][i], index)[0] & 0xFFFF).to(torch.int32)
 
@@ -53,6 +57,11 @@ class Batch:
         if name not in self._flat:
             self._flat[name] = [flat(t) for t in self.tensors[name]]
         return self._flat[name]
+
+    def numel(self, i: int) -> Tensor:
+        """``c.numel`` for parameter ``i``: 0-d float64 on the host."""
+        numel = self.numels[i] if self.numels else float(self.tensors["param"][i].numel())
+        return torch.tensor(numel, dtype=torch.float64, device="cpu")
 
     def summed(self, name: str, i: int) -> Tensor:
         """The result of a reduction for parameter ``i``: its own, or the whole model's."""
@@ -92,8 +101,3 @@ class Backend(Protocol):
         Raises:
             CompileError: this machine or this program is not for this backend; the message says why.
         """
-
-
-def numel_of(tensor: Tensor) -> Tensor:
-    """``c.numel`` for one tensor: 0-d float64 on the host."""
-    return torch.tensor(float(tensor.numel()), dtype=torch.float64, device="cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hbcore.engine.backend import Batch, Executable, numel_of
+from hbcore.engine.backend import Batch, Executable
 from hbcore.engine.pieces import Piece, pieces
 from hbcore.engine.program import Phase, Program, as_scalars, direct_reduce
 from hbcore.engine.recipe import Recipe
@@ -54,7 +54,7 @@ class EagerExecutable:
     def _numbers(self, p: Phase, batch: Batch, piece: Piece) -> list[Tensor]:
         row = self.scalars[piece.row]
         numbers = [row[j] for j in p.scalars] + [batch.summed(name, piece.index) for name in p.sums]
-        return [*numbers, numel_of(batch.tensors["param"][piece.index])] if p.needs_numel else numbers
+        return [*numbers, batch.numel(piece.index)] if p.needs_numel else numbers
 
 
 def _whole(batch: Batch) -> list[Piece]:
@@ -84,7 +84,7 @@ class DirectExecutable:
             shape = tensors["param"].shape
             tensors.update({name: batch.noise(name, i, 0, shape.numel()).view(shape) for name in batch.keys})
             scalars = dict(zip(self.recipe.scalar_names, rows[row], strict=True))
-            results = self.recipe.update(tensors, scalars, numel_of(tensors["param"]), direct_reduce)
+            results = self.recipe.update(tensors, scalars, batch.numel(i), direct_reduce)
             given = {id(t) for t in tensors.values()}  # a value that is another stored tensor is read before it is written
             results = {name: value.clone() if id(value) in given else value for name, value in results.items()}
             for name, value in results.items():

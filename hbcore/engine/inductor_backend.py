@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from hbcore.engine.backend import Batch, Executable, numel_of
+from hbcore.engine.backend import Batch, Executable
 from hbcore.engine.pieces import SMALL, Piece, columns_of, pieces
 from hbcore.engine.program import Phase, Program
 from hbcore.errors import CompileError
@@ -106,7 +106,7 @@ class InductorExecutable:
     def _numbers(self, p: Phase, batch: Batch, piece: Piece) -> list[Tensor]:
         row = self._scalars[piece.row]
         numbers = [row[j] for j in p.scalars] + [batch.summed(name, piece.index) for name in p.sums]
-        return [*numbers, numel_of(batch.tensors["param"][piece.index])] if p.needs_numel else numbers
+        return [*numbers, batch.numel(piece.index)] if p.needs_numel else numbers
 
 
 def _in_place(phase: Phase) -> Flat:

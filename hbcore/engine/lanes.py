@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hbcore.distributed.placement import Shards, local
 from hbcore.engine.backend import Batch, Executable
 from hbcore.engine.courses import Course
 from hbcore.engine.program import NOISE, STACK, Program
 from hbcore.engine.recipe import Recipe
-from hbcore.engine.slabs import Seat
+from hbcore.engine.slabs import Seat, SpreadSeat
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Slot, Transform
 from hbcore.state.codec import codec_of
@@ -31,7 +32,7 @@ _grad = attrgetter("grad")
 
 @dataclass(frozen=True)
 class LaneKey:
-    """What parameters must share to run together. Parameters of several groups may."""
+    """What parameters must share to run together. Parameters of several groups may; ``shards`` is mesh and placements."""
 
     recipe: Recipe
     device: torch.device
@@ -39,6 +40,7 @@ class LaneKey:
     grad: torch.dtype
     dense: bool
     alone: int | None = None
+    shards: tuple[Any, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -70,17 +72,27 @@ class Lane:
 
 @dataclass(eq=False)
 class Entry:
-    """A parameter's place in the plan, with the state tensors it was planned for."""
+    """A parameter's place in the plan.
+
+    Attributes:
+        local: this rank's part of it, which the lanes run on; ``shards`` says how it is spread, None for a whole one.
+        held: the state tensors it was planned for, as the optimizer's state has them.
+        stored: the same as the lanes see them: this rank's parts.
+        primed: whether its rules that prime did so.
+    """
 
     param: Tensor
+    local: Tensor
+    shards: Shards | None
     group: int
     course: Course
     lanes: tuple[Lane, ...]
     counter: Address
     state: dict[str, Any]
     identity: str
-    seats: tuple[Seat, ...] = ()
-    stored: dict[str, Tensor] = field(default_factory=dict)
+    seats: tuple[Seat | SpreadSeat, ...]
+    held: dict[str, Tensor]
+    stored: dict[str, Tensor]
     primed: bool = True
 
     @property
@@ -93,7 +105,7 @@ class Entry:
     def column(self, lane: Lane, name: str) -> Tensor:
         """One of the tensors that ``lane`` reads or writes, gradient and noise excepted."""
         if name == "param":
-            return self.param.detach()
+            return self.local
         if name == "update":
             return self.seats[lane.level - 1].column(name)
         if name.startswith(STACK):
@@ -111,22 +123,29 @@ class Work:
     """
 
     def __init__(self, lane: Lane, entries: list[Entry], places: list[int]) -> None:
-        self.lane, self.entries, self.places = lane, entries, places
-        self.params = [e.param for e in entries]
-        self._pointers = list(map(Tensor.data_ptr, self.params))
-        self._strides = list(map(Tensor.stride, self.params))
+        self.lane, self.everyone, self.places = lane, entries, places
+        self.shards = entries[0].shards
+        self.here = [i for i, e in enumerate(entries) if e.local.numel()]  # a rank may have no rows of a parameter
+        self.entries = [entries[i] for i in self.here]
+        self.params = [e.param for e in self.entries]
+        self._locals = [e.local for e in self.entries]
+        self._pointers = list(map(Tensor.data_ptr, self._locals))
+        self._strides = list(map(Tensor.stride, self._locals))
         self._noise = [name for name in lane.dtypes if name.startswith(NOISE)]
         columns: dict[str, list[Tensor]] = {"param": [], "grad": []}
         for name in lane.dtypes:
             if name != "grad" and name not in self._noise:
-                columns[name] = [at_least_1d(e.column(lane, name)) for e in entries]
+                columns[name] = [at_least_1d(e.column(lane, name)) for e in self.entries]
         # Code that offloads state swaps the memory under its tensors, and begins with the large ones: looking at those tells.
-        largest = sorted(entries, key=lambda e: e.param.numel(), reverse=True)[:SAMPLE]
+        largest = sorted(self.entries, key=lambda e: e.local.numel(), reverse=True)[:SAMPLE]
         self._sample = [t for e in largest for name, t in e.stored.items() if name in columns]
         self._places = list(map(Tensor.data_ptr, self._sample))
         self.batch = Batch(columns, [], [], dense=lane.key.dense)
+        if self.shards is not None:
+            self.batch.numels = [float(e.param.numel()) for e in self.entries]
+            self.batch.starts = [sum(shards_before(e)) for e in self.entries]
         self._scalars = () in self._strides
-        self._contiguous = all(map(Tensor.is_contiguous, self.params))
+        self._contiguous = all(map(Tensor.is_contiguous, self._locals))
         self._base: list[float] | None = None
         self._pairs: list[tuple[int, float]] = []
         # torch checks an assigned gradient's dtype itself, unless a parameter allows any (torch 2.10's grad_dtype=None)
@@ -134,22 +153,23 @@ class Work:
 
     def collect(self) -> bool:
         """Read this step's gradients; False if anything moved so that the plan must be made anew."""
-        grads = list(map(_grad, self.params))
+        grads, now = list(map(_grad, self.params)), self.params
         try:
+            if self.shards is not None:
+                grads, now = list(map(local, grads)), [local(p.detach()) for p in self.params]
             if self._contiguous:  # the usual case, and a third of the time
                 alike = all(map(Tensor.is_contiguous, grads))
             else:
                 alike = list(map(Tensor.stride, grads)) == self._strides
             moved = (
-                list(map(Tensor.data_ptr, self.params)) != self._pointers
-                or list(map(Tensor.data_ptr, self._sample)) != self._places
+                list(map(Tensor.data_ptr, now)) != self._pointers or list(map(Tensor.data_ptr, self._sample)) != self._places
             )
-        except (RuntimeError, TypeError):  # a sparse gradient has no layout, a missing one nothing at all
+        except (AttributeError, RuntimeError, TypeError):  # a sparse gradient has no layout, a missing one nothing at all
             return False
         if moved or (self._any_dtype and not all(g.dtype == self.lane.key.grad for g in grads)):
             return False
         if not alike or self._scalars:
-            grads = [like(g, p) for g, p in zip(grads, self.params, strict=True)]
+            grads = [like(g, p) for g, p in zip(grads, self._locals, strict=True)]
         self.batch.tensors["grad"][:] = grads
         return True
 
@@ -164,13 +184,19 @@ class Work:
         self.batch.model.clear()
         if self._base is not base:
             index: dict[tuple[int, float], int] = {}
-            pairs = ((e.group, base[i]) for e, i in zip(self.entries, self.places, strict=True))
-            self.batch.rows = [index.setdefault(pair, len(index)) for pair in pairs]
+            pairs = ((e.group, base[i]) for e, i in zip(self.everyone, self.places, strict=True))
+            rows = [index.setdefault(pair, len(index)) for pair in pairs]
+            self.batch.rows = [rows[i] for i in self.here]
             self._base, self._pairs = base, list(index)
         for name in self._noise:
-            steps = [int(base[i]) + ahead for i in self.places]
+            steps = [int(base[self.places[i]]) + ahead for i in self.here]
             self.batch.keys[name] = [noise_key(e.identity, name, t) for e, t in zip(self.entries, steps, strict=True)]
         return [(group, count + ahead) for group, count in self._pairs]
+
+
+def shards_before(entry: Entry) -> list[int]:
+    """The elements that the ranks before this one have of a spread parameter."""
+    return entry.shards.sizes()[: entry.shards.rank] if entry.shards else []
 
 
 def like(grad: Tensor, param: Tensor) -> Tensor:
@@ -197,7 +223,7 @@ def aligned(tensor: Tensor, param: Tensor) -> bool:
 
 
 def initial_state(lane: Lane, p: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
-    """The stored tensors that ``state`` lacks, in the parameter's own memory order."""
+    """The stored tensors that ``state`` lacks, for ``p``, this rank's part of a parameter, in its memory order."""
     dtype = compute_dtype(p.dtype)
     missing: dict[str, Tensor] = {}
     for name, slot in lane.slots.items():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbcore.distributed.placement import local, shards_of
 from hbcore.engine import schedule
 from hbcore.engine.adoption import Adopter
 from hbcore.engine.courses import Course, course, example
@@ -22,7 +23,7 @@ from hbcore.engine.options import Settings
 from hbcore.engine.progress import Progress, advanced, carried
 from hbcore.engine.recipe import Recipe
 from hbcore.engine.report import Report
-from hbcore.engine.stacks import Stack, seats_of, stacks_of
+from hbcore.engine.stacks import Stack, Traffic, levels_of, stacks_of
 from hbcore.engine.trace import trace
 from hbcore.engine.values import NO_AMP, Amp, capturing, device_values, numbers
 from hbcore.errors import CompileError, SparseGradientError, TraceError
@@ -100,7 +101,7 @@ class Plan:
         for stack in self._stacks:
             stack.arrange(base)
         run_level = self._runner(ahead, progress, refreshes)
-        self.report.launches = schedule.run(works, 1 + max((s.level for s in self._stacks), default=-1), run_level)
+        self.report.launches = schedule.run(works, levels_of(self._active), run_level)
         self._selection.advance(1 if amp.found_inf is None else (amp.found_inf == 0).float())  # while the device is at work
         for g, carries in progress.items():
             self.around.progress[g].update(carries)
@@ -200,9 +201,12 @@ class Plan:
                 f"{self.around.name_of(g, i)} has a sparse gradient ({grad.layout}); use an optimizer for sparse gradients, "
                 "or make the layer dense (nn.Embedding(..., sparse=False))."
             )
-        dense = is_dense(p) if not way.rules else p.is_contiguous()  # a slab's rows lie in logical order
+        part, shards = local(p.detach()), shards_of(p)
+        dense = is_dense(part) if not way.rules else part.is_contiguous()  # a slab's rows lie in logical order
+        alone = None if self.settings.multi_tensor else id(p)
+        mesh = None if shards is None else (shards.mesh, shards.placements)
         recipe = way.lanes[level]
-        key = LaneKey(recipe, p.device, p.dtype, grad.dtype, dense, None if self.settings.multi_tensor else id(p))
+        key = LaneKey(recipe, part.device, p.dtype, grad.dtype, dense or not part.numel(), alone, mesh)
         if key not in self.lanes:
             transforms = recipe.transforms(example(recipe, self.groups[g]))
             slots = {name: slot for t in transforms for name, slot in t.slots(p).items()}
@@ -244,9 +248,11 @@ class Plan:
     def _compile(self, work: Work) -> None:
         """Compile what the lane lacks for this batch, falling back while nothing is written yet."""
         lane = work.lane
-        if lane.program is None:
+        if lane.program is None or not work.entries:
             return
         backends = candidates(self.settings.compile if lane.key.dense else "eager", lane.key.device, self.numel)
+        if work.shards is not None and (schedule.reductions(lane) or lane.key.recipe.stochastic):
+            backends = [b for b in backends if b.name != "triton"]  # whose reductions and noise know one rank's part alone
         if not lane.key.dense:
             self.report.note(
                 "parameters that are not dense in memory, in the order that the rule needs, run eagerly one by one"
@@ -271,9 +277,8 @@ class Plan:
         """What runs one level of matrix rules."""
 
         def run_level(level: int) -> None:
-            scattered = seats_of(self._active, level)
-            for seat in scattered:
-                seat.deal()
+            traffic = Traffic(self._active, level)
+            traffic.deal()
             for stack in (s for s in self._stacks if s.level == level):
                 g, recipe = stack.slab.key.group, stack.slab.key.recipe
                 values = [*numbers(recipe, self.groups[g], self._carried_of(stack)), *[1.0] * 4]
@@ -284,8 +289,7 @@ class Plan:
                     progress[g].update({n: float(v) for n, v in stack.slab.run(turn).items()})
                 if stack.partial:
                     self.report.note("some matrices of a slab sat a step out: the others were gathered and scattered back")
-            for seat in scattered:
-                seat.collect()
+            traffic.collect()
 
         return run_level
 

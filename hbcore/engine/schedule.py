@@ -6,9 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from hbcore.distributed.exchange import total
 from hbcore.engine.lanes import Lane, Work
 from hbcore.rules.transform import Domain
+
+NEUTRAL = {"sum": 0.0, "amax": float("-inf")}
+"""What a rank without elements contributes to a reduction."""
 
 
 def run(works: list[Work], levels: int, run_level: Callable[[int], None]) -> int:
@@ -29,9 +34,11 @@ def run(works: list[Work], levels: int, run_level: Callable[[int], None]) -> int
             k = done[id(w)]
             if k == w.lane.phases or w.lane.level > finished or _must_wait(w, k, waiting):
                 continue
-            assert w.lane.executable is not None
-            launches += w.lane.executable.run(k, w.batch)
+            if w.entries:
+                assert w.lane.executable is not None
+                launches += w.lane.executable.run(k, w.batch)
             done[id(w)] += 1
+            _join(w, k)
             for r in w.lane.program.phases[k].reduces if w.lane.program else ():
                 if r.domain == Domain.MODEL:
                     waiting[r.name].discard(id(w))
@@ -54,10 +61,34 @@ def reductions(lane: Lane) -> list[Any]:
     return [r for p in lane.program.phases for r in p.reduces] if lane.program else []
 
 
+def _join(work: Work, phase: int) -> None:
+    """Reduce over the ranks what a phase made of its part of each tensor."""
+    if work.shards is None or work.lane.program is None:
+        return
+    for r in work.lane.program.phases[phase].reduces:
+        if r.domain == Domain.TENSOR:
+            device = work.everyone[0].local.device
+            values = torch.full((len(work.everyone),), NEUTRAL[r.how], dtype=torch.float64, device=device)
+            if work.here:
+                values[work.here] = torch.stack(work.batch.sums[r.name]).double()
+            total(values, r.how, work.shards)
+            work.batch.sums[r.name] = list(values[work.here].to(r.dtype).unbind())
+
+
 def _combine(name: str, how: str, works: list[Work]) -> None:
     """Make one number of what every lane contributed, and give it to all of them."""
-    parts = [x.double() for w in works for x in w.batch.sums.get(name, ())]
-    parts = [x.to(parts[0].device) for x in parts]
-    total = torch.stack(parts).sum() if how == "sum" else torch.stack(parts).amax()
+    parts: list[Tensor] = []
+    for w in (w for w in works if any(r.name == name for r in reductions(w.lane))):
+        own = [x.double() for x in w.batch.sums.get(name, ())]
+        part = _reduced(own, how) if own else torch.tensor(NEUTRAL[how], dtype=torch.float64, device=w.lane.key.device)
+        if w.shards is not None:
+            total(part, how, w.shards)
+        parts.append(part.to(parts[0].device) if parts else part)
+    result = _reduced(parts, how)
     for w in works:
-        w.batch.model[name] = total
+        w.batch.model[name] = result
+
+
+def _reduced(values: list[Tensor], how: str) -> Tensor:
+    stacked = torch.stack(values)
+    return stacked.sum() if how == "sum" else stacked.amax()

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbcore.distributed.exchange import Parcel
+from hbcore.distributed.placement import Shards
 from hbcore.engine.recipe import Recipe
 from hbcore.errors import RuleError
 from hbcore.rules.division import Divide
@@ -215,6 +217,46 @@ class Seat:
                 view = stored[row] if block.batch == 1 else stored[row : row + block.batch]
                 views[part_name(name, k, len(self.places))] = view
         return views
+
+
+@dataclass(eq=False)
+class SpreadSeat:
+    """Where one matrix rule sees a parameter that is spread over ranks: whole, on its owner.
+
+    Attributes:
+        shards: how it is spread.
+        owner: the rank that runs the rule on it.
+        inner: the seat on the owner; one without places elsewhere.
+        part: this rank's part of the parameter.
+        feeds: what the rule reads, and in which dtypes.
+    """
+
+    shards: Shards
+    owner: int
+    inner: Seat
+    part: Tensor
+    feeds: Mapping[str, torch.dtype]
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def places(self) -> list[tuple[Block, Slab, int]]:
+        """As of a seat; none on ranks that do not own the parameter."""
+        return self.inner.places
+
+    def column(self, name: str) -> Tensor:
+        """What the lanes see: a tensor of the shape of this rank's part."""
+        if name not in self.scratch:
+            self.scratch[name] = torch.zeros_like(self.part, dtype=self.feeds[name], requires_grad=False)
+        return self.scratch[name]
+
+    def parcel(self, name: str) -> Parcel:
+        """One of the rule's inputs, or its result, on its way between ranks and owner."""
+        whole = self.inner.column(name).view(-1) if self.inner.places else None
+        return Parcel(self.column(name).view(-1), whole, self.owner, self.shards.sizes())
+
+    def state(self) -> dict[str, Tensor]:
+        """As of a seat."""
+        return self.inner.state()
 
 
 def _run(whole: Tensor, block: Block) -> Tensor:

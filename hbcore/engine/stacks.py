@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hbcore.distributed.exchange import from_owners, to_owners
 from hbcore.engine.lanes import Entry, noise_key
-from hbcore.engine.slabs import Seat, Slab, Turn
+from hbcore.engine.slabs import Seat, Slab, SpreadSeat, Turn
 from hbcore.rules.division import Divide
 from hbcore.rules.transform import Transform
 
@@ -83,6 +84,34 @@ def stacks_of(entries: list[Entry]) -> list[Stack]:
     return [Stack(slab, level, members) for slab, (level, members) in slabs.items()]
 
 
-def seats_of(entries: list[Entry], level: int) -> list[Seat]:
-    """The seats of one level whose blocks lie in several slabs."""
-    return [e.seats[level] for e in entries if level < min(e.reach, len(e.seats)) and len(e.seats[level].places) > 1]
+def levels_of(entries: list[Entry]) -> int:
+    """How many levels of matrix rules a step has, on whatever rank."""
+    return max((min(e.reach, len(e.seats)) for e in entries), default=0)
+
+
+class Traffic:
+    """What goes to the slabs of one level, and back, other than by a lane's own writing."""
+
+    def __init__(self, entries: list[Entry], level: int) -> None:
+        seats = [e.seats[level] for e in entries if level < min(e.reach, len(e.seats))]
+        whole = [seat if isinstance(seat, Seat) else seat.inner for seat in seats]
+        self._scattered = [seat for seat in whole if len(seat.places) > 1]
+        self._spread: dict[tuple[object, tuple[tuple[str, torch.dtype], ...]], list[SpreadSeat]] = {}
+        for seat in seats:
+            if isinstance(seat, SpreadSeat):
+                self._spread.setdefault((seat.shards.mesh, tuple(seat.feeds.items())), []).append(seat)
+
+    def deal(self) -> None:
+        """Bring the rules' inputs to the slabs."""
+        for (_, feeds), seats in self._spread.items():
+            for name, _ in feeds:
+                to_owners([seat.parcel(name) for seat in seats], seats[0].shards)
+        for seat in self._scattered:
+            seat.deal()
+
+    def collect(self) -> None:
+        """Bring the results to where the next lanes read them."""
+        for seat in self._scattered:
+            seat.collect()
+        for seats in self._spread.values():
+            from_owners([seat.parcel("update") for seat in seats], seats[0].shards)

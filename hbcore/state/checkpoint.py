@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hbcore.distributed.placement import is_dtensor, local, shards_of, spread_like
+from hbcore.distributed.exchange import broadcast, owners
+from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like
 from hbcore.errors import CheckpointError, HyperparameterError
 from hbcore.rules import route
 from hbcore.rules.transform import Transform
@@ -73,17 +74,34 @@ def whole_entry(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> dict[
     if not held and not p.requires_grad:
         return {}
     entry: dict[str, Any] = {"step": own(held.get("step", torch.zeros((), dtype=torch.float32, device="cpu")))}
+    owned = owners(q for g in optimizer.param_groups for q in g["params"])
     for slot in optimizer._expected(group, p):
         parts = slot.parts(p)
         if slot.matrix:
-            mine = all(name in held for name in parts)
-            entry.update({name: own(t) for name, t in (held if mine else slot.blank(p)).items() if name in parts})
+            entry.update(_matrix_slot(slot, p, held, owned))
         elif all(name in held for name in parts):
             entry.update({name: held[name] for name in parts})
         else:
             entry.update({name: spread_like(t, p) for name, t in blank_local(slot, p).items()})
     entry.update({k: v for k, v in held.items() if k not in entry})
     return entry
+
+
+def _matrix_slot(slot: Logical, p: Tensor, held: Mapping[str, Any], owned: Mapping[Tensor, int]) -> dict[str, Tensor]:
+    """A matrix rule's slot, whole; of a spread parameter sharded along its rows, so that every rank has the same entries."""
+    shards = shards_of(p)
+    parts = slot.parts(p)
+    if all(name in held and (shards is None or is_dtensor(held[name])) for name in parts):
+        return {name: own(held[name]) for name in parts}
+    whole = slot.blank(local(p))
+    if shards is None:
+        return whole
+    for name, tensor in whole.items():
+        if name in held:
+            tensor.copy_(held[name])
+        if "step" in held:  # this parameter was stepped, and its owner alone has what the rule remembers
+            broadcast(tensor, owned[p], shards)
+    return {name: share_out(tensor, shards) for name, tensor in whole.items()}
 
 
 def blank_local(slot: Logical, p: Tensor) -> dict[str, Tensor]:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hb_adam.adamw import AdamW
+    from hb_adam.schedule_free import SFAdamW
     from hb_adam.sgd import SGD
 
-__all__ = ["SGD", "AdamW", "__version__"]
+__all__ = ["SGD", "AdamW", "SFAdamW", "__version__"]
 
 __version__ = "0.1.0"
 
-_HOME = {"AdamW": "hb_adam.adamw", "SGD": "hb_adam.sgd"}
+_HOME = {"AdamW": "hb_adam.adamw", "SFAdamW": "hb_adam.schedule_free", "SGD": "hb_adam.sgd"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ def hb_optimizers(api: object) -> list[OptimizerSpec]:
             target="hb_muon.muon:Muon",
             summary="Momentum, orthogonalized",
             paper="Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/",
+            capabilities=frozenset({"matrix"}),
         ),
     ]
 

@@ -16,6 +16,7 @@ def hb_optimizers(api: object) -> list[OptimizerSpec]:
             target="hb_psgd.psgd:PSGDKron",
             summary="Preconditioned SGD with Kronecker factors that whiten the momentum",
             paper="Pooladzandi & Li 2024, arXiv:2402.11858; Li 2015, arXiv:1512.04202",
+            capabilities=frozenset({"matrix", "random"}),
         ),
     ]
 

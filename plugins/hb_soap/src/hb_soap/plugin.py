@@ -16,6 +16,7 @@ def hb_optimizers(api: object) -> list[OptimizerSpec]:
             target="hb_soap.soap:SOAP",
             summary="Adam in the eigenbasis of Shampoo's preconditioner",
             paper="Vyas et al. 2024, arXiv:2409.11321",
+            capabilities=frozenset({"matrix", "primes"}),
         ),
     ]
 

@@ -1,0 +1,98 @@
+"""Whole tensors for those who compute on them: every rank's rows to their owners, and the results back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hbcore.distributed.placement import Shards, shards_of
+
+
+@dataclass
+class Parcel:
+    """One tensor on its way.
+
+    Attributes:
+        part: this rank's elements, flat; none for a rank without rows.
+        whole: all elements, flat, on the owner; None elsewhere.
+        owner: the rank that has, or gets, the whole.
+        sizes: how many elements each rank has.
+    """
+
+    part: Tensor
+    whole: Tensor | None
+    owner: int
+    sizes: Sequence[int]
+
+
+def to_owners(parcels: Sequence[Parcel], shards: Shards) -> None:
+    """Fill each parcel's ``whole`` on its owner. Collective: all ranks pass the same parcels in the same order."""
+    mine, theirs = _mine(parcels, shards.rank), _by_owner(parcels, shards.ranks)
+    leaving = [[p.part for p in group] for group in theirs]
+    coming = [sum(p.sizes[r] for p in mine) for r in range(shards.ranks)]
+    for r, run in enumerate(_swap(leaving, coming, parcels[0].part, shards)):
+        for p, piece in zip(mine, run.split([p.sizes[r] for p in mine]), strict=True):
+            assert p.whole is not None
+            p.whole[_rows(p, r)] = piece
+
+
+def from_owners(parcels: Sequence[Parcel], shards: Shards) -> None:
+    """Fill each parcel's ``part`` from its owner's ``whole``. Collective, as :func:`to_owners`."""
+    mine, theirs = _mine(parcels, shards.rank), _by_owner(parcels, shards.ranks)
+    leaving = [[p.whole[_rows(p, r)] for p in mine if p.whole is not None] for r in range(shards.ranks)]
+    coming = [sum(p.part.numel() for p in group) for group in theirs]
+    for group, run in zip(theirs, _swap(leaving, coming, parcels[0].part, shards), strict=True):
+        for p, piece in zip(group, run.split([p.part.numel() for p in group]), strict=True):
+            p.part.copy_(piece)
+
+
+def owners(params: Iterable[Tensor]) -> dict[Tensor, int]:
+    """The rank that computes on each spread parameter: balanced by size, and the same on every rank.
+
+    In order, each goes to the rank that has least so far, so that parameters added later change nobody's owner.
+    """
+    loads: dict[object, list[int]] = {}
+    dealt: dict[Tensor, int] = {}
+    for p in params:
+        shards = shards_of(p)
+        if shards is not None:
+            load = loads.setdefault(shards.mesh, [0] * shards.ranks)
+            dealt[p] = load.index(min(load))
+            load[dealt[p]] += p.numel()
+    return dealt
+
+
+def total(values: Tensor, how: str, shards: Shards) -> None:
+    """Reduce ``values`` over the ranks in place: ``"sum"`` or ``"amax"``. Collective."""
+    dist.all_reduce(values, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=shards.group)
+
+
+def broadcast(whole: Tensor, owner: int, shards: Shards) -> None:
+    """Give every rank the owner's tensor, in place. Collective."""
+    dist.broadcast(whole, dist.get_global_rank(shards.group, owner), group=shards.group)
+
+
+def _mine(parcels: Sequence[Parcel], rank: int) -> list[Parcel]:
+    return [p for p in parcels if p.owner == rank]
+
+
+def _by_owner(parcels: Sequence[Parcel], ranks: int) -> list[list[Parcel]]:
+    return [[p for p in parcels if p.owner == r] for r in range(ranks)]
+
+
+def _rows(parcel: Parcel, rank: int) -> slice:
+    start = sum(parcel.sizes[:rank])
+    return slice(start, start + parcel.sizes[rank])
+
+
+def _swap(leaving: Sequence[Sequence[Tensor]], coming: list[int], like: Tensor, shards: Shards) -> list[Tensor]:
+    """One all-to-all of what leaves for each rank; what came from each."""
+    outgoing = torch.cat([like[:0], *(t.reshape(-1) for group in leaving for t in group)])
+    incoming = outgoing.new_empty(sum(coming))
+    sizes = [sum(t.numel() for t in group) for group in leaving]
+    dist.all_to_all_single(incoming, outgoing, coming, sizes, group=shards.group)
+    return list(incoming.split(coming))

@@ -1,0 +1,124 @@
+"""What the ranks do: train a model with given gradients, save, load. Module-level functions, so that they can be sent."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import hbcore
+
+SHAPES = {"wide": (18, 64), "row": (1, 64), "bias": (18,), "tall": (64, 5), "square": (16, 16), "odd": (3, 7)}
+"""Shards that are uneven, and empty on the second rank."""
+
+
+class Model(nn.Module):
+    """Parameters of the shapes above, and nothing to compute."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in SHAPES.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
+
+
+def gradient(step: int, name: str) -> Tensor:
+    seed = 1000 * step + sorted(SHAPES).index(name)
+    return torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(seed))
+
+
+def build(name: str, options: dict[str, Any], how: str) -> tuple[Model, torch.optim.Optimizer]:
+    model = Model()
+    if how == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return model, hbcore.get(name)(model.named_parameters(), lr=0.01, **options)
+
+
+def train(model: Model, optimizer: torch.optim.Optimizer, steps: range, skip: str = "") -> None:
+    for step in steps:
+        for name, p in model.named_parameters():
+            p.grad = None if name == skip else spread(gradient(step, name), p)
+        optimizer.step()
+
+
+def spread(whole: Tensor, p: Tensor) -> Tensor:
+    if not hasattr(p, "device_mesh"):
+        return whole.clone()
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, p.device_mesh, p.placements)
+
+
+def whole(model: Model) -> dict[str, Tensor]:
+    return {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for name, p in model.named_parameters()
+    }
+
+
+def follow(rank: int, name: str, options: dict[str, Any], how: str, steps: int = 6) -> dict[str, Tensor]:
+    """Train, and return the whole parameters."""
+    model, optimizer = build(name, options, how)
+    train(model, optimizer, range(steps))
+    return whole(model)
+
+
+def resume(rank: int, name: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """Train 3 + 3 steps with a state dict in between, loaded into a new optimizer on the same ranks, and 6 straight."""
+    straight, optimizer = build(name, options, "fsdp")
+    train(straight, optimizer, range(6))
+    first, before = build(name, options, "fsdp")
+    train(first, before, range(3))
+    after = hbcore.get(name)(first.named_parameters(), lr=0.5, **options)
+    after.load_state_dict(before.state_dict())
+    train(first, after, range(3, 6))
+    keys = sum(len(entry) for entry in after.state_dict()["state"].values())
+    return whole(straight), whole(first), keys
+
+
+def save(rank: int, folder: str, name: str, options: dict[str, Any], skip: str) -> dict[str, Tensor]:
+    """Train three steps, ``skip`` without gradients, save with DCP, train on, and return the whole parameters."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model, optimizer = build(name, options, "fsdp")
+    train(model, optimizer, range(3), skip)
+    m, o = get_state_dict(model, optimizer)
+    dcp.save({"m": m, "o": o}, checkpoint_id=folder)
+    train(model, optimizer, range(3, 6))
+    return whole(model)
+
+
+def load(rank: int, folder: str, name: str, options: dict[str, Any], how: str) -> dict[str, Tensor]:
+    """Load what :func:`save` saved into new objects, train on, and return the whole parameters."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, optimizer = build(name, options, how)
+    m, o = get_state_dict(model, optimizer)
+    state = {"m": m, "o": o}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["m"], optim_state_dict=state["o"])
+    train(model, optimizer, range(3, 6))
+    return whole(model)
+
+
+def ddp(rank: int, name: str, options: dict[str, Any]) -> bytes:
+    """Train a DDP model, each rank on data of its own; return the parameters' bits."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)))
+    optimizer = hbcore.get(name)(model.parameters(), lr=0.01, **options)
+    torch.manual_seed(rank)  # whatever draws from the global generator now differs between the ranks
+    for _ in range(5):
+        x = torch.randn(8, 6)
+        optimizer.zero_grad()
+        (model(x) - x[:, :3]).square().mean().backward()
+        optimizer.step()
+    out = io.BytesIO()
+    torch.save([p.detach() for p in model.parameters()], out)
+    return out.getvalue()

@@ -1,0 +1,54 @@
+"""Two processes follow one: under DDP and FSDP2, through state dicts and distributed checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core.kit import distance
+from distributed import jobs
+from distributed.ranks import on_ranks
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+
+CASES = {
+    "AdamW": ("AdamW", {"weight_decay": 0.1}),
+    "AdamW-reductions": ("AdamW", {"caution": True, "update_clipping": "l2_clip_", "gradient_clipping": "global_l2norm_clip"}),
+    "AdamW-ecc": ("AdamW", {"ecc": "bf16+8", "stochastic_rounding": True}),
+    "SGD": ("SGD", {"mars": True}),
+    "Muon": ("Muon", {"ns_dtype": "float32", "update_clipping": "global_rmsnorm_clip"}),
+    "SOAP": ("SOAP", {"precondition_frequency": 2}),
+    "PSGDKron": ("PSGDKron", {}),
+    "SFAdamW": ("SFAdamW", {"weight_decay": 0.1}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fully_sharded_parameters_follow_one_process(case):
+    name, options = CASES[case]
+    alone = jobs.follow(0, name, options, "alone")
+    for result in on_ranks(2, jobs.follow, name, options, "fsdp"):
+        assert distance([result[k] for k in alone], list(alone.values())) < 1e-6
+
+
+@pytest.mark.parametrize("case", ["AdamW-ecc", "SOAP", "PSGDKron", "SFAdamW"])
+def test_a_state_dict_on_two_ranks_resumes_exactly(case):
+    name, options = CASES[case]
+    for straight, resumed, keys in on_ranks(2, jobs.resume, name, options):
+        assert all(torch.equal(resumed[k], straight[k]) for k in straight)
+        assert keys > 0
+
+
+@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDKron"])
+def test_what_two_ranks_saved_loads_on_one_and_three(case, tmp_path):
+    name, options = CASES[case]
+    [trained, _] = on_ranks(2, jobs.save, str(tmp_path), name, options, "odd")
+    for ranks in (1, 3):
+        for result in on_ranks(ranks, jobs.load, str(tmp_path), name, options, "fsdp"):
+            assert distance([result[k] for k in trained], list(trained.values())) < 1e-6
+
+
+@pytest.mark.parametrize("case", ["AdamW", "SOAP", "PSGDKron"])
+def test_ranks_of_ddp_stay_equal_bit_for_bit(case):
+    name, options = CASES[case]
+    first, second = on_ranks(2, jobs.ddp, name, options)
+    assert first == second
