@@ -35,7 +35,7 @@ def to_owners(parcels: Sequence[Parcel], shards: Shards) -> None:
     leaving = [[p.part for p in group] for group in theirs]
     coming = [sum(p.sizes[r] for p in mine) for r in range(shards.ranks)]
     for r, run in enumerate(_swap(leaving, coming, parcels[0].part, shards)):
-        for p, piece in zip(mine, run.split([p.sizes[r] for p in mine]), strict=True):
+        for p, piece in zip(mine, torch.split(run, [p.sizes[r] for p in mine]), strict=True):
             assert p.whole is not None
             p.whole[_rows(p, r)] = piece
 
@@ -46,7 +46,7 @@ def from_owners(parcels: Sequence[Parcel], shards: Shards) -> None:
     leaving = [[p.whole[_rows(p, r)] for p in mine if p.whole is not None] for r in range(shards.ranks)]
     coming = [sum(p.part.numel() for p in group) for group in theirs]
     for group, run in zip(theirs, _swap(leaving, coming, parcels[0].part, shards), strict=True):
-        for p, piece in zip(group, run.split([p.part.numel() for p in group]), strict=True):
+        for p, piece in zip(group, torch.split(run, [p.part.numel() for p in group]), strict=True):
             p.part.copy_(piece)
 
 
@@ -95,4 +95,4 @@ def _swap(leaving: Sequence[Sequence[Tensor]], coming: list[int], like: Tensor, 
     incoming = outgoing.new_empty(sum(coming))
     sizes = [sum(t.numel() for t in group) for group in leaving]
     dist.all_to_all_single(incoming, outgoing, coming, sizes, group=shards.group)
-    return list(incoming.split(coming))
+    return list(torch.split(incoming, coming))

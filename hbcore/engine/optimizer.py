@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as hooks
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Self
 
 from hbcore.engine.lanes import Group
+from hbcore.engine.modes import Modes
 from hbcore.engine.options import OPTIONS, Settings, resolve
 from hbcore.engine.params import check_params, describe_param
 from hbcore.engine.plan import Plan, Surroundings
@@ -21,7 +23,7 @@ from hbcore.engine.progress import Progress
 from hbcore.engine.recipe import Recipe, length_of
 from hbcore.engine.report import Report
 from hbcore.engine.values import Amp, capturing
-from hbcore.errors import HyperparameterError, OptionError, ParameterTypeError, StateWarning
+from hbcore.errors import HyperparameterError, OptionError, ParameterTypeError, RuleError, StateWarning
 from hbcore.rules import route
 from hbcore.rules.transform import Transform
 from hbcore.state import checkpoint
@@ -84,6 +86,7 @@ class Optimizer(torch.optim.Optimizer):
         self.settings, scheduled = resolve(name, self.own, {**self.option_defaults, **options})
         self._assembly = Assembly(type(self).chain, self.settings)
         self.report = Report()
+        self.modes = Modes()
         self._plan: Plan | None = None
         self._progress: list[Progress] = []
         defaults = {**scheduled, **hyperparameters}
@@ -132,6 +135,8 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.modes.training:
+            raise RuleError(f"{type(self).__name__}.step() with the weights to evaluate with; call optimizer.train() first.")
         if not self.state and checkpoint.is_dry(self):
             checkpoint.allocate(self)
             return loss
@@ -145,6 +150,20 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(torch.no_grad()(_step))
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> Self:
+        """Put the weights to train with into the parameters; with ``mode=False`` those to evaluate with. Idempotent.
+
+        Schedule-free rules have two sets; other optimizers have one, and nothing happens. Call it as you call
+        ``model.train()``. Coming back to training restores the weights bit for bit.
+        """
+        self.modes.switch(self, bool(mode))
+        return self
+
+    def eval(self) -> Self:
+        """``train(False)``."""
+        return self.train(False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at any time. Its hyperparameters default to the constructor's.
@@ -248,6 +267,11 @@ class Optimizer(torch.optim.Optimizer):
         values = {k: group[k] if k in fixed or group[k] is None else self.defaults[k] for k in self._keys}
         return self._assembly.forked(SimpleNamespace(**values))
 
+    def _bound_chain(self, group: Group, p: Tensor) -> tuple[Transform, ...]:
+        """The chain of one parameter with its present numbers as tensors, as rules have them."""
+        values = {k: _tensors(group[k]) if k in self._hyper and group[k] is not None else group[k] for k in self._keys}
+        return self._assembly(SimpleNamespace(**values), route.branches(self._transforms(group), p))
+
     def _every_transform(self, group: Group) -> tuple[Transform, ...]:
         """What some parameter of the group may meet."""
         return tuple(route.every(self._transforms(group)))
@@ -310,6 +334,7 @@ class Optimizer(torch.optim.Optimizer):
         state = {p: {k: own(v) for k, v in s.items()} for p, s in self.state.items()}
         return {
             "_progress": self._progress,
+            "_training": self.modes.training,
             "defaults": self.defaults,
             "state": state,
             "param_groups": self.param_groups,
@@ -322,6 +347,8 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__({**state, "state": StateMap(state["state"])})
         self._assembly = Assembly(type(self).chain, self.settings)
         self.report = Report()
+        self.modes = Modes()
+        self.modes.forget(self.__dict__.pop("_training", True))
         self._plan = None
 
     def __repr__(self) -> str:
@@ -337,6 +364,11 @@ def _observed(optimizer: Optimizer) -> bool:
         or hooks._global_optimizer_post_hooks
         or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     )
+
+
+def _tensors(value: Any) -> Any:
+    """Numbers as 0-d float64 tensors."""
+    return tuple(map(_tensors, value)) if isinstance(value, tuple) else torch.as_tensor(value, dtype=torch.float64)
 
 
 def _plain(value: Any) -> Any:

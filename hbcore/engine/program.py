@@ -93,6 +93,11 @@ class Program:
         """The new values of the numbers that a group carries, from the present ones among ``values``."""
         if self.carry is None:
             return {}
+        try:
+            if self._python_carry is not None:
+                return dict(zip(self.carries, self._python_carry(values), strict=True))  # type: ignore[arg-type]
+        except (ArithmeticError, ValueError):
+            pass  # where Python raises, tensors have inf or nan
         return {name: float(value) for name, value in zip(self.carries, self.carry(*as_scalars(values)), strict=True)}
 
     def scalars(self, values: Sequence[float | Tensor]) -> tuple[Tensor, ...]:
@@ -110,6 +115,10 @@ class Program:
         except (ArithmeticError, ValueError):
             pass  # where Python raises, tensors have inf or nan
         return tuple(float(s) for s in self.scalars(values))
+
+    @cached_property
+    def _python_carry(self) -> Numbers | None:
+        return None if self.carry is None else as_python(self.carry)
 
     @cached_property
     def _python(self) -> Numbers | None:

@@ -35,7 +35,7 @@ def record_of(optimizer: Optimizer, g: int) -> schema.Record:
     settings = optimizer.settings
     transforms = optimizer._transforms(optimizer.param_groups[g])
     progress = optimizer._progress[g] if g < len(optimizer._progress) else {}
-    return schema.Record(versions(transforms), settings.codec.name, settings.seed, dict(progress))
+    return schema.Record(versions(transforms), settings.codec.name, settings.seed, dict(progress), optimizer.modes.training)
 
 
 def versions(transforms: Iterable[Transform]) -> dict[str, int]:
@@ -127,6 +127,7 @@ def load(optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool = Tru
     groups, records, state = _validated(optimizer, state_dict, strict)
     for group, values in zip(optimizer.param_groups, groups, strict=True):
         group.update(values)
+    optimizer.modes.forget(all(record.training for record in records if record))
     optimizer._progress[:] = [dict(record.progress) if record else {} for record in records]
     _place(optimizer, state)
     for post in optimizer._optimizer_load_state_dict_post_hooks.values():

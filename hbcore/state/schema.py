@@ -25,12 +25,14 @@ class Record:
         codec: how slots are stored.
         seed: what random numbers are drawn from.
         progress: what the group carries from step to step.
+        training: whether the parameters held the weights to train with, of rules that have others too.
     """
 
     rules: Mapping[str, int] = field(default_factory=dict)
     codec: str = "plain"
     seed: int = 0
     progress: Mapping[str, float] = field(default_factory=dict)
+    training: bool = True
 
     def dump(self) -> str:
         """The string."""
@@ -53,6 +55,7 @@ def read(text: Any, group: int) -> Record | None:
             str(data["codec"]),
             int(data.get("seed", 0)),
             {str(k): float(v) for k, v in data.get("progress", {}).items()},
+            bool(data.get("training", True)),
         )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"param group {group}: its {KEY!r} entry is not hbcore's ({error}); got {text!r:.120}.") from None

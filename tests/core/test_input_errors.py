@@ -63,7 +63,7 @@ def test_a_group_that_is_refused_is_not_added():
         optimizer.add_param_group({"params": one(), "lr": -1})
     with pytest.raises(ParameterError):
         optimizer.add_param_group({"params": params})
-    assert optimizer.state_dict() == before
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
 
 
 def test_numbers_from_numpy_are_numbers():

@@ -30,13 +30,13 @@ def gradient(step: int, name: str) -> Tensor:
     return torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(seed))
 
 
-def build(name: str, options: dict[str, Any], how: str) -> tuple[Model, torch.optim.Optimizer]:
-    model = Model()
+def build(name: str, options: dict[str, Any], how: str, device: str = "cpu") -> tuple[Model, torch.optim.Optimizer]:
+    model = Model().to(device)
     if how == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        fully_shard(model, mesh=init_device_mesh(device, (dist.get_world_size(),)))
     return model, hbcore.get(name)(model.named_parameters(), lr=0.01, **options)
 
 
@@ -48,8 +48,9 @@ def train(model: Model, optimizer: torch.optim.Optimizer, steps: range, skip: st
 
 
 def spread(whole: Tensor, p: Tensor) -> Tensor:
+    whole = whole.to(p.device, copy=True)
     if not hasattr(p, "device_mesh"):
-        return whole.clone()
+        return whole
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole, p.device_mesh, p.placements)
@@ -57,14 +58,15 @@ def spread(whole: Tensor, p: Tensor) -> Tensor:
 
 def whole(model: Model) -> dict[str, Tensor]:
     return {
-        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for name, p in model.named_parameters()
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().cpu().clone()
+        for name, p in model.named_parameters()
     }
 
 
-def follow(rank: int, name: str, options: dict[str, Any], how: str, steps: int = 6) -> dict[str, Tensor]:
+def follow(rank: int, name: str, options: dict[str, Any], how: str, device: str = "cpu") -> dict[str, Tensor]:
     """Train, and return the whole parameters."""
-    model, optimizer = build(name, options, how)
-    train(model, optimizer, range(steps))
+    model, optimizer = build(name, options, how, device)
+    train(model, optimizer, range(6))
     return whole(model)
 
 
