@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         UnknownOptimizerError,
     )
     from hbcore.registry import block, create, get, info, list_optimizers, unblock
+    from hbcore.state.export import export
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "__version__",
     "block",
     "create",
+    "export",
     "get",
     "info",
     "list_optimizers",
@@ -68,7 +70,10 @@ __all__ = [
 
 _REGISTRY = ("block", "create", "get", "info", "list_optimizers", "unblock")
 _LAZY = {name: "hbcore.errors" for name in __all__ if name.endswith(("Error", "Warning"))}
-_LAZY |= dict.fromkeys(_REGISTRY, "hbcore.registry") | {"Optimizer": "hbcore.engine.optimizer"}
+_LAZY |= dict.fromkeys(_REGISTRY, "hbcore.registry") | {
+    "Optimizer": "hbcore.engine.optimizer",
+    "export": "hbcore.state.export",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -276,6 +276,11 @@ class Optimizer(torch.optim.Optimizer):
         """What some parameter of the group may meet."""
         return tuple(route.every(self._transforms(group)))
 
+    def _versions(self, group: Group) -> dict[str, int]:
+        """The rules of a group by name, with their versions."""
+        packed = {"param_ecc": 1} if self.settings.param_codec is not None else {}
+        return {**packed, **{t.name: t.version for t in self._every_transform(group)}}
+
     def _primes(self) -> bool:
         """Whether some rule's first gradient only prepares the state."""
         return any(t.primes for group in self.param_groups for t in self._every_transform(group))

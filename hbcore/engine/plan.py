@@ -14,6 +14,7 @@ from torch import Tensor
 from hbcore.distributed.placement import local, shards_of
 from hbcore.engine import schedule
 from hbcore.engine.adoption import Adopter
+from hbcore.engine.backend import Backend
 from hbcore.engine.courses import Course, course, example
 from hbcore.engine.eager_backend import DirectExecutable
 from hbcore.engine.fallback import candidates, compile_first, fell_back
@@ -78,6 +79,9 @@ class Plan:
         self._idle: list[Tensor] = []
         self._model_numel = 0.0
         self._active: list[Entry] = []
+        self._params: list[Tensor] = []
+        self._transforms: dict[int, list[Transform]] = {}
+        self._levels = 0
         self._revision: float = 0
         self._lists: list[list[Tensor]] = []
         self._lengths: list[int] = []
@@ -101,7 +105,7 @@ class Plan:
         for stack in self._stacks:
             stack.arrange(base)
         run_level = self._runner(ahead, progress, refreshes)
-        self.report.launches = schedule.run(works, levels_of(self._active), run_level)
+        self.report.launches = schedule.run(works, self._levels, run_level)
         self._selection.advance(1 if amp.found_inf is None else (amp.found_inf == 0).float())  # while the device is at work
         for g, carries in progress.items():
             self.around.progress[g].update(carries)
@@ -109,7 +113,7 @@ class Plan:
             work.batch.tensors["grad"].clear()  # else a gradient that the user dropped would live until the next one
         self._after_priming()
         self.report.backend = "+".join(sorted({w.lane.backend for w in works})) or self.report.backend
-        return [e.param for e in self._active]
+        return self._params
 
     def reread(self) -> None:
         """Somebody wrote to the state tensors in place: what is known of the counters is not true any more."""
@@ -118,10 +122,8 @@ class Plan:
     def _progress(self) -> tuple[dict[int, Progress], dict[int, dict[str, bool]]]:
         """What each active group will carry, as far as its count decides, and which of its rules refresh."""
         progress, refreshes = {}, {}
-        for g in {e.group for e in self._active}:
-            transforms = [t for (group, _, _), c in self._courses.items() if group == g for t in c.transforms]
-            before = self.around.progress[g]
-            progress[g], refreshes[g] = advanced({**before, **carried(before, transforms)}, transforms)
+        for g, transforms in self._transforms.items():
+            progress[g], refreshes[g] = advanced(self.around.progress[g], transforms)
         return progress, refreshes
 
     def _unchanged(self) -> bool:
@@ -172,6 +174,12 @@ class Plan:
         self._stacks = stacks_of(self._active)
         for work in works:
             work.collect()
+        self._params = [e.param for e in self._active]
+        self._levels = levels_of(self._active)
+        self._transforms = {}
+        for way, g in {id(e.course): (e.course, e.group) for e in self._active}.values():
+            stepped = [t for t in way.transforms if t.domain == Domain.MATRIX or t.scalars()]
+            self._transforms.setdefault(g, []).extend(stepped)
         counted = [e.counter for e in self._active]
         self._selection = self.counters.select(counted, [e.primed for e in self._active])
         self._revision = self._revised()
@@ -181,7 +189,7 @@ class Plan:
 
     def _after_priming(self) -> None:
         """Parameters that were primed in this step take whole ones from now on."""
-        if not all(e.primed for e in self._active):
+        if self._selection.partial:
             for e in self._active:
                 e.primed = True
             self._works = None
@@ -224,15 +232,11 @@ class Plan:
                 for (g, _), step in zip(rows, steps, strict=True)
             ]
             return
-        work.batch.values = [
-            [*numbers(recipe, self.groups[g], self._carried(g, work)), count, self._model_numel] for g, count in rows
-        ]
+        carries = {g: carried(self.around.progress[g], self._transforms[g]) if recipe.carried else {} for g, _ in rows}
+        work.batch.values = [[*numbers(recipe, self.groups[g], carries[g]), count, self._model_numel] for g, count in rows]
         if work.lane.program is not None and work.lane.program.carries:
             for (g, _), values in zip(rows, work.batch.values, strict=True):
                 progress[g].update(work.lane.program.carried(values))
-
-    def _carried(self, g: int, work: Work) -> Progress:
-        return carried(self.around.progress[g], work.entries[0].course.transforms)
 
     def _trace(self, lane: Lane) -> None:
         if lane.program is None and lane.executable is None:
@@ -250,26 +254,32 @@ class Plan:
         lane = work.lane
         if lane.program is None or not work.entries:
             return
-        backends = candidates(self.settings.compile if lane.key.dense else "eager", lane.key.device, self.numel)
-        if work.shards is not None and (schedule.reductions(lane) or lane.key.recipe.stochastic):
-            backends = [b for b in backends if b.name != "triton"]  # whose reductions and noise know one rank's part alone
-        if not lane.key.dense:
-            self.report.note(
-                "parameters that are not dense in memory, in the order that the rule needs, run eagerly one by one"
-            )
         if lane.executable is None:
-            lane.backend, lane.executable = compile_first(backends, lane.program, work.batch, self.report)
+            lane.backend, lane.executable = compile_first(self._backends(work), lane.program, work.batch, self.report)
         try:
             compiles = lane.executable.prepare(work.batch)
         except CompileError as error:  # a size or an alignment that had no gradient before
             if capturing():
                 raise
+            backends = self._backends(work)
             rest = backends[[b.name for b in backends].index(lane.backend) + 1 :]
             fell_back(self.report, f"{lane.backend} does not run here: {error}. {rest[0].name} runs instead")
             lane.backend, lane.executable = compile_first(rest, lane.program, work.batch, self.report)
             compiles = lane.executable.prepare(work.batch)
         self.report.compiles += max(compiles - lane.compiles, 0)
         lane.compiles = compiles
+
+    def _backends(self, work: Work) -> list[Backend]:
+        """The backends to try for a lane, in order."""
+        lane = work.lane
+        backends = candidates(self.settings.compile if lane.key.dense else "eager", lane.key.device, self.numel)
+        if not lane.key.dense:
+            self.report.note(
+                "parameters that are not dense in memory, in the order that the rule needs, run eagerly one by one"
+            )
+        if work.shards is not None and (schedule.reductions(lane) or lane.key.recipe.stochastic):
+            backends = [b for b in backends if b.name != "triton"]  # whose reductions and noise know one rank's part alone
+        return backends
 
     def _runner(
         self, ahead: int, progress: dict[int, Progress], refreshes: dict[int, dict[str, bool]]
@@ -281,7 +291,7 @@ class Plan:
             traffic.deal()
             for stack in (s for s in self._stacks if s.level == level):
                 g, recipe = stack.slab.key.group, stack.slab.key.recipe
-                values = [*numbers(recipe, self.groups[g], self._carried_of(stack)), *[1.0] * 4]
+                values = [*numbers(recipe, self.groups[g], carried(self.around.progress[g], self._transforms[g])), *[1.0] * 4]
                 scalars = {n: torch.tensor(v, dtype=torch.float64) for n, v in zip(recipe.scalar_names, values, strict=False)}
                 rule = recipe.whole_chain(scalars)[stack.slab.key.place]
                 state = {n: torch.tensor(v, dtype=torch.float64) for n, v in carried(self.around.progress[g], [rule]).items()}
@@ -292,7 +302,3 @@ class Plan:
             traffic.collect()
 
         return run_level
-
-    def _carried_of(self, stack: Stack) -> Progress:
-        first = stack.members[0].entry
-        return carried(self.around.progress[first.group], first.course.transforms)

@@ -15,6 +15,9 @@ from typing import Any
 
 from hbcore.errors import RegistryError
 
+CAPABILITIES = frozenset({"capturable", "modes", "primes", "closure", "random", "matrix"})
+"""What an :class:`OptimizerSpec`, whose docstring says what each means, may declare."""
+
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
@@ -49,10 +52,16 @@ class OptimizerSpec:
         target: ``"hb_adam.adamw:AdamW"``; imported by :func:`hbcore.get` and never before.
         summary: one line for ``hbcore list``.
         paper: citation with an arXiv id or a URL.
-        capabilities: what the conformance kit may expect of it.
+        capabilities: what the conformance kit (:mod:`hbcore.testing`) may expect of it, of :data:`CAPABILITIES`:
+            ``"capturable"``: takes ``capturable=True``;
+            ``"modes"``: has ``train()`` and ``eval()``, which change between two sets of weights;
+            ``"primes"``: the first gradient of a matrix prepares its state and moves nothing;
+            ``"closure"``: ``step`` needs a closure;
+            ``"random"``: draws random numbers, by the option ``seed``;
+            ``"matrix"``: sees whole matrices rather than one element at a time.
 
     Raises:
-        RegistryError: the name is no identifier, or the target does not read ``module:attribute``.
+        RegistryError: the name is no identifier, the target does not read ``module:attribute``, or a capability is unknown.
     """
 
     name: str
@@ -66,6 +75,10 @@ class OptimizerSpec:
         _check_target(self.name, self.target)
         if isinstance(self.capabilities, str):
             raise RegistryError(f"capabilities of {self.name!r} must be a set of words; got {self.capabilities!r}")
+        if unknown := sorted(map(repr, set(self.capabilities) - CAPABILITIES)):
+            raise RegistryError(
+                f"{self.name!r} declares {', '.join(unknown)}, no capability; there are {', '.join(sorted(CAPABILITIES))}"
+            )
         object.__setattr__(self, "capabilities", frozenset(self.capabilities))
 
 

@@ -7,7 +7,7 @@ by position. This one validates everything first, then keeps every value as it w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +16,6 @@ from torch import Tensor
 from hbcore.distributed.exchange import broadcast, owners
 from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like
 from hbcore.errors import CheckpointError, HyperparameterError
-from hbcore.rules import route
-from hbcore.rules.transform import Transform
 from hbcore.state import schema
 from hbcore.state.entries import Reader
 from hbcore.state.expected import Logical
@@ -33,14 +31,14 @@ PLAIN = (bool, int, float, str, type(None), Tensor)
 def record_of(optimizer: Optimizer, g: int) -> schema.Record:
     """What a checkpoint says of one group."""
     settings = optimizer.settings
-    transforms = optimizer._transforms(optimizer.param_groups[g])
     progress = optimizer._progress[g] if g < len(optimizer._progress) else {}
-    return schema.Record(versions(transforms), settings.codec.name, settings.seed, dict(progress), optimizer.modes.training)
-
-
-def versions(transforms: Iterable[Transform]) -> dict[str, int]:
-    """A chain's transforms by name, with their versions."""
-    return {t.name: t.version for t in route.every(transforms)}
+    return schema.Record(
+        optimizer._versions(optimizer.param_groups[g]),
+        settings.codec.name,
+        settings.seed,
+        dict(progress),
+        optimizer.modes.training,
+    )
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class Reader:
     def __init__(self, optimizer: Optimizer, g: int, record: Record | None, theirs: Mapping[str, Any], strict: bool) -> None:
         self.optimizer, self.g, self.record, self.theirs, self.strict = optimizer, g, record, theirs, strict
         self.saved = record.rules if record else {}
-        installed = {t.name: t.version for t in optimizer._every_transform(optimizer.param_groups[g])}
+        installed = optimizer._versions(optimizer.param_groups[g])
         known = registry.migrations() if any(self.saved.get(n, v) != v for n, v in installed.items()) else []
         self.migrations: dict[str, list[Migration]] = {
             name: path(name, self.saved.get(name, version), version, known, g) for name, version in installed.items()
@@ -163,7 +163,7 @@ class Reader:
 
     def _unexpected(self, i: int, name: Any, value: Any, loaded: dict[str, Any]) -> None:
         """An entry that no rule asks for: left out if its rule is not in the chain any more, refused otherwise."""
-        running = {t.name for t in self.optimizer._every_transform(self.optimizer.param_groups[self.g])}
+        running = self.optimizer._versions(self.optimizer.param_groups[self.g])
         gone = sorted(rule for rule in self.saved if rule not in running)
         if not self.strict or gone:
             why = f"of {' or '.join(gone)}, which this optimizer does not run," if gone else "which no rule here asks for,"

@@ -45,10 +45,15 @@ class StepCounters:
 
 
 class Selection:
-    """Some rows of the counters, advanced together."""
+    """Some rows of the counters, advanced together.
+
+    Attributes:
+        partial: whether some are only read.
+    """
 
     def __init__(self, slabs: Sequence[Tensor], addresses: Sequence[Address], counts: Sequence[bool]) -> None:
         self._addresses = list(addresses)
+        self.partial = not all(counts)
         rows: dict[int, list[int]] = {}
         for address, counted in zip(addresses, counts, strict=True):
             rows.setdefault(address.slab, []).extend([address.row] if counted else [])

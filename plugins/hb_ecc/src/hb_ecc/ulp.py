@@ -47,7 +47,8 @@ def split32(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def join32(hi: Tensor, lo: Tensor) -> Tensor:
     """The float32 that :func:`split32` took apart."""
-    return ((hi.view(torch.int16).to(torch.int32) << 16) + lo).view(torch.float32)
+    upper = hi.view(torch.int16).to(torch.int32)
+    return ((upper << 16) + _fitting(upper, lo)).view(torch.float32)
 
 
 def split24(x: Tensor, dither: Tensor | int = NEAREST) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,16 @@ def split24(x: Tensor, dither: Tensor | int = NEAREST) -> tuple[Tensor, Tensor]:
 
 def join24(hi: Tensor, lo: Tensor) -> Tensor:
     """The float32 that :func:`split24` rounded to."""
-    return (((hi.view(torch.int16).to(torch.int32) << 8) + lo) << 8).view(torch.float32)
+    upper = hi.view(torch.int16).to(torch.int32)
+    return (((upper << 8) + _fitting(upper, lo)) << 8).view(torch.float32)
+
+
+def _fitting(upper: Tensor, lo: Tensor) -> Tensor:
+    """The correction, but for one that a zero cannot have: somebody wrote a zero over another number, and it shall be zero.
+
+    Below zero the integer would wrap around to NaN.
+    """
+    return torch.where(((upper & 0x7FFF) == 0) & (lo < 0), 0, lo)
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -1,0 +1,112 @@
+"""How accurately, in how much memory, and with what compiler."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from hbcore.engine.describe import describe
+from hbcore.engine.options import OPTIONS
+from hbcore.errors import FallbackWarning
+from hbcore.testing import expect
+from hbcore.testing.subject import Check, Subject
+
+
+def without_a_compiler_the_result_is_the_same(subject: Subject) -> None:
+    """If this fails, a machine without a C++ compiler cannot train, or trains something else."""
+    eager = subject.mlp(compile="eager")
+    eager.train(3)
+    with _no_compiler(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trial = subject.mlp(compile="inductor")
+        with expect.working("three steps with compile='inductor' and no C++ compiler"):
+            trial.train(3)
+    told = [str(w.message) for w in caught if issubclass(w.category, FallbackWarning)]
+    assert len(told) == 1, f"expected one FallbackWarning where there is no C++ compiler, found {len(told)}: {told}"
+    expect.same_trial(trial, eager, "three steps without a C++ compiler, against compile='eager'")
+
+
+@contextmanager
+def _no_compiler() -> Iterator[None]:
+    """Hide every compiler from the code that runs inside."""
+    saved = {name: os.environ.pop(name) for name in ("PATH", "CXX") if name in os.environ}
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ["PATH"] = empty
+        try:
+            yield
+        finally:
+            del os.environ["PATH"]
+            os.environ.update(saved)
+
+
+def bfloat16_weights_follow_small_updates(subject: Subject) -> None:
+    """If this fails, bfloat16 weights stop learning where updates fall below half of their last bit."""
+    means = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.Module()
+        model.register_parameter("weight", nn.Parameter(torch.ones(1024, dtype=dtype)))
+        trial = subject.trial(model, lr=1e-4, stochastic_rounding=True)
+        for _ in range(300):
+            trial.step(lambda p=trial.params["weight"]: p.float().sum())  # type: ignore[misc]
+        means[dtype] = 1 - float(trial.params["weight"].double().mean())
+    exact, found = means[torch.float32], means[torch.bfloat16]
+    assert abs(found - exact) <= 0.05 * abs(exact), (
+        f"expected the mean of bfloat16 weights to move by {exact:g} in 300 small steps with stochastic_rounding=True, as "
+        f"float32 ones do; found {found:g}"
+    )
+
+
+def memory_is_as_described(subject: Subject) -> None:
+    """If this fails, a run that fits by the published bytes per parameter runs out of memory, at once or after a while."""
+    trial = subject.loose((32, 32), (32, 32))
+    trial.train(3)
+    measured, live = _state_bytes(trial.optimizer), _live_bytes()
+    wanted = _described(subject) * sum(p.numel() for p in trial.params.values())
+    assert abs(measured - wanted) <= 0.1 * wanted, f"expected {wanted:g} bytes of state, as described; found {measured}"
+    trial.train(12)
+    later, grown = _state_bytes(trial.optimizer), _live_bytes() - live
+    assert later == measured, f"expected {measured} bytes of state to stay, found {later} twelve steps later"
+    assert grown < 10_000, f"expected tensors in memory not to grow after step 3, found {grown} bytes more twelve steps later"
+
+
+def _described(subject: Subject) -> float:
+    """The published bytes of state per parameter, with the subject's options as if they were the class's defaults."""
+    options = {k: v for k, v in subject.options.items() if k in OPTIONS}
+    cls = type(subject.cls.__name__, (subject.cls,), {"option_defaults": {**subject.cls.option_defaults, **options}})
+    return float(describe(cls)["bytes_per_parameter"])
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of state besides the step counters."""
+    slots = [v for s in optimizer.state.values() for k, v in s.items() if isinstance(v, Tensor) and k != "step"]
+    return sum(t.numel() * t.element_size() for t in slots)
+
+
+def _live_bytes() -> int:
+    """Bytes of all tensors that Python can reach."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]  # isinstance() would wake lazy modules
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}.values())
+
+
+def capturable_steps_are_the_same(subject: Subject) -> None:
+    """If this fails, putting the training step into a CUDA graph trains another model."""
+    plain, captured = subject.mlp(), subject.mlp(capturable=True)
+    for t in (plain, captured):
+        t.train(5)
+    expect.close(captured.values(), plain.values(), 1e-6, "five steps with capturable=True")
+
+
+CHECKS = (
+    Check(without_a_compiler_the_result_is_the_same),
+    Check(bfloat16_weights_follow_small_updates, excludes=frozenset({"matrix"})),
+    Check(memory_is_as_described),
+    Check(capturable_steps_are_the_same, needs=frozenset({"capturable"})),
+)

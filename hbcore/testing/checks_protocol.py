@@ -1,0 +1,282 @@
+"""What trainers, schedulers and torch itself expect of an optimizer."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+from hbcore.errors import HyperparameterError
+from hbcore.testing import expect
+from hbcore.testing.subject import Check, Subject, Trial, loss_of, through_file
+
+
+def it_is_a_torch_optimizer(subject: Subject) -> None:
+    """If this fails, trainers, schedulers and configuration files do not take it."""
+    parameters = inspect.signature(subject.cls).parameters
+    assert next(iter(parameters), "") == "params", f"expected 'params' as the first argument, found {list(parameters)[:3]}"
+    assert "lr" in parameters, f"expected an argument 'lr', found {list(parameters)}"
+    vague = [n for n, p in parameters.items() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    assert not vague, f"expected a signature that names every argument, found {vague}"
+    optimizer = subject.mlp().optimizer
+    assert isinstance(optimizer, torch.optim.Optimizer), f"expected a torch.optim.Optimizer, found {type(optimizer).__mro__}"
+    assert "lr" in optimizer.defaults and all("lr" in g for g in optimizer.param_groups), "expected 'lr' in every param group"
+    assert subject.cls.__name__ in repr(optimizer), f"expected the class's name in its repr, found {optimizer!r:.60}"
+
+
+def bad_numbers_are_refused(subject: Subject) -> None:
+    """If this fails, a typing error in a configuration trains for days before somebody sees it."""
+    for lr in (-1.0, float("nan")):
+        for build in (lambda lr=lr: subject.loose((3,), lr=lr), lambda lr=lr: _group_with(subject, lr=lr)):
+            try:
+                build()
+            except HyperparameterError as error:
+                assert "lr" in str(error), f"expected the refusal of lr={lr} to name it; it says: {error}"
+            else:
+                raise AssertionError(f"expected a HyperparameterError for lr={lr}; it was accepted")
+    try:
+        subject.loose((3,), no_such_option=1)
+    except TypeError as error:
+        assert "no_such_option" in str(error), f"expected the refusal to name the option 'no_such_option'; it says: {error}"
+    else:
+        raise AssertionError("expected a TypeError for the option 'no_such_option'; it was accepted")
+
+
+def _group_with(subject: Subject, **numbers: Any) -> None:
+    subject.optimizer([{"params": [nn.Parameter(torch.ones(3))], **numbers}])
+
+
+def a_closure_is_called_and_its_loss_returned(subject: Subject) -> None:
+    """If this fails, trainers that pass a closure, as Lightning does, train on nothing or log nothing."""
+    trial, plain = subject.mlp(), subject.mlp()
+    losses: list[Tensor] = []
+
+    def closure() -> Tensor:
+        assert torch.is_grad_enabled(), "expected gradients to be enabled while the closure runs"
+        losses.append(trial.backward())
+        return losses[-1]
+
+    with torch.no_grad():
+        returned = trial.optimizer.step(closure)
+    assert losses, "expected step(closure) to call the closure"
+    assert returned is losses[0], f"expected step(closure) to return the closure's loss, found {returned!r}"
+    if "closure" not in subject.capabilities:
+        assert len(losses) == 1, f"expected one call of the closure, found {len(losses)}"
+    plain.step()
+    trial.optimizer.zero_grad()
+    expect.same(trial.values(), plain.values(), "one step with a closure")
+
+
+def copies_train_on(subject: Subject) -> None:
+    """If this fails, sweeps, SWA and workers that copy or pickle an optimizer break, or forget what it had learnt."""
+    ways: dict[str, Callable[[Any], Any]] = {
+        "copy.deepcopy": copy.deepcopy,
+        "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+    }
+    for way, copied in ways.items():
+        for before in (0, 3):
+            trial = subject.mlp()
+            trial.train(before)
+            what = f"three steps after {way} after {before} steps"
+            with expect.working(what):
+                model, optimizer = copied((trial.model, trial.optimizer))
+                twin = Trial(subject, model, optimizer, trial.taken)
+                assert type(twin.optimizer) is type(trial.optimizer), f"{way} made a {type(twin.optimizer).__name__}"
+                start = trial.values()
+                twin.train(3)
+            expect.same(trial.values(), start, f"the original after its {way} took three steps")
+            trial.train(3)
+            expect.same_trial(twin, trial, what)
+
+
+def every_hook_runs_once(subject: Subject) -> None:
+    """If this fails, whatever hooks into the optimizer (accumulation, logging, sharding) happens twice or never."""
+    subject.mlp()  # torch wraps step() when the first optimizer of a class is built
+    trial = subject.mlp()
+    calls: list[str] = []
+    for name in ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+        register = getattr(trial.optimizer, f"register_{name}_hook")
+        register(lambda *_, name=name: calls.append(name))
+    trial.step()
+    saved = trial.optimizer.state_dict()
+    with expect.working("loading its own state dict"):
+        trial.optimizer.load_state_dict(saved)
+    expected = ["step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"]
+    assert calls == expected, f"expected the hooks {expected}, each once; found {calls}"
+
+
+def schedules_apply_and_compile_nothing(subject: Subject) -> None:
+    """If this fails, a learning rate schedule is ignored, or makes every step as slow as the first."""
+    trial = subject.loose((6, 4), (5,), compile="inductor")
+    cycles = "betas" in trial.optimizer.defaults or "momentum" in trial.optimizer.defaults
+    schedules: dict[str, Callable[[Any], Any]] = {
+        "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 0.9**t),
+        "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 1e-2, total_steps=60, cycle_momentum=cycles),
+        "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.5),
+    }
+    trial.train(2)
+    report = trial.optimizer.report
+    warm = report.compiles, report.programs
+    for name, schedule in schedules.items():
+        scheduler = schedule(trial.optimizer)
+        before = trial.values()
+        for step in range(50):
+            trial.step()
+            scheduler.step(*[1.0] * (name == "ReduceLROnPlateau"))
+            found = report.compiles, report.programs
+            assert found == warm, f"{name}, step {step}: expected {warm} compiles and programs as after warm-up, found {found}"
+        expect.moved(before, trial.values(), f"50 steps with {name}")
+    _expect_obeyed(subject)
+
+
+def _expect_obeyed(subject: Subject) -> None:
+    """A scheduler's rate is the rate that is used."""
+    still, fast = subject.mlp(), subject.mlp()
+    before = still.values()
+    for trial, factor in ((still, 0.0), (fast, 2.0)):
+        lr_scheduler.LambdaLR(trial.optimizer, lambda t, factor=factor: factor)  # type: ignore[misc]
+        trial.train(2)
+    expect.moved(still.values(), fast.values(), "a scheduler that sets twice the lr, against one that sets 0")
+    expect.same(still.values(), before, "two steps at the lr of 0 that a scheduler set")
+
+
+def a_tensor_is_as_good_a_rate_as_a_number(subject: Subject) -> None:
+    """If this fails, an lr in a tensor, which keeps torch.compile from recompiling, is refused or rounded."""
+    number, tensor = subject.mlp(lr=2.0**-10), subject.mlp(lr=torch.tensor(2.0**-10))
+    for t in (number, tensor):
+        with expect.working("three steps with an lr in a tensor"):
+            t.train(3)
+    expect.same(tensor.values(), number.values(), "three steps with an lr in a tensor")
+
+
+def a_grad_scaler_skips_infinite_steps(subject: Subject) -> None:
+    """If this fails, the first steps of a mixed-precision run, whose scale is too large, make the model NaN."""
+    trial, plain = subject.mlp(), subject.mlp()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
+    before = trial.values()
+    for step in range(4):
+        loss = loss_of(trial.model, max(step - 1, 0))
+        scaler.scale(loss * (1.0 if step else float("inf"))).backward()  # type: ignore[no-untyped-call]
+        scaler.step(trial.optimizer)
+        scaler.update()
+        trial.optimizer.zero_grad()
+        if step == 0:
+            expect.same(trial.values(), before, "a step with infinite gradients, which the GradScaler skips")
+    plain.train(3)
+    expect.same(trial.values(), plain.values(), "a skipped step and three with a GradScaler, against three without")
+
+
+def late_and_empty_groups_work(subject: Subject) -> None:
+    """If this fails, layers that are unfrozen later never train, or a run with them cannot be resumed."""
+    trials = [_grouped(subject) for _ in range(2)]
+    trial, other = trials
+    before = trial.values()
+    with expect.working("three steps with an empty group and one that was added late"):
+        trial.train(3)
+    expect.finite(trial.values(), "three steps with a late group")
+    expect.moved(before, trial.values(), "three steps with a late group")
+    with expect.working("saving and loading with an empty group and one that was added late"):
+        other.model.load_state_dict(trial.model.state_dict())
+        other.optimizer.load_state_dict(through_file(trial.optimizer.state_dict()))
+    other.taken = trial.taken
+    missing = trial.optimizer.param_groups[0].keys() - other.optimizer.param_groups[1].keys()
+    assert not missing, f"expected the empty group to keep its hyperparameters; it lost {sorted(missing)}"
+    for t in trials:
+        t.train(2)
+    expect.same_trial(other, trial, "resumed with an empty group and one that was added late")
+
+
+def _grouped(subject: Subject) -> Trial:
+    """One group, one that is empty, and after two steps a third. Unnamed, because torch takes an empty group for unnamed."""
+    trial = subject.loose((4, 3), (5,), (4, 3))
+    params = list(trial.params.values())
+    trial.optimizer = subject.optimizer([{"params": params[:2]}, {"params": [], "lr": 0.5}])
+    trial.train(2)
+    trial.optimizer.add_param_group({"params": params[2:]})
+    return trial
+
+
+def nothing_outlives_the_optimizer(subject: Subject) -> None:
+    """If this fails, every model that a sweep trains stays in memory."""
+    trial = subject.mlp()
+    trial.train(2)
+    watched = {f"parameter {name}": weakref.ref(p) for name, p in trial.params.items()}
+    watched["the optimizer"] = weakref.ref(trial.optimizer)
+    del trial
+    gc.collect()
+    alive = [name for name, w in watched.items() if w() is not None]
+    assert not alive, f"expected nothing to be left after del; still alive are {alive}"
+
+
+def eval_and_train_return_to_where_they_were(subject: Subject) -> None:
+    """If this fails, evaluating a model between steps changes how it trains, or evaluates the wrong weights."""
+    trial = subject.loose((6, 4), (5,))
+    trial.train(5)
+    training = trial.values()
+    trial.optimizer.eval()
+    evaluating = trial.values()
+    expect.moved(training, evaluating, "eval() after five steps")
+    trial.optimizer.eval()
+    expect.same(trial.values(), evaluating, "a second eval()")
+    trial.optimizer.train()
+    expect.close(trial.values(), training, 1e-5, "train() after eval()")
+    back = trial.values()
+    trial.optimizer.train()
+    expect.same(trial.values(), back, "a second train()")
+
+
+def the_loss_goes_down(subject: Subject) -> None:
+    """If this fails, the optimizer does not optimize."""
+    for trial in (subject.mlp(), subject.convnet()):
+        start = float(loss_of(trial.model, 0).detach())
+        for _ in range(20):
+            trial.step(lambda model=trial.model: loss_of(model, 0))  # type: ignore[misc]
+        end = float(loss_of(trial.model, 0).detach())
+        assert end < start, f"expected 20 steps on one batch to lower its loss of {start:g}; it became {end:g}"
+
+
+def the_first_gradient_moves_everything(subject: Subject) -> None:
+    """If this fails, the optimizer wastes a step without having said so: declare the capability ``"primes"``."""
+    trial = subject.loose((6, 4), (5,))
+    before = trial.values()
+    trial.step()
+    expect.moved(before, trial.values(), "the first step")
+
+
+def the_first_gradient_of_a_matrix_only_primes(subject: Subject) -> None:
+    """If this fails, the optimizer declares the capability ``"primes"`` and does not prime."""
+    trial = subject.loose((6, 4))
+    before = trial.values()
+    trial.step()
+    expect.same(trial.values(), before, "the first gradient, which only primes")
+    trial.step()
+    expect.moved(before, trial.values(), "the second gradient")
+
+
+NO_CLOSURE = frozenset({"closure"})
+PRIMES = frozenset({"primes"})
+
+CHECKS = (
+    Check(it_is_a_torch_optimizer),
+    Check(bad_numbers_are_refused),
+    Check(a_closure_is_called_and_its_loss_returned),
+    Check(copies_train_on),
+    Check(every_hook_runs_once),
+    Check(schedules_apply_and_compile_nothing),
+    Check(a_tensor_is_as_good_a_rate_as_a_number),
+    Check(a_grad_scaler_skips_infinite_steps, excludes=NO_CLOSURE),
+    Check(late_and_empty_groups_work),
+    Check(nothing_outlives_the_optimizer),
+    Check(eval_and_train_return_to_where_they_were, needs=frozenset({"modes"})),
+    Check(the_loss_goes_down),
+    Check(the_first_gradient_moves_everything, excludes=PRIMES),
+    Check(the_first_gradient_of_a_matrix_only_primes, needs=PRIMES),
+)

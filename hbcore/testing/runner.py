@@ -1,0 +1,102 @@
+"""Running the checks over an optimizer, with pytest or without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+from unittest import SkipTest
+
+from hbcore import registry
+from hbcore.testing.catalog import CHECKS
+from hbcore.testing.subject import Check, Subject
+
+COMPRESSED = "bf16+8"
+"""The codec that every optimizer is also tested with, where it is installed."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A check that an optimizer does not pass.
+
+    Attributes:
+        check: its name.
+        subject: the optimizer and its options, ``"Lion(ecc='bf16+8')"``.
+        message: what was expected and what was found.
+    """
+
+    check: str
+    subject: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.subject} does not pass {self.check}: {self.message}"
+
+
+def subjects(optimizer: str | type[Any]) -> list[Subject]:
+    """What the checks run over: the optimizer with plain state, and with compressed state where hb_ecc is installed.
+
+    Args:
+        optimizer: a registered name, or a class. A class has the capabilities of the registered optimizer that it is, or
+            that it derives from; none if there is no such.
+
+    Raises:
+        RegistryError: the name is unknown, ambiguous, or its plugin does not work.
+    """
+    cls = registry.resolve(optimizer) if isinstance(optimizer, str) else optimizer
+    variants = [{}, {"ecc": COMPRESSED}] if COMPRESSED in [c.name for c in registry.codecs()] else [{}]
+    return [Subject(cls, _capabilities(cls), options) for options in variants]
+
+
+def check(optimizer: str | type[Any], only: Iterable[str] | None = None) -> list[Finding]:
+    """Run every check that applies, or those named ``only``, and return what does not pass.
+
+    Raises:
+        RegistryError: as :func:`subjects`.
+        ValueError: there is no check of a name in ``only``.
+    """
+    chosen = CHECKS if only is None else [_named(name) for name in only]
+    findings = []
+    for subject in subjects(optimizer):
+        for c in chosen:
+            if c.applies(subject.capabilities):
+                findings += _run(c, subject)
+    return findings
+
+
+def assert_conforms(optimizer: str | type[Any]) -> None:
+    """Raise an AssertionError that lists every finding, if there is one.
+
+    Raises:
+        RegistryError: as :func:`subjects`.
+    """
+    findings = check(optimizer)
+    if findings:
+        raise AssertionError("\n".join([f"{len(findings)} checks do not pass:", *map(str, findings)]))
+
+
+def _run(c: Check, subject: Subject) -> list[Finding]:
+    try:
+        c.function(subject)
+    except SkipTest:
+        return []
+    except AssertionError as error:
+        return [Finding(c.name, str(subject), str(error))]
+    except Exception as error:  # a step that raises is a finding like any other
+        return [Finding(c.name, str(subject), f"it raised {type(error).__name__}: {error}")]
+    return []
+
+
+def _named(name: str) -> Check:
+    for c in CHECKS:
+        if c.name == name:
+            return c
+    raise ValueError(f"there is no check {name!r}; there are {', '.join(c.name for c in CHECKS)}")
+
+
+def _capabilities(cls: type[Any]) -> frozenset[str]:
+    declared = {spec.target: spec.capabilities for spec in (registry.info(n).spec for n in registry.list_optimizers())}
+    for base in cls.__mro__:
+        if (target := f"{base.__module__}:{base.__qualname__}") in declared:
+            return declared[target]
+    return frozenset()

@@ -1,0 +1,188 @@
+"""The optimizer under test, the models that it trains and the gradients that they give it."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Check:
+    """A property that optimizers owe their users.
+
+    Args:
+        function: raises AssertionError, with a message for the optimizer's author, where the property does not hold, and
+            ``unittest.SkipTest`` where this machine cannot tell.
+        needs: applies only to optimizers that declare all of these capabilities.
+        excludes: applies to no optimizer that declares one of these.
+    """
+
+    function: Callable[[Subject], None]
+    needs: frozenset[str] = frozenset()
+    excludes: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """The function's name, which states the property."""
+        return self.function.__name__
+
+    def applies(self, capabilities: frozenset[str]) -> bool:
+        """Whether an optimizer with these capabilities owes this."""
+        return self.needs <= capabilities and not self.excludes & capabilities
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An optimizer class, what it can do, and the options to test it with.
+
+    Args:
+        cls: a subclass of :class:`hbcore.api.Optimizer`.
+        capabilities: of :data:`hbcore.registry.spec.CAPABILITIES`.
+        options: keyword arguments of every optimizer that is built.
+    """
+
+    cls: type[Any]
+    capabilities: frozenset[str] = frozenset()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.cls.__name__}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
+
+    def optimizer(self, params: Any, **options: Any) -> Any:
+        """A new optimizer; ``options`` are added to the subject's own."""
+        return self.cls(params, **{**self.options, **options})
+
+    def trial(self, model: nn.Module, **options: Any) -> Trial:
+        """A new optimizer for a model's named parameters."""
+        return Trial(self, model, self.optimizer(list(model.named_parameters()), **options))
+
+    def mlp(self, dtype: torch.dtype = torch.float32, **options: Any) -> Trial:
+        """A small perceptron with a LayerNorm, and its optimizer."""
+        return self.trial(mlp(dtype), **options)
+
+    def convnet(self, **options: Any) -> Trial:
+        """A small convolutional net, and its optimizer."""
+        return self.trial(convnet(), **options)
+
+    def loose(self, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, **options: Any) -> Trial:
+        """Single parameters ``p0``, ``p1``, ... of these shapes, and their optimizer."""
+        return self.trial(Loose(shapes, dtype), **options)
+
+
+@dataclass
+class Trial:
+    """A model, its optimizer, and how many steps they have taken. The number of a step decides its batch."""
+
+    subject: Subject
+    model: nn.Module
+    optimizer: Any
+    taken: int = 0
+
+    def train(self, steps: int) -> None:
+        """Take steps on the model's own loss."""
+        for _ in range(steps):
+            self.step()
+
+    def step(self, loss: Callable[[], Tensor] | None = None) -> None:
+        """Take one step down ``loss()``, by default the model's own; then clear the gradients."""
+        if "closure" in self.subject.capabilities:
+            self.optimizer.step(partial(self.backward, loss))
+        else:
+            self.backward(loss)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.taken += 1
+
+    def backward(self, loss: Callable[[], Tensor] | None = None) -> Tensor:
+        """Replace the gradients by those of ``loss()``, by default the model's own for the coming step."""
+        self.optimizer.zero_grad()
+        with torch.enable_grad():
+            value = loss_of(self.model, self.taken) if loss is None else loss()
+            value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """The parameters by name."""
+        return dict(self.model.named_parameters())
+
+    def values(self) -> dict[str, Tensor]:
+        """Copies of the parameters, by name."""
+        return {name: p.detach().clone() for name, p in self.params.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Copies of what a state dict holds, as ``"exp_avg of 0.weight"``."""
+        saved = self.optimizer.state_dict()
+        named = [(g["params"], g.get("param_names", ())) for g in saved["param_groups"]]
+        names = {key: name for keys, given in named for key, name in zip(keys, given, strict=False)}
+        return {
+            f"{slot} of {names.get(key, key)}": value.clone() if isinstance(value, Tensor) else value
+            for key, slots in saved["state"].items()
+            for slot, value in slots.items()
+        }
+
+    def numbers(self) -> list[dict[str, Any]]:
+        """What the saved param groups hold besides their parameters."""
+        return [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.state_dict()["param_groups"]]
+
+
+class Loose(nn.Module):
+    """Parameters that nothing connects."""
+
+    def __init__(self, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        for i, shape in enumerate(shapes):
+            self.register_parameter(f"p{i}", nn.Parameter(drawn(f"start {i}", shape).to(dtype)))
+
+
+def mlp(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Six inputs, sixteen hidden units, three outputs; the same weights each time."""
+    return _seeded(lambda: nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3))).to(dtype)
+
+
+def convnet() -> nn.Module:
+    """Two convolutions and a linear layer; the same weights each time."""
+    return _seeded(
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(5 * 4 * 4, 3))
+    )
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    """The model's loss on the batch of a step."""
+    first = next(model.parameters())
+    if isinstance(model, Loose):
+        return pull(dict(model.named_parameters()), step)
+    x = drawn(f"batch {step}", (8, 2, 8, 8) if first.ndim == 4 else (8, 6)).to(first.dtype)
+    return (model(x) - x.flatten(1)[:, :3]).square().mean()  # type: ignore[no-any-return]
+
+
+def pull(params: Mapping[str, Tensor], step: int) -> Tensor:
+    """Half the squared distance of parameters to targets that change with each step: a gradient for any shape."""
+    losses = [0.5 * (p - drawn(f"{name} {step}", p.shape).to(p.dtype)).square().sum() for name, p in params.items()]
+    return torch.stack(losses).sum()
+
+
+def drawn(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers that depend on ``name`` alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
+def through_file(content: Any) -> Any:
+    """What comes back from a checkpoint file that holds ``content``, read as untrusted files are."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, map_location="cpu", weights_only=True)
+
+
+def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build()
