@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("name", metavar="NAME", help="an optimizer or an alias, 'AdamW' or 'hb_adam:AdamW'")
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--kernel", action="store_true", help="the Triton kernels that are generated for float32 parameters")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,6 +25,12 @@ def run(args: argparse.Namespace) -> int:
         RegistryError: the name is unknown or ambiguous, or its plugin does not work.
         ModuleNotFoundError: torch is not installed.
     """
+    if args.kernel:
+        cls = registry.resolve(args.name)
+        from hbcore.engine import describe
+
+        print("\n\n".join(describe.kernels(cls)))
+        return 0
     facts = _facts(args.name)
     print(json.dumps(facts, indent=2, default=repr) if args.json else _text(facts))
     return 0

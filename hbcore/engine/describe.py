@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+import hbcore
+from hbcore.engine.courses import course, example
 from hbcore.engine.optimizer import Optimizer
 from hbcore.engine.options import OPTIONS
+from hbcore.engine.trace import trace
+from hbcore.engine.triton_source import module_source
+from hbcore.rules import route
 from hbcore.state.expected import expected
 
 
@@ -23,8 +29,8 @@ def describe(cls: type[Optimizer]) -> dict[str, Any]:
     optimizer = build([torch.nn.Parameter(torch.zeros(8, 8))])
     [group] = optimizer.param_groups
     param = group["params"][0]
-    transforms = optimizer._chain_of(group, param)
-    bounds = {name: str(b) for t in optimizer._transforms(group) for name, _, b in t.hypers()}
+    transforms = optimizer.structure.chain(group, param)
+    bounds = {name: str(b) for t in optimizer.structure.forked(group) for name, _, b in t.hypers()}
     slots = [
         {
             "name": part,
@@ -52,3 +58,25 @@ def describe(cls: type[Optimizer]) -> dict[str, Any]:
         "bytes_per_parameter": float(sum(s["bytes_per_parameter"] for s in slots)),
         "chain": [t.name for t in transforms],
     }
+
+
+def kernels(cls: type[Optimizer]) -> list[str]:
+    """The source of the Triton kernels that an optimizer's lanes become for a float32 matrix, at the class's defaults.
+
+    Raises:
+        TraceError: a rule broke the tracing contract.
+        CompileError: an operation is outside the generator's vocabulary.
+    """
+    build: Callable[[list[torch.nn.Parameter]], Optimizer] = cls
+    param = torch.nn.Parameter(torch.zeros(8, 8))
+    optimizer = build([param])
+    [group] = optimizer.param_groups
+    recipe = replace(optimizer.structure.recipe(group), branches=route.branches(optimizer.structure.forked(group), param))
+    sources = []
+    for lane in course(recipe, group, param).lanes:
+        transforms = lane.transforms(example(lane, group))
+        slots = {name: slot for t in transforms for name, slot in t.slots(param).items()}
+        label = " -> ".join(t.name for t in transforms) or "nothing but copies"
+        program = trace(lane, lane.dtypes(param, param.dtype, slots), label)
+        sources.append(module_source(program, label, hbcore.__version__))
+    return sources

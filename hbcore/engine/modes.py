@@ -69,7 +69,7 @@ def _swapped(optimizer: Optimizer) -> Iterator[tuple[Tensor, list[Transform]]]:
     """The parameters with state of a rule with two sets of weights."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            chain = [t for t in optimizer._bound_chain(group, p) if has_modes(t)]
+            chain = [t for t in optimizer.structure.bound(group, p) if has_modes(t)]
             if chain and optimizer.state.get(p):
                 yield p, chain
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -14,39 +12,19 @@ from torch.optim import optimizer as hooks
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
-from hbcore.engine.lanes import Group
 from hbcore.engine.modes import Modes
-from hbcore.engine.options import OPTIONS, Settings, resolve
+from hbcore.engine.options import OPTIONS, resolve
+from hbcore.engine.packing import pack
 from hbcore.engine.params import check_params, describe_param
 from hbcore.engine.plan import Plan, Surroundings
 from hbcore.engine.progress import Progress
-from hbcore.engine.recipe import Recipe, length_of
 from hbcore.engine.report import Report
+from hbcore.engine.structure import Structure
 from hbcore.engine.values import Amp, capturing
-from hbcore.errors import HyperparameterError, OptionError, ParameterTypeError, RuleError, StateWarning
-from hbcore.rules import route
+from hbcore.errors import OptionError, ParameterTypeError, RuleError
 from hbcore.rules.transform import Transform
 from hbcore.state import checkpoint
-from hbcore.state.expected import Logical, expected
 from hbcore.state.slots import StateMap, own
-
-
-class Assembly:
-    """A class's rule with its options' stages around it, as one callable that compares equal to itself only.
-
-    Each optimizer has one, so that its groups share lanes and two optimizers never do.
-    """
-
-    def __init__(self, rule: Callable[[Any], tuple[Transform, ...]], settings: Settings) -> None:
-        self.rule, self.settings = rule, settings
-
-    def __call__(self, h: Any, branches: tuple[bool, ...]) -> tuple[Transform, ...]:
-        """The whole chain of the parameters that take ``branches`` at its forks."""
-        return self.settings.stages(h, route.resolve(self.rule(h), branches))
-
-    def forked(self, h: Any) -> tuple[Transform, ...]:
-        """The whole chain with its forks unresolved."""
-        return self.settings.stages(h, self.rule(h))
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -68,6 +46,9 @@ class Optimizer(torch.optim.Optimizer):
 
     Attributes:
         report: how the last step ran: backend, reasons for falling back, compiles, launches.
+        settings: the options, resolved.
+        structure: what its chains are, and what follows from them.
+        modes: which set of weights the parameters hold.
 
     Raises:
         HyperparameterError: a hyperparameter is outside its bounds.
@@ -84,15 +65,13 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: ParamsT, hyperparameters: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         name = type(self).__name__
         self.settings, scheduled = resolve(name, self.own, {**self.option_defaults, **options})
-        self._assembly = Assembly(type(self).chain, self.settings)
         self.report = Report()
         self.modes = Modes()
         self._plan: Plan | None = None
         self._progress: list[Progress] = []
-        defaults = {**scheduled, **hyperparameters}
-        self._keys = tuple(defaults)
-        self._hyper: set[str] = set()
-        super().__init__(check_params(name, params), {k: _tupled(v) for k, v in defaults.items()})
+        defaults = {k: _tupled(v) for k, v in {**scheduled, **hyperparameters}.items()}
+        self.structure = Structure(type(self).chain, self.settings, defaults)
+        super().__init__(check_params(name, params), defaults)
         self.state: Any = StateMap(self.state)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -176,19 +155,19 @@ class Optimizer(torch.optim.Optimizer):
         if not isinstance(param_group, dict):
             raise ParameterTypeError(f"{name}: a param group must be a dict, not a {type(param_group).__name__}.")
         group = dict(param_group)
-        if misplaced := sorted(k for k in group if k in OPTIONS and k not in self._keys):
+        if misplaced := sorted(k for k in group if k in OPTIONS and k not in self.structure.keys):
             raise OptionError(
                 f"{name}, parameter group {index}: {', '.join(misplaced)} holds for the whole optimizer and cannot be set "
                 f"for one group; pass it to {name}(...)."
             )
         [group["params"]] = [g["params"] for g in check_params(name, [group], self.param_groups)]
-        for key in self._keys:
+        for key in self.structure.keys:
             group[key] = _tupled(group.get(key, self.defaults[key]))
-        self._check_hyperparameters(group, index)
+        self.structure.check(group, f"{name}, parameter group {index}")
         super().add_param_group(group)
         added = self.param_groups[-1]
         added["hbcore"] = checkpoint.record_of(self, index).dump()
-        self._pack(added["params"])
+        pack(self, added["params"])
         self._plan = None
 
     @torch.no_grad()
@@ -218,93 +197,6 @@ class Optimizer(torch.optim.Optimizer):
         """
         checkpoint.load(self, state_dict, strict)
 
-    @torch.no_grad()
-    def _pack(self, params: list[Tensor]) -> None:
-        """Store float32 parameters as ``param_ecc`` says: the tensor itself becomes narrower, the rest goes to the state."""
-        codec = self.settings.param_codec
-        wide = [p for p in params if codec is not None and p.dtype == torch.float32]
-        for p in wide:
-            assert codec is not None
-            parts = {name: torch.empty_like(p, dtype=dtype) for name, dtype in codec.parts("param", p.dtype).items()}
-            for name, value in codec.write(parts, "param", p.detach()).items():
-                parts[name].copy_(value)
-            grad, p.grad = p.grad, None  # torch holds a gradient to its parameter's dtype, before the change and after it
-            p.data = parts.pop("param")
-            p.grad = None if grad is None else grad.to(p.dtype)
-            self.state[p].update(parts)
-        if wide:
-            self.report.note(f"param_ecc={self.settings.param_codec.name!r} stores float32 parameters as {wide[0].dtype}")  # type: ignore[union-attr]
-            warnings.warn(
-                f"{type(self).__name__}: param_ecc turned {len(wide)} float32 parameters into {wide[0].dtype}; the model now "
-                "computes in that dtype, and the optimizer keeps the bits that are missing.",
-                StateWarning,
-                stacklevel=3,
-            )
-
-    def _recipe(self, group: Group) -> Recipe:
-        """The static description of a group; equal for groups that differ only in numbers."""
-        dynamic = self._dynamic(group)
-        return Recipe(
-            chain=self._assembly,
-            static=tuple((k, group[k]) for k in self._keys if k not in dynamic and k != "maximize"),
-            dynamic=tuple(dynamic.items()),
-            divide=self.settings.divide,
-            codec=self.settings.codec,
-            maximize=bool(group["maximize"]),
-            param_codec=self.settings.param_codec,
-            scaled=self.settings.capturable,
-            stochastic=self.settings.stochastic_rounding,
-        )
-
-    def _dynamic(self, group: Group) -> dict[str, int | None]:
-        """The group's entries that some transform of its chain declares with ``hyper``; None for a plain number."""
-        names = {n for t in self._transforms(group) for n, _, _ in t.hypers()}
-        return {k: length_of(group[k]) for k in self._keys if k in names and group[k] is not None}
-
-    def _transforms(self, group: Group) -> tuple[Transform, ...]:
-        """The group's chain, its forks unresolved. Its numbers are the defaults: whatever a scheduler wrote, it has a chain."""
-        fixed = {k for k, v in self.defaults.items() if v is None} | set(self._keys) - self._hyper
-        values = {k: group[k] if k in fixed or group[k] is None else self.defaults[k] for k in self._keys}
-        return self._assembly.forked(SimpleNamespace(**values))
-
-    def _bound_chain(self, group: Group, p: Tensor) -> tuple[Transform, ...]:
-        """The chain of one parameter with its present numbers as tensors, as rules have them."""
-        values = {k: _tensors(group[k]) if k in self._hyper and group[k] is not None else group[k] for k in self._keys}
-        return self._assembly(SimpleNamespace(**values), route.branches(self._transforms(group), p))
-
-    def _every_transform(self, group: Group) -> tuple[Transform, ...]:
-        """What some parameter of the group may meet."""
-        return tuple(route.every(self._transforms(group)))
-
-    def _versions(self, group: Group) -> dict[str, int]:
-        """The rules of a group by name, with their versions."""
-        packed = {"param_ecc": 1} if self.settings.param_codec is not None else {}
-        return {**packed, **{t.name: t.version for t in self._every_transform(group)}}
-
-    def _primes(self) -> bool:
-        """Whether some rule's first gradient only prepares the state."""
-        return any(t.primes for group in self.param_groups for t in self._every_transform(group))
-
-    def _expected(self, group: Group, p: Tensor) -> list[Logical]:
-        """The slots of one parameter of the group."""
-        return expected(self._chain_of(group, p), p, self.settings.codec, self.settings.param_codec)
-
-    def _chain_of(self, group: Group, p: Tensor) -> tuple[Transform, ...]:
-        """The chain of one parameter of the group."""
-        return route.resolve(self._transforms(group), route.branches(self._transforms(group), p))
-
-    def _check_hyperparameters(self, group: Group, index: int) -> None:
-        where = f"{type(self).__name__}, parameter group {index}"
-        for key in self._keys:
-            value = group[key]
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise HyperparameterError(f"{where}: {key} is a tensor of shape {tuple(value.shape)}; pass one element.")
-        try:
-            checked = self._assembly.forked(SimpleNamespace(**{k: _plain(group[k]) for k in self._keys}))
-        except HyperparameterError as error:
-            raise HyperparameterError(f"{where}: {error}") from None
-        self._hyper |= {name for t in checked for name, _, _ in t.hypers()} & set(self._keys)
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """torch.amp.GradScaler then hands over its scale and lets the step itself skip infinite gradients."""
@@ -316,8 +208,8 @@ class Optimizer(torch.optim.Optimizer):
             groups=self.param_groups,
             state=self.state,
             progress=self._progress,
-            recipe=self._recipe,
-            chain=self._transforms,
+            recipe=self.structure.recipe,
+            chain=self.structure.forked,
             name_of=self._name_of,
             identity=self._identity,
             report=self.report,
@@ -344,13 +236,12 @@ class Optimizer(torch.optim.Optimizer):
             "state": state,
             "param_groups": self.param_groups,
             "settings": self.settings,
-            "_keys": self._keys,
-            "_hyper": self._hyper,
+            "_structure": (self.structure.defaults, self.structure.hyper),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "state": StateMap(state["state"])})
-        self._assembly = Assembly(type(self).chain, self.settings)
+        self.structure = Structure(type(self).chain, self.settings, *self.__dict__.pop("_structure"))
         self.report = Report()
         self.modes = Modes()
         self.modes.forget(self.__dict__.pop("_training", True))
@@ -369,18 +260,6 @@ def _observed(optimizer: Optimizer) -> bool:
         or hooks._global_optimizer_post_hooks
         or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     )
-
-
-def _tensors(value: Any) -> Any:
-    """Numbers as 0-d float64 tensors."""
-    return tuple(map(_tensors, value)) if isinstance(value, tuple) else torch.as_tensor(value, dtype=torch.float64)
-
-
-def _plain(value: Any) -> Any:
-    """Tensors as the numbers they hold."""
-    if isinstance(value, tuple):
-        return tuple(map(_plain, value))
-    return value.item() if isinstance(value, Tensor) else value
 
 
 def _tupled(value: Any) -> Any:

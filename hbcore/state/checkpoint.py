@@ -33,7 +33,7 @@ def record_of(optimizer: Optimizer, g: int) -> schema.Record:
     settings = optimizer.settings
     progress = optimizer._progress[g] if g < len(optimizer._progress) else {}
     return schema.Record(
-        optimizer._versions(optimizer.param_groups[g]),
+        optimizer.structure.versions(optimizer.param_groups[g]),
         settings.codec.name,
         settings.seed,
         dict(progress),
@@ -73,7 +73,7 @@ def whole_entry(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> dict[
         return {}
     entry: dict[str, Any] = {"step": own(held.get("step", torch.zeros((), dtype=torch.float32, device="cpu")))}
     owned = owners(q for g in optimizer.param_groups for q in g["params"])
-    for slot in optimizer._expected(group, p):
+    for slot in optimizer.structure.expected(group, p):
         parts = slot.parts(p)
         if slot.matrix:
             entry.update(_matrix_slot(slot, p, held, owned))
@@ -134,7 +134,7 @@ def load(optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool = Tru
 
 def _place(optimizer: Optimizer, state: dict[Tensor, dict[str, Any]]) -> None:
     """Put loaded tensors where the old ones were, so that captured graphs find them; elsewhere if they do not fit there."""
-    fits = optimizer._plan is not None and set(state) == set(optimizer.state) and not optimizer._primes()
+    fits = optimizer._plan is not None and set(state) == set(optimizer.state) and not _primes(optimizer)
     fits = fits and all(_alike(optimizer.state[p], entry) for p, entry in state.items())
     if not fits:
         optimizer.state.clear()
@@ -147,6 +147,11 @@ def _place(optimizer: Optimizer, state: dict[Tensor, dict[str, Any]]) -> None:
                 local(optimizer.state[p][name]).copy_(local(value))
     assert optimizer._plan is not None
     optimizer._plan.reread()
+
+
+def _primes(optimizer: Optimizer) -> bool:
+    """Whether some rule's first gradient only prepares the state: what was loaded decides whether that is still to come."""
+    return any(t.primes for group in optimizer.param_groups for t in optimizer.structure.every(group))
 
 
 def _alike(held: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
@@ -214,10 +219,10 @@ def _match(optimizer: Optimizer, theirs: Mapping[str, Any], ours: Mapping[str, A
 def _numbers(optimizer: Optimizer, theirs: Mapping[str, Any], ours: dict[str, Any], g: int) -> dict[str, Any]:
     """The group entries that the checkpoint decides: numbers, and whatever schedulers or users put there."""
     keep = {"params", "param_names", schema.KEY}
-    structural = {k for k in optimizer._keys if k not in optimizer._dynamic(ours)}
+    structural = {k for k in optimizer.structure.keys if k not in optimizer.structure.dynamic(ours)}
     values = {k: copy.deepcopy(v) for k, v in theirs.items() if k not in keep and k not in structural}
     try:
-        optimizer._check_hyperparameters({**ours, **values}, g)
+        optimizer.structure.check({**ours, **values}, f"{type(optimizer).__name__}, parameter group {g}")
     except HyperparameterError as error:
         raise CheckpointError(f"the checkpoint's numbers do not fit: {error}") from None
     return values

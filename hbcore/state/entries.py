@@ -40,7 +40,7 @@ class Reader:
     def __init__(self, optimizer: Optimizer, g: int, record: Record | None, theirs: Mapping[str, Any], strict: bool) -> None:
         self.optimizer, self.g, self.record, self.theirs, self.strict = optimizer, g, record, theirs, strict
         self.saved = record.rules if record else {}
-        installed = optimizer._versions(optimizer.param_groups[g])
+        installed = optimizer.structure.versions(optimizer.param_groups[g])
         known = registry.migrations() if any(self.saved.get(n, v) != v for n, v in installed.items()) else []
         self.migrations: dict[str, list[Migration]] = {
             name: path(name, self.saved.get(name, version), version, known, g) for name, version in installed.items()
@@ -75,7 +75,7 @@ class Reader:
         loaded: dict[str, Any] = {}
         used = {"step"}
         step = self._step(i, entry)
-        slots = self.optimizer._expected(group, param)
+        slots = self.optimizer.structure.expected(group, param)
         for rule in dict.fromkeys(slot.rule for slot in slots):
             mine = [slot for slot in slots if slot.rule == rule]
             values = self._rule(i, rule, mine, entry, step, used)
@@ -146,7 +146,9 @@ class Reader:
         param = self.optimizer.param_groups[self.g]["params"][i]
         dtype = compute_dtype(param.dtype)
         values = {name: self.codec.read({k: local(t) for k, t in parts.items()}, name, dtype) for name, parts in stored.items()}
-        claimed = {s.name for s in self.optimizer._expected(self.optimizer.param_groups[self.g], param) if s.rule != rule}
+        claimed = {
+            s.name for s in self.optimizer.structure.expected(self.optimizer.param_groups[self.g], param) if s.rule != rule
+        }
         for name, value in entry.items():  # slots that the old version had and the new one has not
             if name not in used and "#" not in name and name not in claimed and isinstance(value, Tensor):
                 used.update(self.codec.parts(name, dtype))
@@ -163,7 +165,7 @@ class Reader:
 
     def _unexpected(self, i: int, name: Any, value: Any, loaded: dict[str, Any]) -> None:
         """An entry that no rule asks for: left out if its rule is not in the chain any more, refused otherwise."""
-        running = self.optimizer._versions(self.optimizer.param_groups[self.g])
+        running = self.optimizer.structure.versions(self.optimizer.param_groups[self.g])
         gone = sorted(rule for rule in self.saved if rule not in running)
         if not self.strict or gone:
             why = f"of {' or '.join(gone)}, which this optimizer does not run," if gone else "which no rule here asks for,"

@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     add("--threads", type=_at_least(1), help="CPU threads (default: torch's choice)")
+    add("--core", type=int, help="pin the process to this CPU core: a thread that is moved to another finds its caches cold")
     add("--seed", type=int, default=0, help="of parameters and gradients (default: 0)")
     add("--out", default=".", metavar="DIR", help="where bench.json and bench.png go (default: here)")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from hbcore.errors import OptionError
 
 DEFAULT_SHAPES = ("gpt2",)
 _LISTS = ("shapes", "dtypes", "peers", "compile")
-_VALUES = ("windows", "steps", "warmup", "singles", "device", "threads", "seed", "first_step_timeout", "out")
+_VALUES = ("windows", "steps", "warmup", "singles", "device", "threads", "core", "seed", "first_step_timeout", "out")
 _SWITCHES = ("quick", "first_step", "check")
 _METHOD = (
     "gradients are noise of the parameters' dtype; consume_grad=False wherever it exists, as every step of a window uses the "
@@ -88,6 +89,10 @@ def _prepare(args: argparse.Namespace) -> Job:
     device = _device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.core is not None:
+        if not hasattr(os, "sched_setaffinity"):
+            raise OptionError("--core needs an operating system that can pin a process, such as Linux; leave it out.")
+        os.sched_setaffinity(0, {args.core})
     names = [*(DEFAULT_SHAPES if args.shapes is None and not args.model else args.shapes or ()), *args.model]
     if not names:
         raise OptionError("--shapes: no shape set is left to measure")

@@ -1,0 +1,120 @@
+"""What the groups of one optimizer are made of: chains, and everything that follows from a chain without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbcore.engine.lanes import Group
+from hbcore.engine.options import Settings
+from hbcore.engine.recipe import Recipe, length_of
+from hbcore.errors import HyperparameterError
+from hbcore.rules import route
+from hbcore.rules.transform import Transform
+from hbcore.state.expected import Logical, expected
+
+Rule = Callable[[Any], tuple[Transform, ...]]
+
+
+class Structure:
+    """A class's rule with its options' stages around it. Compares equal to itself only, so that optimizers share no lanes.
+
+    Args:
+        rule: hyperparameters of a group -> the rule's transforms, forks unresolved.
+        settings: the options.
+        defaults: the group's entries and their defaults.
+        hyper: which of them some transform declares with ``hyper``; :meth:`check` adds to them.
+    """
+
+    def __init__(self, rule: Rule, settings: Settings, defaults: Mapping[str, Any], hyper: Iterable[str] = ()) -> None:
+        self.rule, self.settings, self.defaults = rule, settings, dict(defaults)
+        self.keys, self.hyper = tuple(self.defaults), set(hyper)
+
+    def __call__(self, h: Any, branches: tuple[bool, ...]) -> tuple[Transform, ...]:
+        """The whole chain, for hyperparameters ``h``, of the parameters that take ``branches`` at its forks."""
+        return self.settings.stages(h, route.resolve(self.rule(h), branches))
+
+    def forked(self, group: Group) -> tuple[Transform, ...]:
+        """The group's chain, its forks unresolved. Its numbers are the defaults: whatever a scheduler wrote, it has a chain."""
+        fixed = {k for k, v in self.defaults.items() if v is None} | set(self.keys) - self.hyper
+        values = {k: group[k] if k in fixed or group[k] is None else self.defaults[k] for k in self.keys}
+        return self._stages(values)
+
+    def chain(self, group: Group, p: Tensor) -> tuple[Transform, ...]:
+        """The chain of one parameter of the group, with default numbers."""
+        forked = self.forked(group)
+        return route.resolve(forked, route.branches(forked, p))
+
+    def bound(self, group: Group, p: Tensor) -> tuple[Transform, ...]:
+        """The chain of one parameter with the group's present numbers as tensors, as rules have them."""
+        values = {k: _tensors(group[k]) if k in self.hyper and group[k] is not None else group[k] for k in self.keys}
+        return self(SimpleNamespace(**values), route.branches(self.forked(group), p))
+
+    def every(self, group: Group) -> tuple[Transform, ...]:
+        """What some parameter of the group may meet."""
+        return tuple(route.every(self.forked(group)))
+
+    def versions(self, group: Group) -> dict[str, int]:
+        """The group's rules by name, with their versions."""
+        packed = {"param_ecc": 1} if self.settings.param_codec is not None else {}
+        return {**packed, **{t.name: t.version for t in self.every(group)}}
+
+    def expected(self, group: Group, p: Tensor) -> list[Logical]:
+        """The slots of one parameter of the group."""
+        return expected(self.chain(group, p), p, self.settings.codec, self.settings.param_codec)
+
+    def dynamic(self, group: Group) -> dict[str, int | None]:
+        """The entries that may change every step, and how many numbers each is; None for a plain number."""
+        names = {n for t in self.forked(group) for n, _, _ in t.hypers()}
+        return {k: length_of(group[k]) for k in self.keys if k in names and group[k] is not None}
+
+    def recipe(self, group: Group) -> Recipe:
+        """The static description of a group; equal for groups that differ only in numbers."""
+        dynamic = self.dynamic(group)
+        return Recipe(
+            chain=self,
+            static=tuple((k, group[k]) for k in self.keys if k not in dynamic and k != "maximize"),
+            dynamic=tuple(dynamic.items()),
+            divide=self.settings.divide,
+            codec=self.settings.codec,
+            maximize=bool(group["maximize"]),
+            param_codec=self.settings.param_codec,
+            scaled=self.settings.capturable,
+            stochastic=self.settings.stochastic_rounding,
+        )
+
+    def check(self, group: Group, where: str) -> None:
+        """Look at the group's numbers.
+
+        Raises:
+            HyperparameterError: one is outside its bounds, or is no number; the message begins with ``where``.
+        """
+        for key in self.keys:
+            value = group[key]
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise HyperparameterError(f"{where}: {key} is a tensor of shape {tuple(value.shape)}; pass one element.")
+        try:
+            checked = self._stages({k: _plain(group[k]) for k in self.keys})
+        except HyperparameterError as error:
+            raise HyperparameterError(f"{where}: {error}") from None
+        self.hyper |= {name for t in checked for name, _, _ in t.hypers()} & set(self.keys)
+
+    def _stages(self, values: Mapping[str, Any]) -> tuple[Transform, ...]:
+        h = SimpleNamespace(**values)
+        return self.settings.stages(h, self.rule(h))
+
+
+def _tensors(value: Any) -> Any:
+    """Numbers as 0-d float64 tensors."""
+    return tuple(map(_tensors, value)) if isinstance(value, tuple) else torch.as_tensor(value, dtype=torch.float64)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as the numbers they hold."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, Tensor) else value
