@@ -1,6 +1,6 @@
 # Every target makes the virtual environment first if it has to; none needs another to have run.
 #
-#   make demo             train the same model with two optimizers and draw the curves   -> build/demo/
+#   make demo             train the same model with six optimizers and draw the curves   -> build/demo/
 #   make test             the tests
 #   make test-full        the tests and the long ones; writes tests/full/result.json
 #   make lint             ruff and mypy
@@ -33,7 +33,7 @@ INSTALLED := $(VENV)/.installed-$(KEY)
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
-	$(BIN)/hbcore compare AdamW SGD --steps 300 --out build/demo
+	$(BIN)/hbcore compare AdamW SGD Muon SOAP PSGDKron SFAdamW --steps 300 --out build/demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
