@@ -133,3 +133,10 @@ def test_the_engines_own_description_has_what_show_prints() -> None:
     origin = dict.fromkeys(("summary", "plugin", "distribution", "version", "target", "paper", "signature"), "")
     text = _text(facts | origin | {"aliases": [], "capabilities": []})
     assert "betas" in text and "exp_avg_sq  float32, 4 B  of adam" in text and "state (8 bytes per parameter)" in text
+
+
+def test_the_generated_kernels_are_shown_a_module_for_each_lane(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "SOAP", "--kernel"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("import triton\n") == 2
+    assert "p_stack_update" in text and "weight_decay -> lr -> apply" in text

@@ -232,3 +232,51 @@ def test_torch_goes_on_from_our_state_and_we_from_torchs(cls, theirs, ecc):
 def test_an_unknown_format_is_refused(trained):
     with pytest.raises(CheckpointError, match="'pickle' is not one of torch"):
         hbcore.export(trained[1], "pickle")
+
+
+# --- torch.distributed.checkpoint's own state dicts -------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """One layer never takes part: its parameters have no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.head, self.idle = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.used(x)))
+
+
+def fit(model, optimizer, steps):
+    for step in steps:
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (model(x) - x[:, :3]).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("cls", EVERY)
+def test_state_dicts_of_distributed_checkpoints_resume_bit_for_bit(cls, flat):
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    straight, halted = Net(), Net()
+    one, two = (cls(m.named_parameters(), lr=0.01, compile="eager") for m in (straight, halted))
+    get_optimizer_state_dict(halted, two, options=options)  # leaves no trace
+    fit(straight, one, range(6))
+    fit(halted, two, range(3))
+    saved = copy.deepcopy(get_optimizer_state_dict(halted, two, options=options))
+    resumed = Net()
+    resumed.load_state_dict(halted.state_dict())
+    three = cls(resumed.named_parameters(), lr=0.5, compile="eager")
+    set_optimizer_state_dict(resumed, three, saved, options=options)
+    assert three.param_groups[0]["lr"] == 0.01
+    fit(resumed, three, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))

@@ -22,6 +22,8 @@ def fair_hyperparameters(cls: type[Any], kwargs: Mapping[str, Any]) -> dict[str,
     parameters = inspect.signature(cls).parameters
     defaults = {key: parameters[key].default for key in FAIR if key in parameters}
     values = {**defaults, **{key: value for key, value in kwargs.items() if key in FAIR}}
+    if values.get("momentum", 0) is None and "betas" in values:  # another spelling: None leaves it to the first of betas
+        values["momentum"] = values["betas"][0]
     return {key: value for key, value in values.items() if value is not inspect.Parameter.empty}
 
 
