@@ -8,6 +8,7 @@ the parameter's rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,11 +71,12 @@ class Slab:
         inputs = self.inputs if rows is None else {name: t[rows] for name, t in self.inputs.items()}
         state = SlabState(stored, self.slots, self.key, turn.carried)
         context = self._context(turn, inputs, state)
-        if turn.priming:
-            new = rule.prime(inputs["update"], state, context)
-        else:
-            update, new = rule.update(inputs["update"], state, context)
-            _put(self.inputs["update"], rows, update)
+        with exact_products():
+            if turn.priming:
+                new = rule.prime(inputs["update"], state, context)
+            else:
+                update, new = rule.update(inputs["update"], state, context)
+                _put(self.inputs["update"], rows, update)
         carried = {name: value for name, value in new.items() if name in turn.carried}
         for name, value in new.items():
             if name not in carried:
@@ -257,6 +259,20 @@ class SpreadSeat:
     def state(self) -> dict[str, Tensor]:
         """As of a seat."""
         return self.inner.state()
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever the model asked torch for: TF32 would spoil a basis."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _run(whole: Tensor, block: Block) -> Tensor:

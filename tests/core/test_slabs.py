@@ -273,3 +273,28 @@ def test_probes_are_the_same_for_every_order_and_leave_the_global_generator_alon
     before = torch.get_rng_state()
     trained(PSGDKron, {}, "eager", steps=2)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_products_are_exact_whatever_the_model_asked_torch_for():
+    seen = []
+
+    @dataclass(frozen=True)
+    class Watching(Averaged):
+        def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+            seen.append(torch.get_float32_matmul_precision())
+            return u, {}
+
+    class Watcher(Averaging):
+        @staticmethod
+        def chain(h: Any) -> tuple[Transform, ...]:
+            return (Watching(h.share, h.split),)
+
+    params = parameters(((4, 3),))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        run(Watcher(params, compile="eager"), params, gradients(1, ((4, 3),)))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["highest"]
