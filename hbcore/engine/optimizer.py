@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from hbcore.engine.modes import Modes
-from hbcore.engine.options import OPTIONS, resolve
+from hbcore.engine.options import OPTIONS, Settings, resolve
 from hbcore.engine.packing import pack
 from hbcore.engine.params import check_params, describe_param
 from hbcore.engine.plan import Plan, Surroundings
@@ -46,7 +46,6 @@ class Optimizer(torch.optim.Optimizer):
 
     Attributes:
         report: how the last step ran: backend, reasons for falling back, compiles, launches.
-        settings: the options, resolved.
         structure: what its chains are, and what follows from them.
         modes: which set of weights the parameters hold.
 
@@ -64,15 +63,20 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: ParamsT, hyperparameters: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         name = type(self).__name__
-        self.settings, scheduled = resolve(name, self.own, {**self.option_defaults, **options})
+        settings, scheduled = resolve(name, self.own, {**self.option_defaults, **options})
         self.report = Report()
         self.modes = Modes()
         self._plan: Plan | None = None
         self._progress: list[Progress] = []
         defaults = {k: _tupled(v) for k, v in {**scheduled, **hyperparameters}.items()}
-        self.structure = Structure(type(self).chain, self.settings, defaults)
+        self.structure = Structure(type(self).chain, settings, defaults)
         super().__init__(check_params(name, params), defaults)
         self.state: Any = StateMap(self.state)
+
+    @property
+    def settings(self) -> Settings:
+        """The options, resolved."""
+        return self.structure.settings
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -235,13 +239,12 @@ class Optimizer(torch.optim.Optimizer):
             "defaults": self.defaults,
             "state": state,
             "param_groups": self.param_groups,
-            "settings": self.settings,
-            "_structure": (self.structure.defaults, self.structure.hyper),
+            "_structure": (self.settings, self.structure.defaults, self.structure.hyper),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "state": StateMap(state["state"])})
-        self.structure = Structure(type(self).chain, self.settings, *self.__dict__.pop("_structure"))
+        self.structure = Structure(type(self).chain, *self.__dict__.pop("_structure"))
         self.report = Report()
         self.modes = Modes()
         self.modes.forget(self.__dict__.pop("_training", True))

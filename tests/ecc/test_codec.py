@@ -24,7 +24,7 @@ ALL = pytest.mark.parametrize("name", CODECS)
 
 def with_codec(optimizer, codec):
     """The optimizer, storing its slots with ``codec``."""
-    optimizer.settings = dataclasses.replace(optimizer.settings, codec=codec)
+    optimizer.structure.settings = dataclasses.replace(optimizer.settings, codec=codec)
     return optimizer
 
 
