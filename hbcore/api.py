@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from hbcore.engine.optimizer import Optimizer
     from hbcore.engine.options import Options
     from hbcore.errors import HyperparameterError, OptionError
-    from hbcore.rules.moments import Momentum, ScaleByAdam
+    from hbcore.rules.moments import (
+        CorrectedDecay,
+        Momentum,
+        ScaleByAdam,
+        ScaleByAdEMAMix,
+        ScaleByLaProp,
+        ScaleByNAdam,
+    )
     from hbcore.rules.numerics import compute_dtype, debiased, ema
     from hbcore.rules.route import Route, is_matrix
     from hbcore.rules.stages import CoupleDecay
@@ -32,6 +39,7 @@ __all__ = [
     "Block",
     "CodecSpec",
     "Context",
+    "CorrectedDecay",
     "CoupleDecay",
     "Domain",
     "HyperparameterError",
@@ -42,7 +50,10 @@ __all__ = [
     "Options",
     "Route",
     "Scalar",
+    "ScaleByAdEMAMix",
     "ScaleByAdam",
+    "ScaleByLaProp",
+    "ScaleByNAdam",
     "Slot",
     "State",
     "Transform",
@@ -59,6 +70,7 @@ __all__ = [
 _LAZY = {
     "Block": "hbcore.rules.views:Block",
     "Context": "hbcore.rules.transform:Context",
+    "CorrectedDecay": "hbcore.rules.moments:CorrectedDecay",
     "CoupleDecay": "hbcore.rules.stages:CoupleDecay",
     "Domain": "hbcore.rules.transform:Domain",
     "HyperparameterError": "hbcore.errors:HyperparameterError",
@@ -68,7 +80,10 @@ _LAZY = {
     "Options": "hbcore.engine.options:Options",
     "Route": "hbcore.rules.route:Route",
     "Scalar": "hbcore.rules.transform:Scalar",
+    "ScaleByAdEMAMix": "hbcore.rules.moments:ScaleByAdEMAMix",
     "ScaleByAdam": "hbcore.rules.moments:ScaleByAdam",
+    "ScaleByLaProp": "hbcore.rules.moments:ScaleByLaProp",
+    "ScaleByNAdam": "hbcore.rules.moments:ScaleByNAdam",
     "Slot": "hbcore.rules.transform:Slot",
     "State": "hbcore.rules.transform:State",
     "Transform": "hbcore.rules.transform:Transform",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hbcore.distributed.placement import local
+from hbcore.errors import OptionError
 from hbcore.rules.numerics import compute_dtype
+from hbcore.rules.stages import ParameterEMA
 from hbcore.rules.transform import Transform
 from hbcore.state.codec import codec_of, narrowed
 
@@ -29,10 +32,12 @@ class Modes:
 
     Attributes:
         training: whether it is the one to train with.
+        averaging: whether the parameters hold their moving averages for the moment.
     """
 
     def __init__(self) -> None:
         self.training = True
+        self.averaging = False
         self._kept: dict[Tensor, Kept] = {}
 
     def switch(self, optimizer: Optimizer, training: bool) -> None:
@@ -58,6 +63,36 @@ class Modes:
     def forget(self, training: bool) -> None:
         """Somebody else put weights of this kind into the parameters."""
         self.training, self._kept = training, {}
+
+
+@contextmanager
+def averaged(optimizer: Optimizer) -> Iterator[None]:
+    """Put the moving averages of ``use_ema=True`` into the parameters, and the parameters' own values back afterwards.
+
+    Raises:
+        OptionError: the optimizer keeps none.
+    """
+    if not optimizer.settings.use_ema:
+        raise OptionError(f"{type(optimizer).__name__} keeps no average of the parameters; pass use_ema=True.")
+    before: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                state = optimizer.state.get(p, {})
+                if float(state.get("step", 0)) > 0:
+                    [ema] = [t for t in optimizer.structure.bound(group, p) if isinstance(t, ParameterEMA)]
+                    part = local(p.detach())
+                    stored = {name: local(value) for name, value in state.items() if isinstance(value, Tensor)}
+                    value = optimizer.settings.codec.read(stored, "param_ema", compute_dtype(p.dtype))
+                    before.append((part, part.clone()))
+                    part.copy_(ema.average({"param_ema": value}, state["step"].double().cpu()))
+    optimizer.modes.averaging = True
+    try:
+        yield
+    finally:
+        optimizer.modes.averaging = False
+        for part, own in before:
+            part.copy_(own)
 
 
 def has_modes(t: Transform) -> bool:

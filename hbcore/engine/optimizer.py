@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch.optim import optimizer as hooks
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
-from hbcore.engine.modes import Modes
+from hbcore.engine.modes import Modes, averaged
 from hbcore.engine.options import OPTIONS, Settings, resolve
 from hbcore.engine.packing import pack
 from hbcore.engine.params import check_params, describe_param
@@ -120,6 +121,8 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         if not self.modes.training:
             raise RuleError(f"{type(self).__name__}.step() with the weights to evaluate with; call optimizer.train() first.")
+        if self.modes.averaging:
+            raise RuleError(f"{type(self).__name__}.step() within ema_weights(); step outside.")
         if not self.state and checkpoint.is_dry(self):
             checkpoint.allocate(self)
             return loss
@@ -147,6 +150,14 @@ class Optimizer(torch.optim.Optimizer):
     def eval(self) -> Self:
         """``train(False)``."""
         return self.train(False)
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """``with optimizer.ema_weights():`` the parameters hold the averages that ``use_ema=True`` keeps, bias corrected.
+
+        Raises:
+            OptionError: the optimizer keeps none.
+        """
+        return averaged(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at any time. Its hyperparameters default to the constructor's.

@@ -38,6 +38,8 @@ class Options(TypedDict, total=False):
     seed: int
     mars: bool
     mars_gamma: float
+    use_ema: bool
+    ema_decay: float
     gradient_clipping: Any
     update_clipping: Any
     consume_grad: bool
@@ -72,6 +74,8 @@ OPTIONS: Mapping[str, Option] = {
     "seed": Option(0, "what all random numbers of the optimizer are drawn from; the global generators are never used"),
     "mars": Option(False, "correct the gradient by how it changed since the last step"),
     "mars_gamma": Option(0.0025, "the strength of mars; 0.025 in the paper"),
+    "use_ema": Option(False, "keep a moving average of the parameters, for `with optimizer.ema_weights():`"),
+    "ema_decay": Option(0.001, "how much of the newest parameters that average takes"),
     "gradient_clipping": Option(None, f"{', '.join(clipping.CLIPS)}, (name, threshold) or a function; before the rule"),
     "update_clipping": Option(None, "the same, after the rule"),
     "consume_grad": Option(True, "step() clears p.grad once it is used"),
@@ -83,7 +87,7 @@ OPTIONS: Mapping[str, Option] = {
     "fused": Option(None, "torch's spelling; maps to multi_tensor, with a warning"),
 }
 
-SCHEDULED = ("weight_decay", "warmup_steps", "mars_gamma")
+SCHEDULED = ("weight_decay", "warmup_steps", "mars_gamma", "ema_decay")
 """The shared options that live in the param groups, where schedulers may change them."""
 
 REMOVED: Mapping[str, str] = {
@@ -108,6 +112,7 @@ class Settings:
     stochastic_rounding: bool
     seed: int
     mars: bool
+    use_ema: bool
     clips: tuple[Transform, ...]
     consume_grad: bool
     multi_tensor: bool
@@ -134,6 +139,8 @@ class Settings:
             inserted.append(stages.DecayWeights(h.weight_decay, self.cautious_weight_decay))
         if not any(t.owns_apply for t in rule):
             inserted += [stages.ScaleByLr(h.lr, h.warmup_steps), stages.Apply()]
+        if self.use_ema:
+            inserted.append(stages.ParameterEMA(h.ema_decay))
         check_slots((*rule, *inserted))
         return stages.arrange((*rule, *inserted))
 
@@ -171,6 +178,7 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
         stochastic_rounding=bool(values["stochastic_rounding"]),
         seed=int(values["seed"]),
         mars=bool(values["mars"]),
+        use_ema=bool(values["use_ema"]),
         clips=tuple(
             clip
             for option, stage in (("gradient_clipping", "clip_gradient"), ("update_clipping", "clip_update"))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from hbcore.rules.numerics import debiased
-from hbcore.rules.transform import Context, Slot, State, Transform, hyper, zeros
+from hbcore.rules.numerics import debiased, ema
+from hbcore.rules.stages import DecayWeights
+from hbcore.rules.transform import Context, Scalar, Slot, State, Transform, hyper, zeros
 
 
 @dataclass(frozen=True)
@@ -54,3 +58,161 @@ class Momentum(Transform):
         fresh = 1 - self.dampening * (c.step - 1).clamp(max=1)  # 1 on the first step
         buffer = self.momentum * s["momentum_buffer"] + fresh * u
         return (u + self.momentum * buffer if self.nesterov else buffer), {"momentum_buffer": buffer}
+
+
+@dataclass(frozen=True)
+class ScaleByLaProp(Transform):
+    r"""LaProp's direction, Ziyin, Wang and Ueda 2020 (arXiv:2002.04839), Algorithm 1: normalise first, average then.
+
+    .. math::
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \qquad
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) \frac{g_t}{\sqrt{v_t / (1 - \beta_2^t)}} \qquad
+        u_t = \frac{m_t}{1 - \beta_1^t}
+    """
+
+    betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1)
+    eps: float = hyper(1e-8, ge=0)
+    name = "laprop"
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        return {"exp_avg": zeros(param, "rotate"), "exp_avg_sq": zeros(param, "permute")}
+
+    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        b1, b2 = self.betas
+        v, v_hat = debiased(s["exp_avg_sq"], u * u, b2, c.step)
+        m, m_hat = debiased(s["exp_avg"], c.divide(u, v_hat.sqrt(), self.eps), b1, c.step)
+        return m_hat, {"exp_avg": m, "exp_avg_sq": v}
+
+
+@dataclass(frozen=True)
+class ScaleByNAdam(Transform):
+    r"""NAdam's direction, Dozat 2016, Incorporating Nesterov Momentum into Adam, Algorithm 2, with his schedule of momenta.
+
+    .. math::
+        \mu_t = \beta_1 (1 - \tfrac12\, 0.96^{t \psi}) \qquad \Pi_t = \textstyle\prod_{i \le t} \mu_i \qquad
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        u_t = \left(\frac{(1 - \mu_t)\, g_t}{1 - \Pi_t} + \frac{\mu_{t+1}\, m_t}{1 - \Pi_{t+1}}\right)
+        \Big/ \sqrt{v_t / (1 - \beta_2^t)}
+
+    The product is a function of the parameter's step, :func:`momentum_product`, so that nothing carries it.
+
+    Args:
+        momentum_decay: :math:`\psi`, at least 0; how fast the momentum rises from half of :math:`\beta_1` to all of it.
+    """
+
+    betas: tuple[float, float] = hyper((0.9, 0.999), ge=0, lt=1)
+    eps: float = hyper(1e-8, ge=0)
+    momentum_decay: float = hyper(4e-3, ge=0)
+    name = "nadam"
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        return {"exp_avg": zeros(param, "rotate"), "exp_avg_sq": zeros(param, "permute")}
+
+    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        b1, b2 = self.betas
+        mu, mu_next = (b1 * (1 - 0.5 * 0.96 ** (t * self.momentum_decay)) for t in (c.step, c.step + 1))
+        product = momentum_product(b1, self.momentum_decay, c.step)
+        m = ema(s["exp_avg"], u, b1)
+        v, v_hat = debiased(s["exp_avg_sq"], u * u, b2, c.step)
+        ahead = u * ((1 - mu) / (1 - product)) + m * (mu_next / (1 - product * mu_next))
+        return c.divide(ahead, v_hat.sqrt(), self.eps), {"exp_avg": m, "exp_avg_sq": v}
+
+
+def momentum_product(beta1: Scalar, decay: Scalar, step: Tensor) -> Tensor:
+    r"""NAdam's product of momenta, :math:`\prod_{i=1}^t \beta_1 (1 - \tfrac12 q^i)` with :math:`q = 0.96^\psi`.
+
+    The series of the logarithm sums over ``i`` in closed form, and its terms fall by half:
+
+    .. math::
+        \log \prod_{i=1}^t (1 - \tfrac12 q^i) = -\sum_{k \ge 1} \frac{2^{-k}}{k} \sum_{i=1}^t q^{ik} =
+        -\sum_{k \ge 1} \frac{2^{-k}}{k}\, \frac{q^k (1 - q^{kt})}{1 - q^k}
+
+    Forty terms leave an error of 1e-14.
+
+    Args:
+        beta1, decay: :math:`\beta_1` and :math:`\psi`, 0-d float64.
+        step: ``t``, 0-d float64, at least 1.
+    """
+    rate = torch.as_tensor(decay, dtype=torch.float64) * -math.log(0.96)
+    rate = rate.clamp(min=1e-300)  # at q = 1 the quotient is t
+    gap, gap_t = _one_minus_exp(rate), _one_minus_exp(rate * step)
+    a, b, total = gap, gap_t, 0 * step
+    for k in range(1, 41):
+        total = total + (1 - a) * (b / a) * (0.5**k / k)
+        a, b = a + (1 - a) * gap, b + (1 - b) * gap_t  # 1 - q^(k + 1) and 1 - q^((k + 1) t), with nothing cancelled
+    return beta1**step * torch.exp(-total)
+
+
+def _one_minus_exp(x: Tensor) -> Tensor:
+    """``1 - exp(-x)`` for ``x > 0`` to the last digits also where that is small, after Kahan.
+
+    In operations that the host does on plain floats, of which expm1 is none.
+    """
+    x = x.clamp(max=700.0)
+    y = torch.exp(-x)
+    return torch.where(y == 1, x, (y - 1) * (x / torch.log(y).clamp(max=-1e-300)))
+
+
+@dataclass(frozen=True)
+class ScaleByAdEMAMix(Transform):
+    r"""AdEMAMix' direction, Pagliardini, Ablin and Grangier 2024 (arXiv:2409.03137), Algorithm 1: a second, slow momentum.
+
+    .. math::
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t \qquad
+        n_t = \beta_3(t)\, n_{t-1} + (1 - \beta_3(t))\, g_t \qquad
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        u_t = \frac{m_t / (1 - \beta_1^t) + \alpha(t)\, n_t}{\sqrt{v_t / (1 - \beta_2^t)}} \qquad
+        \alpha(t) = \alpha \min(1, t / T_\alpha) \qquad
+        \frac{1}{\ln \beta_3(t)} = \frac{1 - a}{\ln \beta_1} + \frac{a}{\ln \beta_3}, \; a = \min(1, t / T_{\beta_3})
+
+    so that the slow average's half-life grows linearly from the fast one's to its own.
+
+    Args:
+        betas: :math:`\beta_1, \beta_2, \beta_3`.
+        alpha: the weight of the slow average, at least 0.
+        beta3_warmup, alpha_warmup: :math:`T_{\beta_3}` and :math:`T_\alpha`, in steps, above 0; 1 is no warm-up.
+    """
+
+    betas: tuple[float, float, float] = hyper((0.9, 0.999, 0.9999), ge=0, lt=1)
+    eps: float = hyper(1e-8, ge=0)
+    alpha: float = hyper(2.0, ge=0)
+    beta3_warmup: float = hyper(1.0, gt=0)
+    alpha_warmup: float = hyper(1.0, gt=0)
+    name = "ademamix"
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        averages = {"exp_avg_fast": zeros(param, "rotate"), "exp_avg_slow": zeros(param, "rotate")}
+        return {**averages, "exp_avg_sq": zeros(param, "permute")}
+
+    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        b1, b2, b3 = (torch.as_tensor(b, dtype=torch.float64) for b in self.betas)
+        a, alpha = ((c.step / n).clamp(max=1) for n in (self.beta3_warmup, self.alpha_warmup))
+        b3 = torch.where(a < 1, torch.exp(1 / ((1 - a) / b1.log() + a / b3.log())), b3)
+        fast, fast_hat = debiased(s["exp_avg_fast"], u, b1, c.step)
+        slow = ema(s["exp_avg_slow"], u, b3)
+        v, v_hat = debiased(s["exp_avg_sq"], u * u, b2, c.step)
+        mixed = fast_hat + (self.alpha * alpha) * slow
+        return c.divide(mixed, v_hat.sqrt(), self.eps), {"exp_avg_fast": fast, "exp_avg_slow": slow, "exp_avg_sq": v}
+
+
+@dataclass(frozen=True)
+class CorrectedDecay(DecayWeights):
+    r"""Decoupled weight decay in proportion to the learning rate of the moment, Defazio 2025 (arXiv:2506.02285), Algorithm 1.
+
+    .. math:: u + \lambda \frac{\gamma_t}{\gamma_{\max}} p \qquad \gamma_t = \mathrm{lr} \min(1, t / (N + 1))
+
+    The learning rate multiplies this, so that a step decays by :math:`\gamma_t^2 \lambda / \gamma_{\max}`.
+
+    Args:
+        lr, warmup_steps: the learning rate and ``N``, as :class:`hbcore.rules.stages.ScaleByLr` has them.
+        max_lr: :math:`\gamma_{\max}`, above 0.
+    """
+
+    lr: float = hyper(0.0025, ge=0)
+    warmup_steps: float = hyper(0, ge=0)
+    max_lr: float = hyper(0.0025, gt=0)
+
+    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        rate = self.lr * (c.step / (self.warmup_steps + 1)).clamp(max=1)
+        decay: Any = self.weight_decay * (rate / self.max_lr)
+        return DecayWeights(decay, self.cautious).update(u, s, c)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hbcore.rules.transform import Context, Domain, State, Transform, hyper
+from hbcore.rules.numerics import ema
+from hbcore.rules.transform import Context, Domain, Slot, State, Transform, hyper, zeros
 
 ORDER: tuple[str, ...] = (
     "promote",
@@ -108,3 +109,25 @@ class Apply(Transform):
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         return c.param - u, {}
+
+
+@dataclass(frozen=True)
+class ParameterEMA(Transform):
+    r"""A moving average of the weights themselves, Polyak and Juditsky 1992; the training does not see it.
+
+    .. math:: a_t = (1 - d)\, a_{t-1} + d\, p_t \qquad \text{read as } a_t / (1 - (1 - d)^t)
+    """
+
+    ema_decay: float = hyper(0.001, ge=0, le=1)
+    name = "parameter_ema"
+    stage = "parameter_ema"
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        return {"param_ema": zeros(param)}
+
+    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        return u, {"param_ema": ema(s["param_ema"], u, 1 - self.ema_decay)}
+
+    def average(self, s: State, step: Tensor) -> Tensor:
+        """The average, freed of its bias towards the zero that it started from."""
+        return s["param_ema"] / (1 - (1 - self.ema_decay) ** step).to(s["param_ema"].dtype)

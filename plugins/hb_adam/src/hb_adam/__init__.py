@@ -11,15 +11,56 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hb_adam.adam import Adam
+    from hb_adam.adamc import AdamC
     from hb_adam.adamw import AdamW
+    from hb_adam.ademamix import AdEMAMix
+    from hb_adam.adopt import ADOPT
+    from hb_adam.laprop import LaProp, SignLaProp
+    from hb_adam.lion import Lion
+    from hb_adam.nadam import NAdam
+    from hb_adam.rmsprop import RMSprop
     from hb_adam.schedule_free import SFAdamW
     from hb_adam.sgd import SGD
+    from hb_adam.suds import SUDSAdamW
+    from hb_adam.unscaled import UnscaledAdamW
 
-__all__ = ["SGD", "AdamW", "SFAdamW", "__version__"]
+__all__ = [
+    "ADOPT",
+    "SGD",
+    "AdEMAMix",
+    "Adam",
+    "AdamC",
+    "AdamW",
+    "LaProp",
+    "Lion",
+    "NAdam",
+    "RMSprop",
+    "SFAdamW",
+    "SUDSAdamW",
+    "SignLaProp",
+    "UnscaledAdamW",
+    "__version__",
+]
 
 __version__ = "0.1.0"
 
-_HOME = {"AdamW": "hb_adam.adamw", "SFAdamW": "hb_adam.schedule_free", "SGD": "hb_adam.sgd"}
+_HOME = {
+    "ADOPT": "hb_adam.adopt",
+    "AdEMAMix": "hb_adam.ademamix",
+    "Adam": "hb_adam.adam",
+    "AdamC": "hb_adam.adamc",
+    "AdamW": "hb_adam.adamw",
+    "LaProp": "hb_adam.laprop",
+    "Lion": "hb_adam.lion",
+    "NAdam": "hb_adam.nadam",
+    "RMSprop": "hb_adam.rmsprop",
+    "SFAdamW": "hb_adam.schedule_free",
+    "SGD": "hb_adam.sgd",
+    "SUDSAdamW": "hb_adam.suds",
+    "SignLaProp": "hb_adam.laprop",
+    "UnscaledAdamW": "hb_adam.unscaled",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,8 @@ from typing import Any
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from hbcore.api import Optimizer, Options, ScaleByAdam, Transform
+from hb_adam.adam import direction
+from hbcore.api import Optimizer, Options, Transform
 
 
 class AdamW(Optimizer):
@@ -25,9 +26,10 @@ class AdamW(Optimizer):
         lr: learning rate.
         betas: decay rates of the two moments, in [0, 1).
         eps: the smallest divisor, at least 0.
+        amsgrad: divide by the largest second moment so far, Reddi et al. 2018 (arXiv:1904.09237).
         **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
 
-    State: ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape, and ``step``.
+    State: ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape, and ``step``; ``max_exp_avg_sq`` with ``amsgrad``.
 
     Raises:
         HyperparameterError: a hyperparameter is outside its bounds.
@@ -41,10 +43,11 @@ class AdamW(Optimizer):
         lr: float = 0.0025,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
+        amsgrad: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, options)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "amsgrad": amsgrad}, options)
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:
-        return (ScaleByAdam(betas=h.betas, eps=h.eps),)
+        return (direction(h),)
