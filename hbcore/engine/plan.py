@@ -81,7 +81,7 @@ class Plan:
         self._active: list[Entry] = []
         self._params: list[Tensor] = []
         self._transforms: dict[int, list[Transform]] = {}
-        self._levels = 0
+        self._traffic: list[Traffic] = []
         self._revision: float = 0
         self._lists: list[list[Tensor]] = []
         self._lengths: list[int] = []
@@ -105,7 +105,7 @@ class Plan:
         for stack in self._stacks:
             stack.arrange(base)
         run_level = self._runner(ahead, progress, refreshes)
-        self.report.launches = schedule.run(works, self._levels, run_level)
+        self.report.launches = schedule.run(works, len(self._traffic), run_level)
         self._selection.advance(1 if amp.found_inf is None else (amp.found_inf == 0).float())  # while the device is at work
         for g, carries in progress.items():
             self.around.progress[g].update(carries)
@@ -175,7 +175,7 @@ class Plan:
         for work in works:
             work.collect()
         self._params = [e.param for e in self._active]
-        self._levels = levels_of(self._active)
+        self._traffic = [Traffic(self._active, level) for level in range(levels_of(self._active))]
         self._transforms = {}
         for way, g in {id(e.course): (e.course, e.group) for e in self._active}.values():
             stepped = [t for t in way.transforms if t.domain == Domain.MATRIX or t.scalars()]
@@ -287,7 +287,7 @@ class Plan:
         """What runs one level of matrix rules."""
 
         def run_level(level: int) -> None:
-            traffic = Traffic(self._active, level)
+            traffic = self._traffic[level]
             traffic.deal()
             for stack in (s for s in self._stacks if s.level == level):
                 g, recipe = stack.slab.key.group, stack.slab.key.recipe

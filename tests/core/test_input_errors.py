@@ -127,7 +127,7 @@ OPTIONS = [
     ({"weight_deacy": 0.1}, ["weight_deacy", "did you mean 'weight_decay'"]),
     ({"betass": (0.9, 0.9)}, ["betass", "did you mean 'betas'"]),
     ({"zzz": 1}, ["zzz", "it takes", "caution"]),
-    ({"amsgraad": 1}, ["amsgrad"]),
+    ({"amsgraad": 1}, ["amsgraad"]),
     ({"stochastic_schedule": True}, ["stochastic_schedule", "removed", "pass"]),
     ({"adaptive": True}, ["adaptive", "removed", "pass"]),
     ({"division_backend": "eps"}, ["division_backend='eps'", "eps_add, eps_clamp", "pass"]),
