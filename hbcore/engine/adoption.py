@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from hbcore.distributed.placement import gathered, local, shards_of, spread_like
 from hbcore.engine.courses import Course
 from hbcore.engine.lanes import Entry, Lane, aligned, initial_state, is_transient
 from hbcore.engine.slabs import Seat, Slab, SlabKey, SpreadSeat
+from hbcore.errors import RuleError, StateWarning
 from hbcore.rules.transform import Transform
 from hbcore.rules.views import Block
 from hbcore.state.expected import expected
@@ -45,9 +47,15 @@ class Adopter:
         """Whether the optimizer's state still holds the very tensors that were planned for."""
         state = self.around.state[entry.param]
         walked = {name for lane in entry.lanes for name in lane.dtypes if not is_transient(name)}
-        return state is entry.state and all(
-            state.get(name) is tensor and (name not in walked or aligned(entry.stored[name], local(entry.param)))
-            for name, tensor in entry.held.items()
+        part = local(entry.param.detach())
+        same = part.data_ptr() == entry.local.data_ptr() and part.stride() == entry.local.stride()
+        return (
+            same
+            and state is entry.state
+            and all(
+                state.get(name) is tensor and (name not in walked or aligned(entry.stored[name], local(entry.param)))
+                for name, tensor in entry.held.items()
+            )
         )
 
     def adopt(self) -> dict[Tensor, Entry]:
@@ -71,6 +79,8 @@ class Adopter:
         for seat in seats:
             touched = self._take_over(n, seat, state) or touched
             names += seat.state()
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise RuleError(f"two rules of one chain claim the slot {twice[0]!r} of a parameter; rename one of them.")
         state["step"] = self.counters.view(address)
         held = {name: state[name] for name in names}
         return Entry(
@@ -101,6 +111,13 @@ class Adopter:
         for name in [name for name in slots if name in state and (name in views or isinstance(seat, SpreadSeat))]:
             whole = gathered(state[name])
             blank = slots[name].blank(whole)[name]
+            if whole.shape != blank.shape:
+                warnings.warn(
+                    f"state {name!r} of shape {tuple(whole.shape)} starts afresh with {tuple(blank.shape)}, as now asked for.",
+                    StateWarning,
+                    stacklevel=8,
+                )
+                continue
             touched = touched or not torch.equal(blank, whole.to(blank.dtype))
             if name in views:
                 views[name].copy_(whole)

@@ -129,6 +129,7 @@ class Optimizer(torch.optim.Optimizer):
         plan = self._plan
         if plan is None or plan.groups is not self.param_groups or plan.state is not self.state:  # wrappers assign both
             plan = self._plan = self._new_plan()
+        self.modes.forget(training=True)
         stepped = plan.step(Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
         if self.settings.consume_grad and not capturing():
             for p in stepped:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -83,7 +84,8 @@ class Plan:
         self._transforms: dict[int, list[Transform]] = {}
         self._traffic: list[Traffic] = []
         self._revision: float = 0
-        self._lists: list[list[Tensor]] = []
+        self._everyone: list[Tensor] = []
+        self._empty: list[Tensor] = []
         self._lengths: list[int] = []
         self._selection = self.counters.select([])
 
@@ -97,6 +99,19 @@ class Plan:
                 )
             self._works = self._replan()
         works = self._works
+        try:
+            self._step(works, amp)
+        finally:
+            for work in works:
+                work.batch.tensors["grad"].clear()  # else a gradient that the user dropped would live until the next one
+        self._after_priming()
+        # kernels write where autograd does not see it: a graph that saved a parameter must know that it changed
+        torch.autograd.graph.increment_version(self._params)
+        self.report.backend = "+".join(sorted({w.lane.backend for w in works})) or self.report.backend
+        return self._params
+
+    def _step(self, works: list[Work], amp: Amp) -> None:
+        """One step over what is laid out."""
         base, ahead = self._selection.coming(trusted=self.settings.capturable)
         progress, refreshes = self._progress()
         for work in works:  # everything compiles before anything is written
@@ -109,11 +124,6 @@ class Plan:
         self._selection.advance(1 if amp.found_inf is None else (amp.found_inf == 0).float())  # while the device is at work
         for g, carries in progress.items():
             self.around.progress[g].update(carries)
-        for work in works:
-            work.batch.tensors["grad"].clear()  # else a gradient that the user dropped would live until the next one
-        self._after_priming()
-        self.report.backend = "+".join(sorted({w.lane.backend for w in works})) or self.report.backend
-        return self._params
 
     def reread(self) -> None:
         """Somebody wrote to the state tensors in place: what is known of the counters is not true any more."""
@@ -130,8 +140,9 @@ class Plan:
         """Whether last step's layout still holds; reads the gradients on the way."""
         assert self._works is not None
         return (
-            all(map(is_, (group["params"] for group in self.groups), self._lists))
-            and list(map(len, self._lists)) == self._lengths
+            [len(group["params"]) for group in self.groups] == self._lengths
+            and all(map(is_, chain.from_iterable(group["params"] for group in self.groups), self._everyone))
+            and not any(map(Tensor.numel, self._empty))
             and all(self._recipes[g].fits(group) for g, group in enumerate(self.groups))
             and all(p.grad is None for p in self._idle)
             and self._revision == self._revised()
@@ -144,15 +155,21 @@ class Plan:
 
     def _replan(self) -> list[Work]:
         """Find the parameters with a gradient; new ones get their state and a step counter at zero."""
+        self._works = None  # should this fail, the next step begins anew
         adopter = Adopter(self.around, self.counters)
         active: list[Tensor] = []
-        self._idle = []
+        self._idle, self._empty = [], []
+        self._everyone = [p for group in self.groups for p in group["params"]]
+        self._lengths = [len(group["params"]) for group in self.groups]
+        known = set(self._everyone)
+        self.entries = {p: e for p, e in self.entries.items() if p in known}
         for g, group in enumerate(self.groups):
             if g not in self._recipes or not self._recipes[g].fits(group):
                 self._recipes[g], self._forks[g] = self.around.recipe(group), self.around.chain(group)
                 self._courses = {key: c for key, c in self._courses.items() if key[0] != g}
             for i, p in enumerate(group["params"]):
                 if p.numel() == 0:
+                    self._empty.append(p)
                     continue
                 if p.grad is None:
                     self._idle.append(p)
@@ -183,8 +200,6 @@ class Plan:
         counted = [e.counter for e in self._active]
         self._selection = self.counters.select(counted, [e.primed for e in self._active])
         self._revision = self._revised()
-        self._lists = [group["params"] for group in self.groups]
-        self._lengths = list(map(len, self._lists))
         return works
 
     def _after_priming(self) -> None:
@@ -244,8 +259,9 @@ class Plan:
                 lane.program = trace(lane.key.recipe, lane.dtypes, " -> ".join(t.name for t in lane.transforms))
                 self.report.programs += 1
             except TraceError as error:
-                if any(t.domain == Domain.MODEL or t.scalars() for t in lane.transforms):
-                    raise  # one parameter at a time cannot see the model, nor carry what all of them share
+                spread = lane.key.shards is not None and any(t.domain == Domain.TENSOR for t in lane.transforms)
+                if spread or any(t.domain == Domain.MODEL or t.scalars() for t in lane.transforms):
+                    raise  # one part at a time sees neither the tensor nor the model, nor carries what all of them share
                 fell_back(self.report, f"the chain cannot be fused: {error} It runs one parameter at a time")
                 lane.executable, lane.backend = DirectExecutable(lane.key.recipe), "eager"
 

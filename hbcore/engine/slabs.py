@@ -76,7 +76,11 @@ class Slab:
                 new = rule.prime(inputs["update"], state, context)
             else:
                 update, new = rule.update(inputs["update"], state, context)
-                _put(self.inputs["update"], rows, update)
+        given = {t.untyped_storage().data_ptr() for t in (*inputs.values(), *stored.values())}
+        # what is a view of something that is written below is read before
+        new = {n: v.clone() if v.untyped_storage().data_ptr() in given else v for n, v in new.items()}
+        if not turn.priming:
+            _put(self.inputs["update"], rows, update.clone() if update.untyped_storage().data_ptr() in given else update)
         carried = {name: value for name, value in new.items() if name in turn.carried}
         for name, value in new.items():
             if name not in carried:
@@ -108,8 +112,8 @@ class Slab:
             grad=inputs.get("grad", absent),
             step=turn.step,
             divide=turn.divide,
-            sum=lambda x: x.sum(dims, keepdim=True),
-            amax=lambda x: x.amax(dims, keepdim=True),
+            sum=lambda x: x.sum(dims, keepdim=True) if dims else x,  # no dimensions would mean all of them
+            amax=lambda x: x.amax(dims, keepdim=True) if dims else x,
             numel=torch.tensor(float(torch.Size(self.key.shape).numel()), dtype=torch.float64, device="cpu"),
             refresh=turn.refresh,
             probe=lambda like: drawn(normal, like),

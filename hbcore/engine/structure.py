@@ -77,7 +77,7 @@ class Structure:
         dynamic = self.dynamic(group)
         return Recipe(
             chain=self,
-            static=tuple((k, group[k]) for k in self.keys if k not in dynamic and k != "maximize"),
+            static=tuple((k, _fixed(group[k])) for k in self.keys if k not in dynamic and k != "maximize"),
             dynamic=tuple(dynamic.items()),
             divide=self.settings.divide,
             codec=self.settings.codec,
@@ -106,6 +106,11 @@ class Structure:
     def _stages(self, values: Mapping[str, Any]) -> tuple[Transform, ...]:
         h = SimpleNamespace(**values)
         return self.settings.stages(h, self.rule(h))
+
+
+def _fixed(value: Any) -> Any:
+    """A structural entry as something that can be compared and hashed."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _tensors(value: Any) -> Any:

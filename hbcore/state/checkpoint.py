@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hbcore.distributed.exchange import broadcast, owners
+from hbcore.distributed.exchange import broadcast, owners, total
 from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like
 from hbcore.errors import CheckpointError, HyperparameterError
 from hbcore.state import schema
@@ -52,7 +53,8 @@ def save(optimizer: Optimizer) -> dict[str, Any]:
     state: dict[Any, dict[str, Any]] = {}
     for g, group in enumerate(optimizer.param_groups):
         start = sum(len(done["params"]) for done in groups)
-        packed = {k: v for k, v in group.items() if k != "params" and _is_plain(v)}
+        packed = {k: _number(v) for k, v in group.items() if k != "params"}
+        packed = {k: v for k, v in packed.items() if _is_plain(v)}
         packed[schema.KEY] = record_of(optimizer, g).dump()
         groups.append({**packed, "params": list(range(start, start + len(group["params"])))})
         for i, p in enumerate(group["params"], start=start):
@@ -107,6 +109,11 @@ def blank_local(slot: Logical, p: Tensor) -> dict[str, Tensor]:
     part = local(p.detach())
     values = slot._replace(shape=part.shape).blank(part)
     return {name: torch.empty_like(part, dtype=t.dtype, requires_grad=False).copy_(t) for name, t in values.items()}
+
+
+def _number(value: Any) -> Any:
+    """NumPy's numbers as Python's."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, (bool, int, float)) else value
 
 
 def _is_plain(value: Any) -> bool:
@@ -235,14 +242,16 @@ def is_dry(optimizer: Optimizer) -> bool:
     """
     if optimizer.state or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
         return False
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    moving = any(bool(local(g).any()) for g in grads)
-    shards = next((s for g in grads if (s := shards_of(g)) is not None), None)
-    if shards is not None:
-        flag = torch.tensor(float(moving), device=local(grads[0]).device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=shards.group)
-        moving = bool(flag)
-    return bool(grads) and not moving
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [p.grad for p in params if p.grad is not None]
+    flags = torch.tensor([bool(grads), any(bool(local(g).any()) for g in grads)], dtype=torch.float32)
+    spread = next((p for p in params if is_dtensor(p)), None)
+    if spread is not None:  # every rank asks, whatever gradients it has
+        flags = flags.to(local(spread).device)
+        shards = shards_of(spread)
+        assert shards is not None
+        total(flags, "amax", shards)
+    return bool(flags[0]) and not bool(flags[1])
 
 
 def allocate(optimizer: Optimizer) -> None:

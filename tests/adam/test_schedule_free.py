@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -252,3 +253,41 @@ def test_its_names_and_defaults():
     [group] = SFAdamW([nn.Parameter(torch.ones(2))]).param_groups
     wanted = {"lr": 0.0025, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0, "r": 0.0, "weight_lr_power": 2.0}
     assert {key: group[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("options", [{}, {"ecc": "bf16+8"}, {"param_ecc": "bf16+8"}], ids=str)
+@pytest.mark.filterwarnings("ignore:.*param_ecc:hbcore.errors.StateWarning")
+def test_evaluating_now_and_then_changes_nothing_and_sees_the_newest_average(options):
+    shapes = ((5, 7), (3,))
+    params, twins = ([torch.nn.Parameter(torch.ones(s)) for s in shapes] for _ in range(2))
+    ours, plain = (SFAdamW(ps, lr=0.1, compile="eager", **options) for ps in (params, twins))
+    seen = []
+    for step in range(6):
+        for optimizer, ps in ((ours, params), (plain, twins)):
+            generator = torch.Generator().manual_seed(step)
+            for p in ps:
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            optimizer.step()
+        trained = [p.detach().clone() for p in params]
+        ours.eval()
+        ours.eval()
+        seen.append([p.detach().clone() for p in params])
+        ours.train()
+        assert all(torch.equal(p, t) for p, t in zip(params, trained, strict=True))
+    assert all(torch.equal(p, t) for p, t in zip(params, twins, strict=True))
+    assert not any(torch.equal(a[0], b[0]) for a, b in itertools.pairwise(seen))
+    plain.eval()
+    assert all(torch.equal(p, t) for p, t in zip(twins, seen[-1], strict=True))
+
+
+def test_weights_that_somebody_wrote_while_evaluating_are_taken_up():
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = SFAdamW([p], lr=0.1, compile="eager")
+    for _ in range(3):
+        p.grad = torch.arange(4.0)
+        optimizer.step()
+    before = p.detach().clone()
+    optimizer.eval()
+    p.data.add_(1)  # which no version counter sees
+    optimizer.train()
+    assert torch.allclose(p, before + 1, atol=1e-6)
