@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +13,12 @@ from hbcore.distributed.placement import gathered, local, shards_of, spread_like
 from hbcore.engine.courses import Course
 from hbcore.engine.lanes import Entry, Lane, aligned, initial_state, is_transient
 from hbcore.engine.slabs import Seat, Slab, SlabKey, SpreadSeat
+from hbcore.engine.surroundings import Surroundings
 from hbcore.errors import RuleError, StateWarning
 from hbcore.rules.transform import Transform
 from hbcore.rules.views import Block
 from hbcore.state.expected import expected
 from hbcore.state.steps import Address, StepCounters
-
-if TYPE_CHECKING:
-    from hbcore.engine.plan import Surroundings
 
 
 class Newcomer(NamedTuple):
@@ -117,11 +115,11 @@ class Adopter:
                     StateWarning,
                     stacklevel=8,
                 )
-                continue
-            touched = touched or not torch.equal(blank, whole.to(blank.dtype))
-            if name in views:
-                views[name].copy_(whole)
             else:
+                touched = touched or not torch.equal(blank, whole.to(blank.dtype))
+                if name in views:
+                    views[name].copy_(whole)
+            if name not in views:
                 del state[name]
         state.update(views)
         return touched

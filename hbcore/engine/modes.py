@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -45,28 +45,26 @@ class Modes:
         kept: dict[Tensor, dict[str, Tensor]] = {}
         for p, chain in _swapped(optimizer):
             now = _weights(optimizer, p)
-            before = {name: t.clone() for name, t in now.items()}
+            kept[p] = {name: t.clone() for name, t in now.items()}
             for t in chain:
-                if not self._return(optimizer, p, t, training, now, before):
-                    _swap(optimizer, p, t, training)
-            kept[p] = before
+                _put(
+                    _tensors(optimizer, p), self._back(optimizer, p, t, training, now) or _other(optimizer, p, t, now, training)
+                )
         self.training, self._kept = training, kept
 
     def forget(self, training: bool) -> None:
         """The parameters were stepped, or somebody else put weights of this kind into them."""
         self.training, self._kept = training, {}
 
-    def _return(
-        self, optimizer: Optimizer, p: Tensor, t: Transform, training: bool, now: dict[str, Tensor], before: dict[str, Tensor]
-    ) -> bool:
-        """Put the very weights back that were here before the last switch, if the present ones were made of them."""
+    def _back(
+        self, optimizer: Optimizer, p: Tensor, t: Transform, training: bool, now: Mapping[str, Tensor]
+    ) -> dict[str, Tensor] | None:
+        """The very weights that were here before the last switch, if the present ones were made of them and of nothing else."""
         old = self._kept.get(p)
         if old is None:
-            return False
-        _put(now, old)
-        made = not _swap(optimizer, p, t, not training) and all(torch.equal(now[name], before[name]) for name in now)
-        _put(now, old if made else before)
-        return made
+            return None
+        made = _other(optimizer, p, t, old, not training)
+        return old if made.keys() == now.keys() and all(torch.equal(made[name], now[name]) for name in now) else None
 
 
 @contextmanager
@@ -122,26 +120,27 @@ def _weights(optimizer: Optimizer, p: Tensor) -> dict[str, Tensor]:
     return {"param": local(p.detach()), **beside}
 
 
-def _put(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for name, target in targets.items():
-        target.copy_(values[name])
-
-
-def _swap(optimizer: Optimizer, p: Tensor, t: Transform, training: bool) -> bool:
-    """Swap one parameter's weights in place; say whether slots changed with them."""
-    codec, dtype, now = optimizer.settings.codec, compute_dtype(p.dtype), _weights(optimizer, p)
-    packed = optimizer.settings.param_codec if len(now) > 1 else None
+def _tensors(optimizer: Optimizer, p: Tensor) -> dict[str, Tensor]:
+    """Everything that a swap may read or write of a parameter, this rank's parts."""
     stored = {name: local(value) for name, value in optimizer.state[p].items() if isinstance(value, Tensor)}
-    tensors = {**stored, **now}
-    slots = t.slots(now["param"])
+    return {**stored, "param": local(p.detach())}
+
+
+def _put(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        targets[name].copy_(value)
+
+
+def _other(optimizer: Optimizer, p: Tensor, t: Transform, weights: Mapping[str, Tensor], training: bool) -> dict[str, Tensor]:
+    """What a swap of ``weights`` makes of them, and of the rule's slots if they change, as stored. Writes nothing."""
+    codec, dtype = optimizer.settings.codec, compute_dtype(p.dtype)
+    packed = optimizer.settings.param_codec if len(weights) > 1 else None
+    tensors = {**_tensors(optimizer, p), **weights}
+    slots = t.slots(tensors["param"])
     values = {name: codec_of(slot, codec).read(tensors, name, dtype) for name, slot in slots.items()}
-    param = packed.read(tensors, "param", dtype) if packed is not None else now["param"].to(dtype)
-    weights, new = t.swap(param, values, training)
-    written = {"param": narrowed(weights, p.dtype, None)}
-    if packed is not None:
-        written = packed.write(tensors, "param", weights)
+    param = packed.read(tensors, "param", dtype) if packed is not None else tensors["param"].to(dtype)
+    swapped, new = t.swap(param, values, training)
+    made = {"param": narrowed(swapped, p.dtype, None)} if packed is None else packed.write(tensors, "param", swapped)
     for name, value in new.items():
-        written.update(codec_of(slots[name], codec).write(tensors, name, value))
-    for name, value in written.items():
-        tensors[name].copy_(value)
-    return bool(new)
+        made.update(codec_of(slots[name], codec).write(tensors, name, value))
+    return made

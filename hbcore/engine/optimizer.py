@@ -17,10 +17,11 @@ from hbcore.engine.modes import Modes, averaged
 from hbcore.engine.options import OPTIONS, Settings, resolve
 from hbcore.engine.packing import pack
 from hbcore.engine.params import check_params, describe_param
-from hbcore.engine.plan import Plan, Surroundings
+from hbcore.engine.plan import Plan
 from hbcore.engine.progress import Progress
 from hbcore.engine.report import Report
 from hbcore.engine.structure import Structure
+from hbcore.engine.surroundings import Surroundings
 from hbcore.engine.values import Amp, capturing
 from hbcore.errors import OptionError, ParameterTypeError, RuleError
 from hbcore.rules.transform import Transform

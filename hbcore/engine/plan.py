@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from operator import is_
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +20,10 @@ from hbcore.engine.eager_backend import DirectExecutable
 from hbcore.engine.fallback import candidates, compile_first, fell_back
 from hbcore.engine.lanes import Entry, Group, Lane, LaneKey, Work, by_lane
 from hbcore.engine.layout import is_dense
-from hbcore.engine.options import Settings
 from hbcore.engine.progress import Progress, advanced, carried
 from hbcore.engine.recipe import Recipe
-from hbcore.engine.report import Report
 from hbcore.engine.stacks import Stack, Traffic, levels_of, stacks_of
+from hbcore.engine.surroundings import Surroundings
 from hbcore.engine.trace import trace
 from hbcore.engine.values import NO_AMP, Amp, capturing, device_values, numbers
 from hbcore.errors import CompileError, SparseGradientError, TraceError
@@ -35,35 +33,8 @@ from hbcore.state.slots import StateMap
 from hbcore.state.steps import StepCounters
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What a plan knows of its optimizer.
-
-    Attributes:
-        groups: the param groups.
-        state: the state, which the plan creates slots in.
-        progress: what each group carries from step to step; the plan writes to it.
-        recipe: param group -> the recipe of its chain, forks unresolved.
-        chain: param group -> its transforms, forks unresolved.
-        name_of: (group index, parameter index) -> what messages call it.
-        identity: (group index, parameter) -> what its noise is drawn by: seed, and name or position.
-        report: where to say what runs.
-        settings: the options: which backend, whether lanes are shared, whether steps may be captured.
-    """
-
-    groups: list[Group]
-    state: dict[Tensor, dict[str, Any]]
-    progress: list[Progress]
-    recipe: Callable[[Group], Recipe]
-    chain: Callable[[Group], tuple[Transform, ...]]
-    name_of: Callable[[int, int], str]
-    identity: Callable[[int, Tensor], str]
-    report: Report
-    settings: Settings
-
-
 class Plan:
-    """Built as parameters first show a gradient; dropped when groups are added or a checkpoint is loaded."""
+    """Built as parameters first show a gradient; dropped when groups are added or a checkpoint does not fit in place."""
 
     def __init__(self, around: Surroundings) -> None:
         self.around = around
@@ -189,8 +160,8 @@ class Plan:
         self._model_numel = float(sum(e.param.numel() for e in self._active))
         works = by_lane(self._active)
         self._stacks = stacks_of(self._active)
-        for work in works:
-            work.collect()
+        collected = [work.collect() for work in works]
+        assert all(collected), "a parameter's memory changed while it was planned"
         self._params = [e.param for e in self._active]
         self._traffic = [Traffic(self._active, level) for level in range(levels_of(self._active))]
         self._transforms = {}

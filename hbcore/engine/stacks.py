@@ -29,7 +29,7 @@ class Stack:
 
     Attributes:
         level: how many matrix rules come before this one.
-        priming: whether some of them are primed this step.
+        members: the parameters that the rows belong to.
     """
 
     def __init__(self, slab: Slab, level: int, members: list[Member]) -> None:

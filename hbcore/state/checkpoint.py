@@ -51,6 +51,7 @@ def save(optimizer: Optimizer) -> dict[str, Any]:
         pre(optimizer)
     groups: list[dict[str, Any]] = []
     state: dict[Any, dict[str, Any]] = {}
+    owned = owners(p for group in optimizer.param_groups for p in group["params"])
     for g, group in enumerate(optimizer.param_groups):
         start = sum(len(done["params"]) for done in groups)
         packed = {k: _number(v) for k, v in group.items() if k != "params"}
@@ -58,7 +59,7 @@ def save(optimizer: Optimizer) -> dict[str, Any]:
         packed[schema.KEY] = record_of(optimizer, g).dump()
         groups.append({**packed, "params": list(range(start, start + len(group["params"])))})
         for i, p in enumerate(group["params"], start=start):
-            entry = whole_entry(optimizer, group, p)
+            entry = whole_entry(optimizer, group, p, owned)
             if entry:
                 state[i] = entry
     result: dict[str, Any] = {"state": state, "param_groups": groups}
@@ -68,13 +69,12 @@ def save(optimizer: Optimizer) -> dict[str, Any]:
     return result
 
 
-def whole_entry(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+def whole_entry(optimizer: Optimizer, group: dict[str, Any], p: Tensor, owned: Mapping[Tensor, int]) -> dict[str, Any]:
     """One parameter's state, zeros for what it does not have yet; nothing for a parameter that is not trained."""
     held: Mapping[str, Any] = optimizer.state.get(p, {})
     if not held and not p.requires_grad:
         return {}
     entry: dict[str, Any] = {"step": own(held.get("step", torch.zeros((), dtype=torch.float32, device="cpu")))}
-    owned = owners(q for g in optimizer.param_groups for q in g["params"])
     for slot in optimizer.structure.expected(group, p):
         parts = slot.parts(p)
         if slot.matrix:
@@ -256,7 +256,8 @@ def is_dry(optimizer: Optimizer) -> bool:
 
 def allocate(optimizer: Optimizer) -> None:
     """Give every parameter that has a gradient its state of before the first step."""
+    owned = owners(p for group in optimizer.param_groups for p in group["params"])
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None:
-                optimizer.state[p] = whole_entry(optimizer, group, p)
+                optimizer.state[p] = whole_entry(optimizer, group, p, owned)

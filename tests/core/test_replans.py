@@ -147,3 +147,41 @@ def test_averages_and_modes_do_not_mix():
             optimizer.eval()
         with pytest.raises(RuleError, match="already"), optimizer.ema_weights():
             pass
+
+
+@dataclass(frozen=True)
+class Mirrored(Transform):
+    """Evaluates at the negated weights and counts its swaps in a slot: a swap that changes more than the weights."""
+
+    lr: float = 1.0
+    name = "mirrored"
+    stage = "apply"
+    owns_apply = True
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        return {"swaps": zeros(param)}
+
+    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        return c.param - u, {"swaps": s["swaps"] + 0.0}
+
+    def swap(self, param: Tensor, s: State, training: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        return -param, {"swaps": s["swaps"] + 1}
+
+
+class Mirror(Optimizer):
+    def __init__(self, params: Any, lr: float = 1.0, **options: Any) -> None:
+        super().__init__(params, {"lr": lr}, options)
+
+    @staticmethod
+    def chain(h: Any) -> tuple[Transform, ...]:
+        return (Mirrored(),)
+
+
+def test_a_swap_that_changes_slots_changes_them_once():
+    p = nn.Parameter(torch.full((3,), 3.0))
+    optimizer = Mirror([p], compile="eager")
+    step(optimizer, p)
+    for training, swaps in ((False, 1), (True, 2), (True, 2), (False, 3)):
+        optimizer.train(training)
+        assert torch.equal(p, torch.full((3,), 2.0 if training else -2.0))
+        assert torch.equal(optimizer.state[p]["swaps"], torch.full((3,), float(swaps)))

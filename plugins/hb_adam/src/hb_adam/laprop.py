@@ -65,7 +65,7 @@ class SignWithNorm(Transform):
         return signs * (c.norm(u) / c.norm(signs).clamp(min=1)), {}  # a norm below 1 is 0, of an update of zeros
 
 
-class SignLaProp(Optimizer):
+class SignLaProp(LaProp):
     r"""The signs of LaProp's update, scaled to its norm in each tensor; HeavyBall's rule.
 
     .. math::
@@ -89,16 +89,6 @@ class SignLaProp(Optimizer):
         OptionError: an option does not exist.
         ParameterError: ``params`` is unusable.
     """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.0025,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-8,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, options)
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:
