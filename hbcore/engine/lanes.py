@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -28,6 +28,11 @@ SAMPLE = 8
 """How many parameters' state is looked at for having moved."""
 
 _grad = attrgetter("grad")
+
+_same_places: Callable[[list[Tensor], list[int], list[int]], bool] | None = getattr(
+    torch._C, "_tensors_data_ptrs_at_indices_equal", None
+)
+"""Compares addresses in one call; builds of torch for GPUs have it."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ class Work:
         self.params = [e.param for e in self.entries]
         self._locals = [e.local for e in self.entries]
         self._pointers = list(map(Tensor.data_ptr, self._locals))
+        self._each = list(range(len(self._locals)))
         self._strides = list(map(Tensor.stride, self._locals))
         self._noise = [name for name in lane.dtypes if name.startswith(NOISE)]
         columns: dict[str, list[Tensor]] = {"param": [], "grad": []}
@@ -161,12 +167,14 @@ class Work:
                 alike = all(map(Tensor.is_contiguous, grads))
             else:
                 alike = list(map(Tensor.stride, grads)) == self._strides
-            moved = (
-                list(map(Tensor.data_ptr, now)) != self._pointers or list(map(Tensor.data_ptr, self._sample)) != self._places
-            )
+            stayed = (
+                _same_places(now, self._pointers, self._each)
+                if _same_places is not None
+                else list(map(Tensor.data_ptr, now)) == self._pointers
+            ) and list(map(Tensor.data_ptr, self._sample)) == self._places
         except (AttributeError, RuntimeError, TypeError):  # a sparse gradient has no layout, a missing one nothing at all
             return False
-        if moved or (self._any_dtype and not all(g.dtype == self.lane.key.grad for g in grads)):
+        if not stayed or (self._any_dtype and not all(g.dtype == self.lane.key.grad for g in grads)):
             return False
         if not alike or self._scalars:
             grads = [like(g, p) for g, p in zip(grads, self._locals, strict=True)]

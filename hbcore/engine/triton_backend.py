@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -73,7 +74,7 @@ class TritonExecutable:
             return self._prepare(batch)
 
     def _prepare(self, batch: Batch) -> int:
-        pointers = list(map(Tensor.data_ptr, batch.tensors["grad"]))
+        pointers = array("q", map(Tensor.data_ptr, batch.tensors["grad"]))
         if self.tables is None or not self.tables.fits(batch, pointers):
             self.tables = Tables(batch, self.layout, self.chunk, rows=len(batch.values))
         if any(isinstance(v, Tensor) for v in batch.values[0]):

@@ -7,12 +7,11 @@ in one small buffer that a step fills with one asynchronous copy from pinned mem
 from __future__ import annotations
 
 import ctypes
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from itertools import chain
-from operator import or_
 from typing import Any
 
 import torch
@@ -24,6 +23,11 @@ from hbcore.errors import CompileError
 
 WORD = 8
 """Bytes of a scalar (float64), of a pointer and of a row number (int64)."""
+
+ALIGNED = bytes(range(0, 256, 16))
+"""The lowest bytes of the addresses that 16 divides."""
+
+LOWEST = 0 if sys.byteorder == "little" else WORD - 1
 
 
 @dataclass
@@ -72,28 +76,28 @@ class Tables:
                 self.launches.append(self._launch(members, aligned, columns, part))
         self._start = scalars * WORD
         self._sender = Sender(self.buffer)
-        self._sent: list[int] = []
+        self._sent = array("q")
         self._sent_rows: list[int] = []
 
-    def fits(self, batch: Batch, pointers: Sequence[int]) -> bool:
+    def fits(self, batch: Batch, pointers: array[int]) -> bool:
         """Whether the tables still describe ``batch``, whose gradients are now at ``pointers``."""
         return (
             batch is self.batch
             and len(batch.values) <= self.capacity
-            and (not reduce(or_, pointers) & 15 if not self.loose else loose_pointers(batch.tensors["grad"]) == self.loose)
+            and (self.loose == loose_pointers(batch.tensors["grad"]) if self.loose else all_aligned(pointers))
         )
 
-    def send(self, pointers: list[int], numbers: Sequence[Sequence[float]]) -> None:
+    def send(self, pointers: array[int], numbers: Sequence[Sequence[float]]) -> None:
         """Send the step's scalars, one row for each of ``numbers``, and pointers and row numbers if they changed."""
         parts: list[tuple[int, array[Any]]] = [(0, array("d", chain.from_iterable(numbers)))]
         alone = len(self.launches) == 1 and self.batch.rows is self._sent_rows and not self.layout.noise
         if pointers != self._sent or not alone:
             # pointers come first: where nothing else changed, nothing else is sent
-            parts.append((self._start, array("q", pointers) if alone else self._moving(pointers)))
+            parts.append((self._start, pointers if alone else self._moving(pointers)))
             self._sent, self._sent_rows = pointers, self.batch.rows
         self._sender.send(parts)
 
-    def send_device(self, pointers: list[int], rows: Sequence[Tensor], capture: bool) -> None:
+    def send_device(self, pointers: array[int], rows: Sequence[Tensor], capture: bool) -> None:
         """The same with scalars that are on the device, in one 1-d tensor for each row.
 
         In a capture the rest is copied from a host buffer that only the capture's replays read.
@@ -103,14 +107,14 @@ class Tables:
             self.rows[i * width : (i + 1) * width] = row
         if not capture:
             self._sender.spare()
-        self._sent = []  # a replay overwrites what later steps send
+        self._sent = array("q")  # a replay overwrites what later steps send
         moving = [(self._start, self._moving(pointers))]
         if capture:
             self._sender.record(moving)
         else:
             self._sender.send(moving)
 
-    def _moving(self, pointers: list[int]) -> array[int]:
+    def _moving(self, pointers: array[int]) -> array[int]:
         """Gradient pointers, row numbers and noise keys, launch by launch."""
         columns = [pointers, self.batch.rows, *(self.batch.keys[name] for name in self.layout.noise)]
         if len(self.launches) == 1:
@@ -142,6 +146,11 @@ def tile(numels: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     of = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
     start = (torch.arange(int(counts.sum()), device="cpu") - first[of]) * chunk
     return of, start, first, counts
+
+
+def all_aligned(pointers: array[int]) -> bool:
+    """Whether 16 divides all of them, in a tenth of the time that looking at each takes."""
+    return not pointers.tobytes()[LOWEST::WORD].translate(None, ALIGNED)
 
 
 def loose_pointers(tensors: Sequence[Tensor]) -> set[int]:
