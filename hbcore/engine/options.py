@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from hbcore import registry
 from hbcore.engine import fallback
 from hbcore.errors import OptionError, RuleError
-from hbcore.rules import clipping, division, route, stages
+from hbcore.rules import clipping, division, palm, route, stages
 from hbcore.rules.mars import Mars
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.codec import StateCodec, cast_codec
@@ -38,6 +38,8 @@ class Options(TypedDict, total=False):
     seed: int
     mars: bool
     mars_gamma: float
+    palm: bool
+    beta2_scale: float
     use_ema: bool
     ema_decay: float
     gradient_clipping: Any
@@ -74,6 +76,8 @@ OPTIONS: Mapping[str, Option] = {
     "seed": Option(0, "what all random numbers of the optimizer are drawn from; the global generators are never used"),
     "mars": Option(False, "correct the gradient by how it changed since the last step"),
     "mars_gamma": Option(0.0025, "the strength of mars; 0.025 in the paper"),
+    "palm": Option(False, "let the decay of the second moment rise with the step, 1 - t^-beta2_scale"),
+    "beta2_scale": Option(0.8, "how fast it rises, in (0, 1]"),
     "use_ema": Option(False, "keep a moving average of the parameters, for `with optimizer.ema_weights():`"),
     "ema_decay": Option(0.001, "how much of the newest parameters that average takes"),
     "gradient_clipping": Option(None, f"{', '.join(clipping.CLIPS)}, (name, threshold) or a function; before the rule"),
@@ -87,7 +91,7 @@ OPTIONS: Mapping[str, Option] = {
     "fused": Option(None, "torch's spelling; maps to multi_tensor, with a warning"),
 }
 
-SCHEDULED = ("weight_decay", "warmup_steps", "mars_gamma", "ema_decay")
+SCHEDULED = ("weight_decay", "warmup_steps", "mars_gamma", "beta2_scale", "ema_decay")
 """The shared options that live in the param groups, where schedulers may change them."""
 
 REMOVED: Mapping[str, str] = {
@@ -112,6 +116,7 @@ class Settings:
     stochastic_rounding: bool
     seed: int
     mars: bool
+    palm: bool
     use_ema: bool
     clips: tuple[Transform, ...]
     consume_grad: bool
@@ -126,6 +131,8 @@ class Settings:
         if held:
             raise OptionError(f"capturable=True is not to be had for {', '.join(held)} yet; pass capturable=False.")
         decays = any(name == "weight_decay" for t in rule for name, _, _ in t.hypers())
+        if self.palm and (refusal := palm.check(h, route.every(rule))):
+            raise OptionError(refusal)
         inserted = list(self.clips)
         if self.mars:
             inserted.append(Mars(h.mars_gamma, first_beta(h)))
@@ -178,6 +185,7 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
         stochastic_rounding=bool(values["stochastic_rounding"]),
         seed=int(values["seed"]),
         mars=bool(values["mars"]),
+        palm=bool(values["palm"]),
         use_ema=bool(values["use_ema"]),
         clips=tuple(
             clip

@@ -280,9 +280,7 @@ class Plan:
                 g, recipe = stack.slab.key.group, stack.slab.key.recipe
                 values = [*numbers(recipe, self.groups[g], carried(self.around.progress[g], self._transforms[g])), *[1.0] * 4]
                 scalars = {n: torch.tensor(v, dtype=torch.float64) for n, v in zip(recipe.scalar_names, values, strict=False)}
-                rule = recipe.whole_chain(scalars)[stack.slab.key.place]
-                state = {n: torch.tensor(v, dtype=torch.float64) for n, v in carried(self.around.progress[g], [rule]).items()}
-                for turn in stack.turns(rule, ahead, refreshes[g][rule.name], recipe.divide, state):
+                for turn in stack.turns(scalars, ahead, refreshes[g], self.around.progress[g]):
                     progress[g].update({n: float(v) for n, v in stack.slab.run(turn).items()})
                 if stack.partial:
                     self.report.note("some matrices of a slab sat a step out: the others were gathered and scattered back")

@@ -16,8 +16,8 @@ from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Context, Domain, Slot, Transform
 from hbcore.state.codec import StateCodec, codec_of, narrowed
 
-Chain = Callable[[SimpleNamespace, tuple[bool, ...]], tuple[Transform, ...]]
-"""Hyperparameters of a group, and the way at each fork -> the transforms, arranged."""
+Chain = Callable[[SimpleNamespace, tuple[bool, ...], Any], tuple[Transform, ...]]
+"""Hyperparameters of a group, the way at each fork, and the step -> the transforms, arranged."""
 Reduce = Callable[[Tensor, str, Domain, str], Tensor]
 """``reduce(x, "sum" | "amax", domain, rule)``: the one door through which a rule sees more than one element."""
 
@@ -35,7 +35,7 @@ class Recipe:
     rule asks for into tensors named ``stack.<what>``, the one after it begins with the tensor named ``update``.
 
     Args:
-        chain: hyperparameters of a group, and the way at each fork -> its transforms, arranged.
+        chain: hyperparameters of a group, the way at each fork, and the step -> its transforms, arranged.
         static: the group's entries that are structure, ``((key, value), ...)``.
         dynamic: the group's entries that may change every step, ``((key, length or None), ...)``: a length for tuples.
         divide: the division backend.
@@ -86,7 +86,7 @@ class Recipe:
         values = dict(self.static)
         for key, n in self.dynamic:
             values[key] = scalars[key] if n is None else tuple(scalars[f"{key}.{i}"] for i in range(n))
-        return self.chain(SimpleNamespace(**values), self.branches)
+        return self.chain(SimpleNamespace(**values), self.branches, scalars["step"])
 
     def transforms(self, scalars: Mapping[str, Any]) -> tuple[Transform, ...]:
         """The transforms of this lane."""

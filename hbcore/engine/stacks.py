@@ -10,9 +10,8 @@ from torch import Tensor
 
 from hbcore.distributed.exchange import from_owners, to_owners
 from hbcore.engine.lanes import Entry, noise_key
+from hbcore.engine.progress import Progress, carried
 from hbcore.engine.slabs import Seat, Slab, SpreadSeat, Turn
-from hbcore.rules.division import Divide
-from hbcore.rules.transform import Transform
 
 
 @dataclass(frozen=True)
@@ -56,22 +55,22 @@ class Stack:
             index = None if whole else torch.tensor(sorted(rows), device=self.slab.key.device)
             self._parts.append((count, priming, index, [self.slab.names[r] for r in sorted(rows)]))
 
-    def turns(self, rule: Transform, ahead: int, refresh: bool, divide: Divide, carried: Mapping[str, Tensor]) -> list[Turn]:
-        """The runs of ``rule`` that this step takes."""
-        return [
-            Turn(
-                rule,
-                rows,
-                names,
-                torch.tensor(count + ahead, dtype=torch.float64),
-                refresh,
-                priming,
-                divide,
-                carried,
-                noise_key,
-            )
-            for count, priming, rows, names in self._parts
-        ]
+    def turns(self, scalars: Mapping[str, Tensor], ahead: int, refreshes: Mapping[str, bool], progress: Progress) -> list[Turn]:
+        """The runs of the rule that this step takes.
+
+        Args:
+            scalars: what the group's recipe asks for, 0-d float64 each; the step is each row's own.
+            ahead: what to add to the counts that the rows were sorted by.
+            refreshes: whether each rule, by name, refreshes.
+            progress: what the group carries from the last step.
+        """
+        recipe, turns = self.slab.key.recipe, list[Turn]()
+        for count, priming, rows, names in self._parts:
+            step = torch.tensor(count + ahead, dtype=torch.float64)
+            rule = recipe.whole_chain({**scalars, "step": step})[self.slab.key.place]
+            state = {n: torch.tensor(v, dtype=torch.float64) for n, v in carried(progress, [rule]).items()}
+            turns.append(Turn(rule, rows, names, step, refreshes[rule.name], priming, recipe.divide, state, noise_key))
+        return turns
 
 
 def stacks_of(entries: list[Entry]) -> list[Stack]:

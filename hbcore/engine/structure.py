@@ -13,7 +13,7 @@ from hbcore.engine.lanes import Group
 from hbcore.engine.options import Settings
 from hbcore.engine.recipe import Recipe, length_of
 from hbcore.errors import HyperparameterError
-from hbcore.rules import route
+from hbcore.rules import palm, route
 from hbcore.rules.transform import Transform
 from hbcore.state.expected import Logical, expected
 
@@ -34,8 +34,13 @@ class Structure:
         self.rule, self.settings, self.defaults = rule, settings, dict(defaults)
         self.keys, self.hyper = tuple(self.defaults), set(hyper)
 
-    def __call__(self, h: Any, branches: tuple[bool, ...]) -> tuple[Transform, ...]:
-        """The whole chain, for hyperparameters ``h``, of the parameters that take ``branches`` at its forks."""
+    def __call__(self, h: Any, branches: tuple[bool, ...], step: Tensor | None = None) -> tuple[Transform, ...]:
+        """The whole chain, for hyperparameters ``h``, of the parameters that take ``branches`` at its forks.
+
+        With ``palm=True`` a chain is one step's; without ``step`` it has a constant second decay, and is to be looked at only.
+        """
+        if self.settings.palm and step is not None:
+            palm.raised(h, step)
         return self.settings.stages(h, route.resolve(self.rule(h), branches))
 
     def forked(self, group: Group) -> tuple[Transform, ...]:
@@ -69,7 +74,7 @@ class Structure:
 
     def dynamic(self, group: Group) -> dict[str, int | None]:
         """The entries that may change every step, and how many numbers each is; None for a plain number."""
-        names = {n for t in self.forked(group) for n, _, _ in t.hypers()}
+        names = {n for t in self.forked(group) for n, _, _ in t.hypers()} | self._own
         return {k: length_of(group[k]) for k in self.keys if k in names and group[k] is not None}
 
     def recipe(self, group: Group) -> Recipe:
@@ -101,7 +106,12 @@ class Structure:
             checked = self._stages({k: _plain(group[k]) for k in self.keys})
         except HyperparameterError as error:
             raise HyperparameterError(f"{where}: {error}") from None
-        self.hyper |= {name for t in checked for name, _, _ in t.hypers()} & set(self.keys)
+        self.hyper |= ({name for t in checked for name, _, _ in t.hypers()} | self._own) & set(self.keys)
+
+    @property
+    def _own(self) -> set[str]:
+        """Entries that no transform declares, and that may change every step all the same."""
+        return {"beta2_scale"} if self.settings.palm else set()
 
     def _stages(self, values: Mapping[str, Any]) -> tuple[Transform, ...]:
         h = SimpleNamespace(**values)

@@ -185,7 +185,8 @@ class ScaleByAdEMAMix(Transform):
         return {**averages, "exp_avg_sq": zeros(param, "permute")}
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        b1, b2, b3 = (torch.as_tensor(b, dtype=torch.float64) for b in self.betas)
+        b2 = self.betas[1]
+        b1, b3 = (torch.as_tensor(b, dtype=torch.float64) for b in (self.betas[0], self.betas[2]))
         a, alpha = ((c.step / n).clamp(max=1) for n in (self.beta3_warmup, self.alpha_warmup))
         b3 = torch.where(a < 1, torch.exp(1 / ((1 - a) / b1.log() + a / b3.log())), b3)
         fast, fast_hat = debiased(s["exp_avg_fast"], u, b1, c.step)

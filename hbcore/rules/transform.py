@@ -242,9 +242,9 @@ class Transform:
 
 
 def check_bounds(label: str, number: Any, bounds: Bounds) -> None:
-    """Raise :class:`HyperparameterError` unless ``number`` is a number within ``bounds``. Tensors pass: they are checked
-    as the plain numbers they were made from."""
-    if isinstance(number, Tensor):
+    """Raise :class:`HyperparameterError` unless ``number`` is a number within ``bounds``. Tensors, and what stands for one,
+    pass: they are checked as the plain numbers they were made from."""
+    if isinstance(number, Tensor) or hasattr(type(number), "__torch_function__"):
         return
     if isinstance(number, bool) or not isinstance(number, Real):  # NumPy registers its own
         raise HyperparameterError(f"{label}={number!r} is a {type(number).__name__}; pass a number in {bounds}.")
