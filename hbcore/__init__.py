@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hbcore.engine.optimizer import Optimizer
+    from hbcore.engine.split import SplitOpt
     from hbcore.errors import (
         AmbiguousNameError,
         CheckpointError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         UnknownOptimizerError,
     )
     from hbcore.registry import block, create, get, info, list_optimizers, unblock
+    from hbcore.rules.parallel import Parallel, graft
     from hbcore.state.export import export
 
 __version__ = "0.1.0"
@@ -48,6 +50,7 @@ __all__ = [
     "HyperparameterError",
     "Optimizer",
     "OptionError",
+    "Parallel",
     "ParameterError",
     "ParameterTypeError",
     "PluginError",
@@ -55,6 +58,7 @@ __all__ = [
     "RegistryError",
     "RuleError",
     "SparseGradientError",
+    "SplitOpt",
     "StateWarning",
     "TraceError",
     "UnknownOptimizerError",
@@ -63,6 +67,7 @@ __all__ = [
     "create",
     "export",
     "get",
+    "graft",
     "info",
     "list_optimizers",
     "unblock",
@@ -72,7 +77,10 @@ _REGISTRY = ("block", "create", "get", "info", "list_optimizers", "unblock")
 _LAZY = {name: "hbcore.errors" for name in __all__ if name.endswith(("Error", "Warning"))}
 _LAZY |= dict.fromkeys(_REGISTRY, "hbcore.registry") | {
     "Optimizer": "hbcore.engine.optimizer",
+    "Parallel": "hbcore.rules.parallel",
+    "SplitOpt": "hbcore.engine.split",
     "export": "hbcore.state.export",
+    "graft": "hbcore.rules.parallel",
 }
 
 

@@ -16,6 +16,7 @@ from hbcore.registry.hookspecs import API_VERSION, hookimpl
 from hbcore.registry.spec import Alias, CodecSpec, OptimizerSpec
 
 if TYPE_CHECKING:
+    from hbcore.engine.composite import Composite
     from hbcore.engine.optimizer import Optimizer
     from hbcore.engine.options import Options
     from hbcore.errors import HyperparameterError, OptionError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         ScaleByNAdam,
     )
     from hbcore.rules.numerics import compute_dtype, debiased, ema
+    from hbcore.rules.parallel import Parallel, graft
     from hbcore.rules.route import Route, is_matrix
     from hbcore.rules.stages import CoupleDecay
     from hbcore.rules.transform import Context, Domain, Scalar, Slot, State, Transform, hyper, zeros
@@ -38,6 +40,7 @@ __all__ = [
     "Alias",
     "Block",
     "CodecSpec",
+    "Composite",
     "Context",
     "CorrectedDecay",
     "CoupleDecay",
@@ -48,6 +51,7 @@ __all__ = [
     "OptimizerSpec",
     "OptionError",
     "Options",
+    "Parallel",
     "Route",
     "Scalar",
     "ScaleByAdEMAMix",
@@ -60,6 +64,7 @@ __all__ = [
     "compute_dtype",
     "debiased",
     "ema",
+    "graft",
     "hookimpl",
     "hyper",
     "is_matrix",
@@ -69,6 +74,7 @@ __all__ = [
 
 _LAZY = {
     "Block": "hbcore.rules.views:Block",
+    "Composite": "hbcore.engine.composite:Composite",
     "Context": "hbcore.rules.transform:Context",
     "CorrectedDecay": "hbcore.rules.moments:CorrectedDecay",
     "CoupleDecay": "hbcore.rules.stages:CoupleDecay",
@@ -78,6 +84,7 @@ _LAZY = {
     "Optimizer": "hbcore.engine.optimizer:Optimizer",
     "OptionError": "hbcore.errors:OptionError",
     "Options": "hbcore.engine.options:Options",
+    "Parallel": "hbcore.rules.parallel:Parallel",
     "Route": "hbcore.rules.route:Route",
     "Scalar": "hbcore.rules.transform:Scalar",
     "ScaleByAdEMAMix": "hbcore.rules.moments:ScaleByAdEMAMix",
@@ -90,6 +97,7 @@ _LAZY = {
     "compute_dtype": "hbcore.rules.numerics:compute_dtype",
     "debiased": "hbcore.rules.numerics:debiased",
     "ema": "hbcore.rules.numerics:ema",
+    "graft": "hbcore.rules.parallel:graft",
     "is_matrix": "hbcore.rules.route:is_matrix",
     "matrix_view": "hbcore.rules.views:matrix_view",
     "hyper": "hbcore.rules.transform:hyper",

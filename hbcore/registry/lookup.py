@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hbcore.errors import AmbiguousNameError, PluginError, PluginWarning, UnknownOptimizerError
 from hbcore.presets import subclass
-from hbcore.registry import notices
+from hbcore.registry import blocks, notices
 from hbcore.registry.discovery import BlockedPlugin, Discovery, installed
 from hbcore.registry.hookspecs import API_VERSION, Api, DoctorReport
 from hbcore.registry.index import Claim, Conflict, Index
@@ -43,11 +43,17 @@ class Registry:
     def get(self, name: str) -> type[Any]:
         """The optimizer class. Case, ``-`` and ``_`` do not count; ``"plugin:Name"`` is never ambiguous.
 
+        The core's own building blocks are found as well, see :mod:`hbcore.registry.blocks`.
+
         Raises:
             UnknownOptimizerError: no installed plugin provides the name.
             AmbiguousNameError: two plugins claim it.
             PluginError: the plugin that provides it does not work; the cause is chained.
         """
+        if block := blocks.find(name):
+            if block.message:
+                self._warn_once(("hbcore", block.name), block.message, FutureWarning)
+            return block.load()
         claim = self._find(name)
         cls = self._class(claim)
         if claim.alias and claim.spec:

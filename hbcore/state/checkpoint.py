@@ -7,9 +7,10 @@ by position. This one validates everything first, then keeps every value as it w
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,8 +48,21 @@ def record_of(optimizer: Optimizer, g: int) -> schema.Record:
 
 def save(optimizer: Optimizer) -> dict[str, Any]:
     """See :meth:`hbcore.engine.optimizer.Optimizer.state_dict`."""
+    return with_save_hooks(optimizer, lambda: _saved(optimizer))
+
+
+def with_save_hooks(optimizer: torch.optim.Optimizer, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The state dict that ``make`` returns, with torch's hooks around."""
     for pre in optimizer._optimizer_state_dict_pre_hooks.values():
         pre(optimizer)
+    result = make()
+    for post in optimizer._optimizer_state_dict_post_hooks.values():
+        replaced = post(optimizer, result)
+        result = result if replaced is None else replaced
+    return result
+
+
+def _saved(optimizer: Optimizer) -> dict[str, Any]:
     groups: list[dict[str, Any]] = []
     state: dict[Any, dict[str, Any]] = {}
     owned = owners(p for group in optimizer.param_groups for p in group["params"])
@@ -62,11 +76,7 @@ def save(optimizer: Optimizer) -> dict[str, Any]:
             entry = whole_entry(optimizer, group, p, owned)
             if entry:
                 state[i] = entry
-    result: dict[str, Any] = {"state": state, "param_groups": groups}
-    for post in optimizer._optimizer_state_dict_post_hooks.values():
-        replaced = post(optimizer, result)
-        result = result if replaced is None else replaced
-    return result
+    return {"state": state, "param_groups": groups}
 
 
 def whole_entry(optimizer: Optimizer, group: dict[str, Any], p: Tensor, owned: Mapping[Tensor, int]) -> dict[str, Any]:
@@ -123,20 +133,39 @@ def _is_plain(value: Any) -> bool:
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
+class Content(NamedTuple):
+    """What a checkpoint holds for an optimizer, looked at and found to fit: group entries, records, each parameter's state."""
+
+    groups: list[dict[str, Any]]
+    records: list[schema.Record | None]
+    state: dict[Tensor, dict[str, Any]]
+
+
 def load(optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool = True) -> None:
     """See :meth:`hbcore.engine.optimizer.Optimizer.load_state_dict`."""
+    with load_hooks(optimizer, state_dict) as given:
+        put(optimizer, read(optimizer, given, strict))
+
+
+@contextmanager
+def load_hooks(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """torch's hooks around a load: the block gets the state dict that the hooks before it leave."""
     state_dict = dict(state_dict)
     for pre in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = pre(optimizer, state_dict)
         state_dict = state_dict if replaced is None else dict(replaced)
-    groups, records, state = _validated(optimizer, state_dict, strict)
-    for group, values in zip(optimizer.param_groups, groups, strict=True):
-        group.update(values)
-    optimizer.modes.forget(all(record.training for record in records if record))
-    optimizer._progress[:] = [dict(record.progress) if record else {} for record in records]
-    _place(optimizer, state)
+    yield state_dict
     for post in optimizer._optimizer_load_state_dict_post_hooks.values():
         post(optimizer)
+
+
+def put(optimizer: Optimizer, content: Content) -> None:
+    """Make what :func:`read` found the optimizer's own. Raises nothing."""
+    for group, values in zip(optimizer.param_groups, content.groups, strict=True):
+        group.update(values)
+    optimizer.modes.forget(all(record.training for record in content.records if record))
+    optimizer._progress[:] = [dict(record.progress) if record else {} for record in content.records]
+    _place(optimizer, content.state)
 
 
 def _place(optimizer: Optimizer, state: dict[Tensor, dict[str, Any]]) -> None:
@@ -170,10 +199,12 @@ def _alike(held: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     )
 
 
-def _validated(
-    optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool
-) -> tuple[list[dict[str, Any]], list[schema.Record | None], dict[Tensor, dict[str, Any]]]:
-    """What each group and each parameter will hold. Mutates nothing."""
+def read(optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool) -> Content:
+    """What each group and each parameter will hold. Mutates nothing.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
     name = type(optimizer).__name__
     if not isinstance(state_dict.get("state"), Mapping) or not isinstance(state_dict.get("param_groups"), (list, tuple)):
         raise CheckpointError(f"{name}: a state dict has 'state' and 'param_groups'; got {sorted(map(str, state_dict))}.")
@@ -199,7 +230,7 @@ def _validated(
                 state[ours["params"][i]] = loaded
     if strict and (strangers := [k for k in state_dict["state"] if k not in known]):
         raise CheckpointError(f"{name}: the checkpoint has state for {strangers[:5]}, which none of its param groups lists.")
-    return groups, records, state
+    return Content(groups, records, state)
 
 
 def _match(optimizer: Optimizer, theirs: Mapping[str, Any], ours: Mapping[str, Any], g: int, strict: bool) -> list[Any]:

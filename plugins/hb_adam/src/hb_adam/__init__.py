@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hb_adam.lion import Lion
     from hb_adam.nadam import NAdam
     from hb_adam.rmsprop import RMSprop
+    from hb_adam.sam import SAMWrapper
     from hb_adam.schedule_free import SFAdamW
     from hb_adam.sgd import SGD
     from hb_adam.suds import SUDSAdamW
@@ -36,6 +37,7 @@ __all__ = [
     "Lion",
     "NAdam",
     "RMSprop",
+    "SAMWrapper",
     "SFAdamW",
     "SUDSAdamW",
     "SignLaProp",
@@ -55,6 +57,7 @@ _HOME = {
     "Lion": "hb_adam.lion",
     "NAdam": "hb_adam.nadam",
     "RMSprop": "hb_adam.rmsprop",
+    "SAMWrapper": "hb_adam.sam",
     "SFAdamW": "hb_adam.schedule_free",
     "SGD": "hb_adam.sgd",
     "SUDSAdamW": "hb_adam.suds",

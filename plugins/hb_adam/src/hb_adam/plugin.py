@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hbcore.api import Alias, OptimizerSpec, hookimpl
 
-API = (1, 0)
+API = (1, 1)
 
 OPTIMIZERS = (
     OptimizerSpec(
@@ -99,6 +99,13 @@ OPTIMIZERS = (
         capabilities=frozenset({"modes"}),
     ),
     OptimizerSpec(
+        name="SAMWrapper",
+        target="hb_adam.sam:SAMWrapper",
+        summary="Any optimizer, with the gradient from the worst point nearby",
+        paper="Foret et al. 2021, arXiv:2010.01412; Kwon et al. 2021, arXiv:2102.11600",
+        capabilities=frozenset({"closure"}),
+    ),
+    OptimizerSpec(
         name="Lion",
         target="hb_adam.lion:Lion",
         summary="The sign of a momentum",
@@ -111,6 +118,9 @@ OPTIMIZERS = (
 FOREACH = ("ADOPT", "AdEMAMix", "AdamC", "AdamW", "LaProp", "NAdam", "RMSprop", "SFAdamW", "SignLaProp")
 """What HeavyBall also calls ``ForeachX``."""
 
+PRESETS = {"PaLMForeachSFAdamW": ("SFAdamW", {"palm": True}), "PaLMSFAdamW": ("SFAdamW", {"palm": True})}
+"""Names of HeavyBall's that stand for options."""
+
 
 @hookimpl
 def hb_optimizers(api: object) -> tuple[OptimizerSpec, ...]:
@@ -121,4 +131,5 @@ def hb_optimizers(api: object) -> tuple[OptimizerSpec, ...]:
 @hookimpl
 def hb_aliases(api: object) -> list[Alias]:
     """Names that HeavyBall users know."""
-    return [Alias(name=f"Foreach{name}", target=name) for name in FOREACH]
+    presets = [Alias(name=name, target=target, preset=preset) for name, (target, preset) in PRESETS.items()]
+    return [*(Alias(name=f"Foreach{name}", target=name) for name in FOREACH), *presets]

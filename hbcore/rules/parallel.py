@@ -1,0 +1,124 @@
+"""Several chains side by side, and one update made of what they return: for grafting and for mixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbcore.errors import RuleError
+from hbcore.rules.route import Route
+from hbcore.rules.transform import Bounds, Context, Domain, Slot, State, Transform
+from hbcore.rules.views import Block
+
+Merge = Callable[[Sequence[Tensor], Context], Tensor]
+"""The branches' updates and the context -> one update. Pure, as a rule's ``update``."""
+
+
+def graft(updates: Sequence[Tensor], c: Context) -> Tensor:
+    r"""The size of the first update in the direction of the second, Agarwal et al. 2020 (arXiv:2002.11803).
+
+    .. math:: u = \frac{\lVert u_1 \rVert}{\lVert u_2 \rVert} u_2 \qquad \text{in each tensor; zero where } u_2 = 0
+    """
+    size, direction = updates
+    norm = c.norm(direction)
+    return direction * (c.norm(size) / norm.clamp(min=torch.finfo(norm.dtype).tiny))
+
+
+@dataclass(frozen=True)
+class Parallel(Transform):
+    """Run each branch on the same update, and merge what they return.
+
+    ::
+
+        def chain(h):
+            return (Parallel(((ScaleByAdam(h.betas, h.eps),), (ScaleByLion(h.betas),)), merge=graft),)
+
+    A branch's slot ``x`` is kept as ``branch0.x``. Branches of one lane stay one kernel. With a matrix rule among them, all of
+    it runs as one: elementwise rules beside it see the stack.
+
+    Args:
+        branches: chains of transforms; an empty one hands the update on as it is.
+        merge: a module-level function of the updates, in order, and the context: :func:`graft`, or your own. It may reduce over
+            the tensor.
+
+    Raises:
+        RuleError: there are no two branches, or two matrix rules, or a rule that no branch can have.
+    """
+
+    branches: tuple[tuple[Transform, ...], ...]
+    merge: Merge = graft
+    name = "parallel"
+    domain = Domain.TENSOR
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        inner = [t for _, t in self._inner()]
+        if len(self.branches) < 2:
+            raise RuleError(f"Parallel has {len(self.branches)} branches; it takes two or more.")
+        if unfit := [t.name for t in inner if isinstance(t, Route) or t.domain == Domain.MODEL or t.stage != self.stage]:
+            raise RuleError(
+                f"Parallel: {', '.join(unfit)} cannot be in a branch, which is for rules of the stage 'rule' that see no more "
+                "than a tensor; put a Route around Parallel, and clips into options."
+            )
+        if unfit := [t.name for t in inner if t.owns_apply or t.primes]:
+            raise RuleError(f"Parallel: {', '.join(unfit)} cannot be in a branch: it moves the parameter itself, or primes.")
+        if sum(t.domain == Domain.MATRIX for t in inner) > 1:
+            raise RuleError("Parallel takes one matrix rule, in one of its branches; two would see the parameter differently.")
+        if self._matrix is not None:
+            object.__setattr__(self, "domain", Domain.MATRIX)
+            object.__setattr__(self, "needs", frozenset().union(*(t.needs for t in inner)))
+
+    @property
+    def _matrix(self) -> Transform | None:
+        return next((t for _, t in self._inner() if t.domain == Domain.MATRIX), None)
+
+    def _inner(self) -> Iterator[tuple[str, Transform]]:
+        """Every transform and the prefix of its slots."""
+        for i, branch in enumerate(self.branches):
+            for t in branch:
+                yield f"branch{i}.", t
+
+    def hypers(self) -> Iterator[tuple[str, Any, Bounds]]:
+        for _, t in self._inner():
+            yield from t.hypers()
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        return {prefix + name: slot for prefix, t in self._inner() for name, slot in t.slots(param).items()}
+
+    def scalars(self) -> dict[str, float]:
+        return {prefix + name: first for prefix, t in self._inner() for name, first in t.scalars().items()}
+
+    def rate(self, k: int) -> float:
+        return self._matrix.rate(k) if self._matrix is not None else 1.0
+
+    def blocks(self, shape: torch.Size) -> tuple[Block, ...]:
+        return self._matrix.blocks(shape) if self._matrix is not None else super().blocks(shape)
+
+    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        updates, new = [u] * len(self.branches), dict[str, Tensor]()
+        for i, branch in enumerate(self.branches):
+            for t in branch:
+                state, stacked = Prefixed(s, f"branch{i}."), self.domain == Domain.MATRIX and t.domain != Domain.MATRIX
+                updates[i], changed = c.apply(t, updates[i], state) if stacked else t.update(updates[i], state, c)
+                new.update({f"branch{i}.{name}": value for name, value in changed.items()})
+        return self.merge(updates, c), new
+
+
+class Prefixed(Mapping[str, Tensor]):
+    """A branch's own slots, under the names that its rules know."""
+
+    def __init__(self, state: State, prefix: str) -> None:
+        self._state, self._prefix = state, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._state if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
