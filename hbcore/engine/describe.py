@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import hbcore
+from hbcore.engine.composite import Composite
 from hbcore.engine.courses import course, example
 from hbcore.engine.optimizer import Optimizer
 from hbcore.engine.options import OPTIONS
@@ -19,14 +20,18 @@ from hbcore.rules import route
 from hbcore.state.expected import expected
 
 
-def describe(cls: type[Optimizer]) -> dict[str, Any]:
+def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]:
     """Facts about an optimizer class, as plain data: hyperparameters with bounds, options, slots, bytes, chain.
 
-    Bytes per parameter are those of its state for an 8 x 8 float32 matrix at the class's defaults.
+    Bytes per parameter are those of its state for an 8 x 8 float32 matrix, at the class's defaults but for ``options``. Of a
+    class that wraps others they are the first one's.
     """
     signature = inspect.signature(cls)
-    build: Callable[[list[torch.nn.Parameter]], Optimizer] = cls  # subclasses default everything but the parameters
-    optimizer = build([torch.nn.Parameter(torch.zeros(8, 8))])
+    build: Callable[..., Optimizer | Composite] = cls  # subclasses default everything but the parameters
+    built = build([torch.nn.Parameter(torch.zeros(8, 8))], **options)
+    optimizer = built.children[0] if isinstance(built, Composite) else built
+    own = [n for n, p in signature.parameters.items() if n != "params" and n not in OPTIONS and p.kind is not p.VAR_KEYWORD]
+    own += [n for n in OPTIONS if n in getattr(cls, "own", ())]
     [group] = optimizer.param_groups
     param = group["params"][0]
     transforms = optimizer.structure.chain(group, param)
@@ -47,12 +52,12 @@ def describe(cls: type[Optimizer]) -> dict[str, Any]:
         "hyperparameters": [
             {"name": n, "default": p.default, "bounds": bounds.get(n, ""), "scheduled": n in bounds}
             for n, p in signature.parameters.items()
-            if n != "params" and n in cls.own
+            if n in own
         ],
         "options": [
-            {"name": n, "default": cls.option_defaults.get(n, o.default), "doc": o.doc}
+            {"name": n, "default": optimizer.option_defaults.get(n, o.default), "doc": o.doc}
             for n, o in OPTIONS.items()
-            if n not in cls.own
+            if n not in own
         ],
         "slots": slots,
         "bytes_per_parameter": float(sum(s["bytes_per_parameter"] for s in slots)),
@@ -60,16 +65,17 @@ def describe(cls: type[Optimizer]) -> dict[str, Any]:
     }
 
 
-def kernels(cls: type[Optimizer]) -> list[str]:
+def kernels(cls: type[Optimizer | Composite]) -> list[str]:
     """The source of the Triton kernels that an optimizer's lanes become for a float32 matrix, at the class's defaults.
 
     Raises:
         TraceError: a rule broke the tracing contract.
         CompileError: an operation is outside the generator's vocabulary.
     """
-    build: Callable[[list[torch.nn.Parameter]], Optimizer] = cls
+    build: Callable[[list[torch.nn.Parameter]], Optimizer | Composite] = cls
     param = torch.nn.Parameter(torch.zeros(8, 8))
-    optimizer = build([param])
+    built = build([param])
+    optimizer = built.children[0] if isinstance(built, Composite) else built
     [group] = optimizer.param_groups
     recipe = replace(optimizer.structure.recipe(group), branches=route.branches(optimizer.structure.forked(group), param))
     sources = []

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from hbcore.engine.describe import describe
-from hbcore.engine.options import OPTIONS
 from hbcore.errors import FallbackWarning
 from hbcore.testing import expect
 from hbcore.testing.subject import Check, Subject
@@ -77,10 +76,8 @@ def memory_is_as_described(subject: Subject) -> None:
 
 
 def _described(subject: Subject) -> float:
-    """The published bytes of state per parameter, with the subject's options as if they were the class's defaults."""
-    options = {k: v for k, v in subject.options.items() if k in OPTIONS}
-    cls = type(subject.cls.__name__, (subject.cls,), {"option_defaults": {**subject.cls.option_defaults, **options}})
-    return float(describe(cls)["bytes_per_parameter"])
+    """The published bytes of state per parameter, with the subject's options."""
+    return float(describe(subject.cls, **subject.options)["bytes_per_parameter"])
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
