@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hbcore.engine.optimizer import Optimizer
+    from hbcore.engine.release import hook_into_backward
     from hbcore.engine.split import SplitOpt
     from hbcore.errors import (
         AmbiguousNameError,
@@ -68,6 +69,7 @@ __all__ = [
     "export",
     "get",
     "graft",
+    "hook_into_backward",
     "info",
     "list_optimizers",
     "unblock",
@@ -81,6 +83,7 @@ _LAZY |= dict.fromkeys(_REGISTRY, "hbcore.registry") | {
     "SplitOpt": "hbcore.engine.split",
     "export": "hbcore.state.export",
     "graft": "hbcore.rules.parallel",
+    "hook_into_backward": "hbcore.engine.release",
 }
 
 

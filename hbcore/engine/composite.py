@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ class Composite(torch.optim.Optimizer):
     Attributes:
         children: the same.
     """
+
+    needs_closure: ClassVar[bool] = False
+    """Whether ``step`` has to compute gradients by itself."""
 
     def __init__(self, children: Iterable[Optimizer]) -> None:
         self.children = list(children)

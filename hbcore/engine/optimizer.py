@@ -220,8 +220,12 @@ class Optimizer(torch.optim.Optimizer):
         return self.settings.capturable
 
     def _new_plan(self) -> Plan:
+        return Plan(self.surroundings())
+
+    def surroundings(self) -> Surroundings:
+        """What a plan is to know of this optimizer."""
         self._progress += [{} for _ in self.param_groups[len(self._progress) :]]
-        around = Surroundings(
+        return Surroundings(
             groups=self.param_groups,
             state=self.state,
             progress=self._progress,
@@ -232,7 +236,6 @@ class Optimizer(torch.optim.Optimizer):
             report=self.report,
             settings=self.settings,
         )
-        return Plan(around)
 
     def _name_of(self, group: int, index: int) -> str:
         return f"{type(self).__name__}: {describe_param(self.param_groups, group, index)}"

@@ -40,6 +40,8 @@ class SAMWrapper(Composite):
         whatever the wrapped optimizer raises.
     """
 
+    needs_closure = True
+
     def __init__(
         self,
         params: ParamsT | None = None,
