@@ -69,6 +69,8 @@ def shards_of(param: Tensor) -> Shards | None:
     """
     if not is_dtensor(param):
         return None
+    if param.is_complex():
+        raise ParameterError(f"a complex parameter of shape {tuple(param.shape)} is spread over ranks; keep it whole.")
     spread: Any = param
     placements = tuple(spread.placements)
     if not placements[-1].is_shard(0) or not all(p.is_replicate() for p in placements[:-1]):
@@ -80,7 +82,9 @@ def shards_of(param: Tensor) -> Shards | None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor: the tensor itself if it is whole."""
+    """This rank's part of a tensor: the tensor itself if it is whole; complex numbers as pairs of real ones."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
     if not is_dtensor(tensor):
         return tensor
     spread: Any = tensor

@@ -101,6 +101,11 @@ class Entry:
     primed: bool = True
 
     @property
+    def numel(self) -> int:
+        """How many real numbers the whole parameter is."""
+        return self.param.numel() * (2 if self.param.is_complex() else 1)
+
+    @property
     def reach(self) -> int:
         """How many of its lanes take part in a step: not those after a rule that only primes."""
         if self.primed:
@@ -148,9 +153,10 @@ class Work:
         self._places = list(map(Tensor.data_ptr, self._sample))
         self.batch = Batch(columns, [], [], dense=lane.key.dense)
         if self.shards is not None:
-            self.batch.numels = [float(e.param.numel()) for e in self.entries]
+            self.batch.numels = [float(e.numel) for e in self.entries]
             self.batch.starts = [sum(shards_before(e)) for e in self.entries]
         self._scalars = () in self._strides
+        self._viewed = self.shards is not None or any(p.is_complex() for p in self.params)
         self._contiguous = all(map(Tensor.is_contiguous, self._locals))
         self._base: list[float] | None = None
         self._pairs: list[tuple[int, float]] = []
@@ -161,7 +167,7 @@ class Work:
         """Read this step's gradients; False if anything moved so that the plan must be made anew."""
         grads, now = list(map(_grad, self.params)), self.params
         try:
-            if self.shards is not None:
+            if self._viewed:
                 grads, now = list(map(local, grads)), [local(p.detach()) for p in self.params]
             if self._contiguous:  # the usual case, and a third of the time
                 alike = all(map(Tensor.is_contiguous, grads))

@@ -140,7 +140,8 @@ def _other(optimizer: Optimizer, p: Tensor, t: Transform, weights: Mapping[str, 
     values = {name: codec_of(slot, codec).read(tensors, name, dtype) for name, slot in slots.items()}
     param = packed.read(tensors, "param", dtype) if packed is not None else tensors["param"].to(dtype)
     swapped, new = t.swap(param, values, training)
-    made = {"param": narrowed(swapped, p.dtype, None)} if packed is None else packed.write(tensors, "param", swapped)
+    plain = {"param": narrowed(swapped, tensors["param"].dtype, None)}
+    made = plain if packed is None else packed.write(tensors, "param", swapped)
     for name, value in new.items():
         made.update(codec_of(slots[name], codec).write(tensors, name, value))
     return made

@@ -181,6 +181,8 @@ class Optimizer(torch.optim.Optimizer):
         for key in self.structure.keys:
             group[key] = _tupled(group.get(key, self.defaults[key]))
         self.structure.check(group, f"{name}, parameter group {index}")
+        members = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        self.structure.refuse_complex({**group, "params": members}, f"{name}, parameter group {index}")
         super().add_param_group(group)
         added = self.param_groups[-1]
         added["hbcore"] = checkpoint.record_of(self, index).dump()

@@ -68,7 +68,7 @@ def _members(optimizer: str, group: dict[str, Any], index: int, seen: dict[int, 
             raise ParameterError(f"{optimizer}: {label} is the same tensor as {seen[id(p)]} pass each parameter once.")
         if not p.is_leaf and not p.retains_grad:
             raise ParameterError(f"{optimizer}: {label} is not a leaf; can't optimize a non-leaf Tensor. Pass the leaf.")
-        if p.layout is not torch.strided or not p.is_floating_point():
+        if p.layout is not torch.strided or not (p.is_floating_point() or p.is_complex()):
             raise ParameterError(f"{optimizer}: {label} is {p.layout} of {p.dtype}; pass dense floating-point parameters.")
         seen[id(p)] = label
     return members

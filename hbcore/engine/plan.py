@@ -157,7 +157,7 @@ class Plan:
 
     def _lay_out(self) -> list[Work]:
         """Sort the active parameters into lanes and slabs."""
-        self._model_numel = float(sum(e.param.numel() for e in self._active))
+        self._model_numel = float(sum(e.numel for e in self._active))
         works = by_lane(self._active)
         self._stacks = stacks_of(self._active)
         collected = [work.collect() for work in works]
@@ -199,12 +199,12 @@ class Plan:
         dense = is_dense(part) if not way.rules else part.is_contiguous()  # a slab's rows lie in logical order
         alone = None if self.settings.multi_tensor else id(p)
         mesh = None if shards is None else (shards.mesh, shards.placements)
-        recipe = way.lanes[level]
-        key = LaneKey(recipe, part.device, p.dtype, grad.dtype, dense or not part.numel(), alone, mesh)
+        recipe, received = way.lanes[level], local(grad).dtype
+        key = LaneKey(recipe, part.device, part.dtype, received, dense or not part.numel(), alone, mesh)
         if key not in self.lanes:
             transforms = recipe.transforms(example(recipe, self.groups[g]))
             slots = {name: slot for t in transforms for name, slot in t.slots(p).items()}
-            self.lanes[key] = Lane(key, level, slots, recipe.dtypes(p, grad.dtype, slots), transforms)
+            self.lanes[key] = Lane(key, level, slots, recipe.dtypes(part, received, slots), transforms)
         return self.lanes[key]
 
     def _fill(self, work: Work, rows: list[tuple[int, float]], amp: Amp, progress: dict[int, Progress]) -> None:

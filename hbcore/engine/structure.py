@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbcore.distributed.placement import local
 from hbcore.engine.lanes import Group
 from hbcore.engine.options import Settings
 from hbcore.engine.recipe import Recipe, length_of
-from hbcore.errors import HyperparameterError
+from hbcore.errors import HyperparameterError, ParameterError
 from hbcore.rules import palm, route
-from hbcore.rules.transform import Transform
+from hbcore.rules.transform import Domain, Transform
 from hbcore.state.expected import Logical, expected
 
 Rule = Callable[[Any], tuple[Transform, ...]]
@@ -63,6 +64,19 @@ class Structure:
         """What some parameter of the group may meet."""
         return tuple(route.every(self.forked(group)))
 
+    def refuse_complex(self, group: Group, where: str) -> None:
+        """Look whether the group's complex parameters have elementwise rules, which see them as pairs of real numbers.
+
+        Raises:
+            ParameterError: a matrix rule would get one; the message begins with ``where``.
+        """
+        for p in (p for p in group["params"] if p.is_complex()):
+            if rules := [t.name for t in self.chain(group, p) if t.domain == Domain.MATRIX]:
+                raise ParameterError(
+                    f"{where} has a complex parameter of shape {tuple(p.shape)}, which {rules[0]!r} would take for a real "
+                    "matrix; give complex parameters an elementwise optimizer, such as AdamW."
+                )
+
     def versions(self, group: Group) -> dict[str, int]:
         """The group's rules by name, with their versions."""
         packed = {"param_ecc": 1} if self.settings.param_codec is not None else {}
@@ -70,7 +84,8 @@ class Structure:
 
     def expected(self, group: Group, p: Tensor) -> list[Logical]:
         """The slots of one parameter of the group."""
-        return expected(self.chain(group, p), p, self.settings.codec, self.settings.param_codec)
+        seen = local(p.detach()) if p.is_complex() else p
+        return expected(self.chain(group, p), seen, self.settings.codec, self.settings.param_codec)
 
     def dynamic(self, group: Group) -> dict[str, int | None]:
         """The entries that may change every step, and how many numbers each is; None for a plain number."""

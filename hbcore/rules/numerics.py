@@ -26,5 +26,5 @@ def debiased(old: Tensor, new: Tensor, beta: Scalar, step: Tensor) -> tuple[Tens
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a parameter of ``dtype`` is updated in: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """The dtype a parameter of ``dtype`` is updated in: float64 for float64 and pairs of them, float32 for everything else."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32

@@ -192,26 +192,27 @@ class Reader:
 
     def _tensor(self, i: int, slot: Logical, part: str, value: Any) -> Tensor:
         """A saved tensor as it will be held: on the parameter's device, in its memory order, spread as it is spread."""
-        param = self.optimizer.param_groups[self.g]["params"][i]
+        param: Tensor = self.optimizer.param_groups[self.g]["params"][i]
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{self._who(i)} has {value!r:.80} for state {part!r} in the checkpoint; it is a tensor.")
-        if value.shape != slot.shape:
+        saved: Tensor = local(value) if value.is_complex() and param.is_complex() else value  # torch keeps complex state
+        if saved.shape != slot.shape:
             raise CheckpointError(
-                f"{self._who(i)} has state {part!r} of shape {tuple(value.shape)} in the checkpoint, and {tuple(slot.shape)} "
+                f"{self._who(i)} has state {part!r} of shape {tuple(saved.shape)} in the checkpoint, and {tuple(slot.shape)} "
                 "here; load it into the model it was saved from, with the same options."
             )
-        if value.is_floating_point() != slot.parts(param).get(part, value.dtype).is_floating_point or value.is_complex():
-            raise CheckpointError(f"{self._who(i)} has state {part!r} of {value.dtype} in the checkpoint, which it cannot be.")
-        if is_dtensor(value):
-            return value.detach().clone()
+        if saved.is_floating_point() != slot.parts(param).get(part, saved.dtype).is_floating_point or saved.is_complex():
+            raise CheckpointError(f"{self._who(i)} has state {part!r} of {saved.dtype} in the checkpoint, which it cannot be.")
+        if is_dtensor(saved):
+            return saved.detach().clone()
         if slot.matrix:
-            return value.detach().to(param.device, copy=True)
+            return saved.detach().to(param.device, copy=True)
         shards = shards_of(param)
         if shards is not None:
             from torch.distributed.tensor import distribute_tensor
 
-            return distribute_tensor(value.detach().to(local(param).device), shards.mesh, shards.placements)
-        return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
+            return distribute_tensor(saved.detach().to(local(param).device), shards.mesh, shards.placements)
+        return torch.empty_like(local(param.detach()), dtype=saved.dtype, requires_grad=False).copy_(saved)
 
     def _who(self, i: int) -> str:
         return self.optimizer._name_of(self.g, i)

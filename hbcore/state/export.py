@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hbcore.distributed.placement import local
 from hbcore.errors import CheckpointError
 from hbcore.rules.numerics import compute_dtype
@@ -47,6 +49,7 @@ def export(optimizer: Optimizer, format: str = "torch") -> dict[str, Any]:
                         first = entry[next(iter(slot.parts(p)))]
                         parts = {name: local(entry[name]) for name in slot.parts(p)}
                         value = slot.codec.read(parts, slot.name, compute_dtype(p.dtype))
+                        value = torch.view_as_complex(value) if p.is_complex() else value
                         exported[index][slot.name] = spread_as(value, first, p)
             index += 1
     groups = [{k: v for k, v in group.items() if k != schema.KEY} for group in whole["param_groups"]]

@@ -95,7 +95,6 @@ BAD_PARAMS = {
     ),
     "twice by name": (lambda: [("a", p), ("b", p)], ParameterError, ValueError, ["'b'", "'a'", "once"]),
     "integer": (lambda: [torch.zeros(3, dtype=torch.int64)], ParameterError, ValueError, ["int64", "number 0", "pass"]),
-    "complex": (lambda: [nn.Parameter(torch.zeros(3, dtype=torch.complex64))], ParameterError, ValueError, ["complex64"]),
     "no leaf": (lambda: [leaf * 2], ParameterError, ValueError, ["non-leaf", "number 0", "Pass the leaf"]),
 }  # fmt: skip
 

@@ -90,14 +90,15 @@ class SAMWrapper(Composite):
         """The parameters at the worst point nearby, by the present gradients, which are cleared; then back, bit for bit."""
         uphill = [(-group["ball"] if group["maximize"] else group["ball"], group["params"]) for group in self.param_groups]
         active = [(ball, p) for ball, params in uphill for p in params if p.grad is not None]
-        params, grads = [p for _, p in active], [p.grad for _, p in active if p.grad is not None]
+        grads = [_real(p.grad) for _, p in active if p.grad is not None]
+        params = [_real(p.detach()) for _, p in active]
         before = [p.detach().clone() for p in params]
         scaled = [p.abs() * g for p, g in zip(params, grads, strict=True)] if self.adaptive else grads
         if scaled:
             norm = _norm(scaled)
-            for (ball, p), s in zip(active, scaled, strict=True):
+            for (ball, _), p, s in zip(active, params, scaled, strict=True):
                 p.add_((p.abs() if self.adaptive else 1) * s * (ball / norm).to(p.device, p.dtype))
-        for p in params:
+        for _, p in active:
             p.grad = None
         try:
             yield
@@ -127,6 +128,11 @@ def _built(params: Any, wrapped: str | type[Optimizer] | Optimizer, options: dic
         raise OptionError(f"SAMWrapper: {wrapped!r} is no hbcore optimizer; pass a class, a name or an instance.")
     optimizer: Optimizer = cls(params, **options)
     return optimizer
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
