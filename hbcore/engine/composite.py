@@ -29,7 +29,7 @@ class Composite(torch.optim.Optimizer):
         children: the same.
     """
 
-    needs_closure: ClassVar[bool] = False
+    requires_closure: ClassVar[bool] = False
     """Whether ``step`` has to compute gradients by itself."""
 
     def __init__(self, children: Iterable[Optimizer]) -> None:

@@ -39,7 +39,7 @@ def hook_into_backward(model: nn.Module | Iterable[Tensor], optimizer: Optimizer
         OptionError: a rule sees the whole model, or steps may be captured, or the optimizer steps in its own way (SAMWrapper).
         ParameterError: the optimizer has none of the parameters, or one is spread over ranks.
     """
-    if isinstance(optimizer, Composite) and optimizer.needs_closure:
+    if isinstance(optimizer, Composite) and optimizer.requires_closure:
         raise OptionError(f"{type(optimizer).__name__} needs more than one backward for a step; it cannot be hooked into one.")
     asked = set(model.parameters() if isinstance(model, nn.Module) else model)
     release = Release(optimizer)

@@ -40,7 +40,7 @@ class SAMWrapper(Composite):
         whatever the wrapped optimizer raises.
     """
 
-    needs_closure = True
+    requires_closure = True
 
     def __init__(
         self,
