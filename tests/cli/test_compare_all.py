@@ -21,7 +21,7 @@ def test_every_optimizer_beats_untuned_sgd(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     runs = json.loads((tmp_path / "compare.json").read_text())["runs"]
-    losses = {run["label"]: run["summary"]["val_loss"] for run in runs}
+    losses = {run["label"]: run["summary"]["final_val_loss"] for run in runs}
     assert set(losses) == set(names)
     worse = {name: loss for name, loss in losses.items() if name != "SGD" and not loss < losses["SGD"]}
     assert not worse, f"SGD reaches {losses['SGD']:.3f}; {worse}"
