@@ -90,7 +90,7 @@ def _add_subjects(parser: argparse.ArgumentParser) -> None:
         type=_words,
         default=["torch"],
         metavar="PEER,...",
-        help="torch, heavyball, flashoptim, none (default: torch)",
+        help="torch, heavyball, flashoptim, schedulefree, dion, none (default: torch)",
     )
     add("--compile", type=_words, default=[], metavar="BACKEND,...", help="measure each of hbcore's with every one of these")
 

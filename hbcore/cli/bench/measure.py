@@ -115,6 +115,8 @@ class Subject:
         watch.wait()
         start = time.perf_counter()
         self.optimizer: Any = cls(self.params, **row.kwargs)
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # schedulefree's does not step otherwise
         self.attach(0)
         self.optimizer.step()
         watch.wait()

@@ -49,11 +49,23 @@ def _flashoptim(module: Any, family: str) -> list[tuple[str, str, dict[str, Any]
     return [(f"FlashOptim {name}", f"flashoptim:{name}", {})] if hasattr(module, name) else []
 
 
+def _schedulefree(module: Any, family: str) -> list[tuple[str, str, dict[str, Any]]]:
+    if family != "SFAdamW":
+        return []
+    return [("schedulefree AdamW", "schedulefree:AdamWScheduleFree", {"foreach": True})]
+
+
+def _dion(module: Any, family: str) -> list[tuple[str, str, dict[str, Any]]]:
+    return [("dion Muon", "dion:Muon", {})] if family == "Muon" else []
+
+
 Finder = Callable[[Any, str], list[tuple[str, str, dict[str, Any]]]]
 PEERS: Mapping[str, tuple[str, Finder, tuple[str, ...]]] = {
     "torch": ("torch.optim", _torch, ()),
     "heavyball": ("heavyball", _heavyball, HEAVYBALL_SETS),
     "flashoptim": ("flashoptim", _flashoptim, ()),
+    "schedulefree": ("schedulefree", _schedulefree, ()),
+    "dion": ("dion", _dion, ()),
 }
 """Peer -> the module to import, which of its classes to take as (label, target, arguments), and the shape sets."""
 

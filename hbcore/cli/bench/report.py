@@ -18,7 +18,7 @@ from hbcore.cli.bench.record import Row, baseline
 from hbcore.cli.compare import report as compare_report
 
 SCHEMA = "hbcore.bench/1"
-_PACKAGES = ("triton", "heavyball", "flashoptim", "hb_adam", "hb_muon", "hb_psgd", "hb_soap", "hb_ecc")
+_PACKAGES = ("triton", "heavyball", "flashoptim", "schedulefree", "dion", "hb_adam", "hb_muon", "hb_psgd", "hb_soap", "hb_ecc")
 
 
 def milliseconds(ms: float) -> str:
