@@ -33,7 +33,7 @@ class RuleError(HbcoreError, ValueError):
 
 
 class SparseGradientError(ParameterError, RuntimeError):
-    """A parameter has a sparse gradient, which no rule here can use."""
+    """A parameter has a sparse gradient where a dense one is needed, or the other way round."""
 
 
 class TraceError(HbcoreError, RuntimeError):

@@ -68,7 +68,8 @@ class Adopter:
             state.update({name: spread_like(t, p) for name, t in initial_state(lane, part, state).items()})
             for name, dtype in lane.dtypes.items():
                 if not is_transient(name):
-                    names.append(name)
+                    if not (name.startswith("param#") and name in names):  # every lane reads the parameter, and what it lacks
+                        names.append(name)
                     old = local(state[name])
                     if old.dtype != dtype or not aligned(old, part):
                         moved = torch.empty_like(part, dtype=dtype, requires_grad=False).copy_(old)

@@ -23,12 +23,12 @@ from hbcore.state.expected import expected
 def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]:
     """Facts about an optimizer class, as plain data: hyperparameters with bounds, options, slots, bytes, chain.
 
-    Bytes per parameter are those of its state for an 8 x 8 float32 matrix, at the class's defaults but for ``options``. Of a
-    class that wraps others they are the first one's.
+    Bytes per parameter are those of its state for a 32 x 32 float32 matrix, at the class's defaults but for ``options``: not
+    every state grows with its parameter. Of a class that wraps others they are the first one's.
     """
     signature = inspect.signature(cls)
     build: Callable[..., Optimizer | Composite] = cls  # subclasses default everything but the parameters
-    built = build([torch.nn.Parameter(torch.zeros(8, 8))], **options)
+    built = build([torch.nn.Parameter(torch.zeros(32, 32))], **options)
     optimizer = built.children[0] if isinstance(built, Composite) else built
     own = [n for n, p in signature.parameters.items() if n != "params" and n not in OPTIONS and p.kind is not p.VAR_KEYWORD]
     own += [n for n in OPTIONS if n in getattr(cls, "own", ())]

@@ -20,6 +20,7 @@ from hbcore.engine.params import check_params, describe_param
 from hbcore.engine.plan import Plan
 from hbcore.engine.progress import Progress
 from hbcore.engine.report import Report
+from hbcore.engine.sparse import SparsePlan, check
 from hbcore.engine.structure import Structure
 from hbcore.engine.surroundings import Surroundings
 from hbcore.engine.values import Amp, capturing
@@ -60,12 +61,17 @@ class Optimizer(torch.optim.Optimizer):
     option_defaults: ClassVar[Mapping[str, Any]] = {}
     """Shared options whose default differs in this class: ``{"weight_decay": 0.01}``."""
 
+    sparse_gradients: ClassVar[bool] = False
+    """Whether it takes sparse gradients, and those alone; its rules are elementwise then. See :mod:`hbcore.engine.sparse`."""
+
     own: ClassVar[tuple[str, ...]] = ()
     """The names of the class's own constructor parameters."""
 
     def __init__(self, params: ParamsT, hyperparameters: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         name = type(self).__name__
         settings, scheduled = resolve(name, self.own, {**self.option_defaults, **options})
+        if self.sparse_gradients:
+            check(name, settings)
         self.report = Report()
         self.modes = Modes()
         self._plan: Plan | None = None
@@ -222,7 +228,11 @@ class Optimizer(torch.optim.Optimizer):
         return self.settings.capturable
 
     def _new_plan(self) -> Plan:
-        return Plan(self.surroundings())
+        return self.plan_of(self.surroundings())
+
+    def plan_of(self, around: Surroundings) -> Plan:
+        """A plan for the gradients that this optimizer takes."""
+        return (SparsePlan if self.sparse_gradients else Plan)(around)
 
     def surroundings(self) -> Surroundings:
         """What a plan is to know of this optimizer."""

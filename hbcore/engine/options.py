@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from hbcore import registry
 from hbcore.engine import fallback
 from hbcore.errors import OptionError, RuleError
-from hbcore.rules import clipping, division, palm, route, stages
+from hbcore.rules import clipping, division, route, stages
 from hbcore.rules.mars import Mars
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.codec import StateCodec, cast_codec
@@ -131,8 +131,6 @@ class Settings:
         if held:
             raise OptionError(f"capturable=True is not to be had for {', '.join(held)} yet; pass capturable=False.")
         decays = any(name == "weight_decay" for t in rule for name, _, _ in t.hypers())
-        if self.palm and (refusal := palm.check(h, route.every(rule))):
-            raise OptionError(refusal)
         inserted = list(self.clips)
         if self.mars:
             inserted.append(Mars(h.mars_gamma, first_beta(h)))

@@ -187,14 +187,19 @@ class Plan:
             self._courses[key] = course(replace(self._recipes[g], branches=branches), group, p)
         return self._courses[key]
 
-    def _lane(self, way: Course, level: int, p: Tensor, g: int, i: int) -> Lane:
+    def _gradient(self, p: Tensor, g: int, i: int) -> Tensor:
+        """A parameter's gradient, looked at, or a dense tensor of its dtype."""
         grad = p.grad
         assert grad is not None
         if grad.layout != torch.strided:
             raise SparseGradientError(
-                f"{self.around.name_of(g, i)} has a sparse gradient ({grad.layout}); use an optimizer for sparse gradients, "
-                "or make the layer dense (nn.Embedding(..., sparse=False))."
+                f"{self.around.name_of(g, i)} has a sparse gradient ({grad.layout}); use an optimizer for sparse gradients "
+                "(SparseAdam), or make the layer dense (nn.Embedding(..., sparse=False))."
             )
+        return grad
+
+    def _lane(self, way: Course, level: int, p: Tensor, g: int, i: int) -> Lane:
+        grad = self._gradient(p, g, i)
         part, shards = local(p.detach()), shards_of(p)
         dense = is_dense(part) if not way.rules else part.is_contiguous()  # a slab's rows lie in logical order
         alone = None if self.settings.multi_tensor else id(p)

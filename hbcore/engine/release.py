@@ -80,7 +80,7 @@ class Hooked:
     def _new_plan(self, param: Tensor) -> Plan:
         optimizer, g, i = self.optimizer, self.group, self.index
         view: Any = ChainMap({"params": [param]}, optimizer.param_groups[g])  # its numbers stay the group's present ones
-        return Plan(
+        return optimizer.plan_of(
             replace(
                 optimizer.surroundings(),
                 groups=[view],

@@ -13,7 +13,7 @@ from hbcore.distributed.placement import local
 from hbcore.engine.lanes import Group
 from hbcore.engine.options import Settings
 from hbcore.engine.recipe import Recipe, length_of
-from hbcore.errors import HyperparameterError, ParameterError
+from hbcore.errors import HyperparameterError, OptionError, ParameterError
 from hbcore.rules import palm, route
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.expected import Logical, expected
@@ -130,7 +130,10 @@ class Structure:
 
     def _stages(self, values: Mapping[str, Any]) -> tuple[Transform, ...]:
         h = SimpleNamespace(**values)
-        return self.settings.stages(h, self.rule(h))
+        rule = self.rule(h)
+        if self.settings.palm and (refusal := palm.check(h, route.every(rule))):  # of the whole fork: one branch may have none
+            raise OptionError(refusal)
+        return self.settings.stages(h, rule)
 
 
 def _fixed(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 from hbcore.errors import RegistryError
 
-CAPABILITIES = frozenset({"capturable", "modes", "primes", "closure", "random", "matrix"})
+CAPABILITIES = frozenset({"capturable", "modes", "primes", "closure", "random", "matrix", "sparse"})
 """What an :class:`OptimizerSpec`, whose docstring says what each means, may declare."""
 
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -58,7 +58,8 @@ class OptimizerSpec:
             ``"primes"``: the first gradient of a matrix prepares its state and moves nothing;
             ``"closure"``: ``step`` needs a closure;
             ``"random"``: draws random numbers, by the option ``seed``;
-            ``"matrix"``: sees whole matrices rather than one element at a time.
+            ``"matrix"``: sees whole matrices rather than one element at a time;
+            ``"sparse"``: takes sparse gradients, and no others.
 
     Raises:
         RegistryError: the name is no identifier, the target does not read ``module:attribute``, or a capability is unknown.

@@ -106,6 +106,9 @@ class Trial:
         with torch.enable_grad():
             value = loss_of(self.model, self.taken) if loss is None else loss()
             value.backward()  # type: ignore[no-untyped-call]
+        if "sparse" in self.subject.capabilities:
+            for p in self.params.values():
+                p.grad = None if p.grad is None else p.grad.to_sparse(min(p.ndim, 1))
         return value
 
     @property

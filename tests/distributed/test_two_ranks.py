@@ -19,6 +19,8 @@ CASES = {
     "SOAP": ("SOAP", {"precondition_frequency": 2}),
     "PSGDKron": ("PSGDKron", {}),
     "SFAdamW": ("SFAdamW", {"weight_decay": 0.1}),
+    "MSAMLaProp": ("MSAMLaProp", {"sam_step_size": 1.0, "weight_decay": 0.1}),
+    "Adams": ("Adams", {"weight_decay": 0.5}),
 }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hbcore.cli.bench import memory
 from hbcore.cli.bench.contenders import Contender, Precision
 from hbcore.cli.bench.record import Row
-from hbcore.cli.bench.shapes import Shape, count
+from hbcore.cli.bench.shapes import Shape, count, names_of
 
 PARAM_SCALE, GRAD_SCALE = 0.02, 0.01
 """Standard deviations of the noise that stands for parameters and gradients; those of a usual initialisation."""
@@ -114,7 +114,8 @@ class Subject:
         row.kwargs = contender.arguments(cls, precision)
         watch.wait()
         start = time.perf_counter()
-        self.optimizer: Any = cls(self.params, **row.kwargs)
+        named = zip(names_of([tuple(p.shape) for p in self.params]), self.params, strict=True)
+        self.optimizer: Any = cls(list(named) if contender.source == "hbcore" else self.params, **row.kwargs)
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # schedulefree's does not step otherwise
         self.attach(0)

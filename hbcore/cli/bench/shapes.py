@@ -79,6 +79,15 @@ def count(shapes: Sequence[Shape]) -> int:
     return sum(map(math.prod, shapes))
 
 
+VOCABULARY = 20_000
+"""From this many rows on, a matrix is taken for a token embedding."""
+
+
+def names_of(shapes: Sequence[Shape]) -> list[str]:
+    """What to call parameters of these shapes, for rules that route by name: ``embed.0``, ``layer.1``, ..."""
+    return [f"{'embed' if len(s) == 2 and s[0] >= VOCABULARY else 'layer'}.{i}" for i, s in enumerate(shapes)]
+
+
 def shapes_of(name: str) -> list[Shape]:
     """The shapes of a set, or of the model that ``module:factory`` makes.
 

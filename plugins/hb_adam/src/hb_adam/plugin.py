@@ -99,11 +99,39 @@ OPTIMIZERS = (
         capabilities=frozenset({"modes"}),
     ),
     OptimizerSpec(
+        name="MSAMLaProp",
+        target="hb_adam.msam:MSAMLaProp",
+        summary="LaProp, with the gradient from a point further along the momentum, for flat minima",
+        paper="Becker, Altrock & Risse 2024, arXiv:2401.12033",
+        capabilities=frozenset({"modes", "capturable"}),
+    ),
+    OptimizerSpec(
         name="SAMWrapper",
         target="hb_adam.sam:SAMWrapper",
         summary="Any optimizer, with the gradient from the worst point nearby",
         paper="Foret et al. 2021, arXiv:2010.01412; Kwon et al. 2021, arXiv:2102.11600",
         capabilities=frozenset({"closure"}),
+    ),
+    OptimizerSpec(
+        name="Adams",
+        target="hb_adam.adams:Adams",
+        summary="Adam in a bounded step with no eps, and decay of each matrix's largest singular value",
+        paper="Adams, https://github.com/imoneoi/Adams",
+        capabilities=frozenset({"matrix"}),
+    ),
+    OptimizerSpec(
+        name="Adafactor",
+        target="hb_adam.adafactor:Adafactor",
+        summary="Second moments from the means of rows and columns, and steps relative to the parameter",
+        paper="Shazeer & Stern 2018, arXiv:1804.04235",
+        capabilities=frozenset({"matrix"}),
+    ),
+    OptimizerSpec(
+        name="SparseAdam",
+        target="hb_adam.sparse_adam:SparseAdam",
+        summary="Adam in the rows that have a gradient, for large embeddings",
+        paper="Kingma & Ba 2015, arXiv:1412.6980",
+        capabilities=frozenset({"sparse"}),
     ),
     OptimizerSpec(
         name="Lion",
@@ -130,6 +158,7 @@ def hb_optimizers(api: object) -> tuple[OptimizerSpec, ...]:
 
 @hookimpl
 def hb_aliases(api: object) -> list[Alias]:
-    """Names that HeavyBall users know."""
+    """Names that users of HeavyBall and of adams-torch know."""
     presets = [Alias(name=name, target=target, preset=preset) for name, (target, preset) in PRESETS.items()]
-    return [*(Alias(name=f"Foreach{name}", target=name) for name in FOREACH), *presets]
+    other = Alias(name="Adams_ZeRO", target="Adams")  # adams-torch's
+    return [*(Alias(name=f"Foreach{name}", target=name) for name in FOREACH), *presets, other]
