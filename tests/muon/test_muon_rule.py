@@ -225,7 +225,8 @@ def test_all_zero_gradients_move_nothing(method, scale_mode):
     [
         ({}, torch.bfloat16, torch.bfloat16),
         ({"dtype": torch.float32}, torch.float32, torch.float32),
-        ({"method": "gram_newton_schulz"}, torch.float32, torch.float16),  # no float16 before it is normalised
+        ({"method": "gram_newton_schulz"}, torch.bfloat16, torch.float16),  # no float16 before it is normalised
+        ({"method": "minimax"}, torch.bfloat16, torch.float16),
         ({"method": "gram_newton_schulz", "dtype": torch.bfloat16}, torch.bfloat16, torch.bfloat16),
         ({"method": "exact"}, torch.float32, torch.float32),
     ],
@@ -235,11 +236,11 @@ def test_working_dtypes(settings, stack, iteration):
     rule = Orthogonalize(**settings)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert rule.working_dtype(torch.zeros(2, 2, dtype=dtype)) == stack
-    assert rule.iterate_in(torch.float32) == iteration
+    assert rule.iterate_in(torch.float32, torch.device("cpu")) == iteration
     assert rule.working_dtype(torch.zeros(2, 2, dtype=torch.float64)) == torch.float64
     for dtype in (stack, torch.float32, torch.float64):
         u = start((1, 6, 4), dtype)
-        assert rule.update(u, {}, context())[0].dtype == dtype
+        assert rule.update(u, {}, context())[0].dtype == (torch.float64 if dtype == torch.float64 else iteration)
 
 
 def test_a_stack_in_the_working_dtype_gives_nearly_the_same_step():
@@ -278,7 +279,7 @@ def test_groups_hold_plain_data():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "svd"}, "method='svd' does not exist; pass one of 'newton_schulz'"),
+        ({"method": "svd"}, "method='svd' does not exist; pass one of 'auto', 'newton_schulz'"),
         ({"scale_mode": "big"}, "scale_mode='big' does not exist; pass one of 'none', 'scale', 'graft'"),
         ({"adjust_lr_fn": "adam"}, "adjust_lr_fn='adam' does not exist"),
         ({"adjust_lr_fn": "original", "scale_mode": "graft"}, "both set the scale"),

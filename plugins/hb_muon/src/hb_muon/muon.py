@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from hb_muon.orthogonalize import METHODS, Coefficients, at_least, frobenius, orthogonalize, table
+from hb_muon.orthogonalize import METHODS, Coefficients, at_least, fastest_method, frobenius, orthogonalize, table
+from hb_muon.routing import routing
 from hbcore.api import (
     Block,
     Context,
@@ -100,8 +101,8 @@ class Orthogonalize(Transform):
     """
 
     eps: float = hyper(1e-8, ge=0)
-    method: str = "newton_schulz"
-    ns_steps: int = 5
+    method: str = "auto"
+    ns_steps: int | None = None
     ns_coefficients: Coefficients = None
     dtype: torch.dtype | None = None
     scale_mode: str = "scale"
@@ -113,12 +114,12 @@ class Orthogonalize(Transform):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("method", tuple(METHODS)), ("scale_mode", SCALE_MODES), ("adjust_lr_fn", ADJUST_LR)):
+        for name, known in (("method", ("auto", *METHODS)), ("scale_mode", SCALE_MODES), ("adjust_lr_fn", ADJUST_LR)):
             if getattr(self, name) not in known:
                 raise HyperparameterError(
                     f"{name}={getattr(self, name)!r} does not exist; pass one of {', '.join(map(repr, known))}."
                 )
-        if self.ns_steps not in range(1, 100):
+        if self.ns_steps is not None and self.ns_steps not in range(1, 100):
             raise HyperparameterError(f"ns_steps={self.ns_steps!r} must be a whole number from 1 to 99.")
         if self.ns_coefficients is not None:
             table(self.ns_coefficients)
@@ -131,27 +132,33 @@ class Orthogonalize(Transform):
         return matrix_view(shape, split=self.split, batch_dims=0 if self.flatten else max(len(shape) - 2, 0))
 
     def working_dtype(self, param: Tensor) -> torch.dtype:
-        dtype = self.iterate_in(param.dtype)
-        return torch.float32 if dtype == torch.float16 else dtype  # whose range holds no update that is not yet normalised
+        dtype = self.iterate_in(param.dtype, param.device)
+        return torch.bfloat16 if dtype == torch.float16 else dtype  # whose range holds no update that is not yet normalised
 
-    def iterate_in(self, dtype: torch.dtype) -> torch.dtype:
+    def chosen(self, device: torch.device) -> str:
+        """The method for updates on ``device``; who sets coefficients or a dtype means the plain iteration."""
+        if self.method != "auto":
+            return self.method
+        plain = self.ns_coefficients is not None or self.dtype is not None
+        return "newton_schulz" if plain else fastest_method(device)
+
+    def iterate_in(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """The dtype of the iteration for an update of ``dtype``."""
-        return torch.float64 if dtype == torch.float64 else self.dtype or METHODS[self.method][1]
+        return torch.float64 if dtype == torch.float64 else self.dtype or METHODS[self.chosen(device)][1]
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        dtype = self.iterate_in(u.dtype)
-        factor = orthogonalize(u, self.method, self.ns_steps, self.ns_coefficients, dtype, self.eps).to(u.dtype)
-        return factor * self.scale(u, factor), {}
+        dtype, scale = self.iterate_in(u.dtype, u.device), self.scale(*u.shape[-2:])
+        factor = orthogonalize(u, self.chosen(u.device), self.ns_steps, self.ns_coefficients, dtype, self.eps, scale)
+        if self.scale_mode == "graft":
+            return factor * (frobenius(u) / at_least(frobenius(factor), self.eps)).to(factor.dtype), {}
+        return factor, {}
 
-    def scale(self, u: Tensor, factor: Tensor) -> Tensor | float:
-        """The number, or one for each matrix, that the orthogonal factor of ``u`` is multiplied by."""
-        m, n = u.shape[-2:]
+    def scale(self, m: int, n: int) -> float:
+        """The number that the orthogonal factor of an ``m`` by ``n`` matrix is multiplied by."""
         if self.adjust_lr_fn == "match_rms_adamw":
             return 0.2 * math.sqrt(max(m, n))
         if self.adjust_lr_fn == "original" or self.scale_mode == "scale":
             return math.sqrt(max(1, m / n))
-        if self.scale_mode == "graft":
-            return (frobenius(u) / at_least(frobenius(factor), self.eps)).to(u.dtype)
         return 1.0
 
 
@@ -175,9 +182,11 @@ class Muon(Optimizer):
         heavyball_momentum: sum gradients up rather than average them, see :class:`MuonMomentum`.
         momentum: :math:`\mu`, in [0, 1); None for ``betas[0]``, also as a schedule changes that.
         beta: another spelling of ``momentum``; wins if both are given.
-        method: ``"newton_schulz"``, ``"gram_newton_schulz"`` (fewer operations where a side is longer) or ``"exact"`` (a
-            singular value decomposition).
-        ns_steps: steps of the iteration.
+        method: ``"newton_schulz"``, ``"gram_newton_schulz"`` (fewer operations where a side is longer), ``"minimax"`` (a closer
+            bound to begin with, and four steps; small matrices in float16), ``"exact"`` (a singular value decomposition), or
+            ``"auto"``: the fastest on the device, ``"minimax"`` on GPUs and ``"newton_schulz"`` elsewhere; but the latter
+            wherever ``ns_coefficients`` or ``ns_dtype`` are given.
+        ns_steps: steps of the iteration, from 1 to 99; None for as many as the method needs, 5 or 4.
         ns_coefficients: ``"jordan"``, ``"you"``, ``"polar_express"``, three numbers for all steps, or three for each step;
             None for the method's own: those of ``"you"``, or a variant of ``"polar_express"`` for ``"gram_newton_schulz"``.
             torch.optim.Muon's are ``"jordan"``.
@@ -210,8 +219,8 @@ class Muon(Optimizer):
         heavyball_momentum: bool = False,
         momentum: float | None = None,
         beta: float | None = None,
-        method: str = "newton_schulz",
-        ns_steps: int = 5,
+        method: str = "auto",
+        ns_steps: int | None = None,
         ns_coefficients: Coefficients = None,
         ns_dtype: str | torch.dtype | None = None,
         scale_mode: str = "scale",
@@ -220,8 +229,6 @@ class Muon(Optimizer):
         split_sizes: Sequence[int] | None = None,
         **options: Unpack[Options],
     ) -> None:
-        if ns_coefficients is not None and not isinstance(ns_coefficients, str):
-            ns_coefficients = table(ns_coefficients)
         hyperparameters = {
             "lr": lr,
             "betas": betas,
@@ -231,12 +238,10 @@ class Muon(Optimizer):
             "momentum": momentum if beta is None else beta,
             "method": method,
             "ns_steps": ns_steps,
-            "ns_coefficients": ns_coefficients,
-            "ns_dtype": None if ns_dtype is None else str(ns_dtype).removeprefix("torch."),
             "scale_mode": scale_mode,
             "adjust_lr_fn": adjust_lr_fn,
             "flatten": flatten,
-            "split_sizes": None if split_sizes is None else tuple(split_sizes),
+            **as_data(ns_coefficients, ns_dtype, split_sizes),
         }
         super().__init__(params, hyperparameters, options)
 
@@ -244,18 +249,38 @@ class Muon(Optimizer):
     def chain(h: Any) -> tuple[Transform, ...]:
         # None is structure, not a number: a group that leaves its momentum to betas follows them through every schedule.
         momentum = MuonMomentum(h.betas[0] if h.momentum is None else h.momentum, h.nesterov, h.heavyball_momentum)
-        orthogonal = Orthogonalize(
-            h.eps,
-            h.method,
-            h.ns_steps,
-            h.ns_coefficients,
-            dtype_of(h.ns_dtype),
-            h.scale_mode,
-            h.adjust_lr_fn,
-            h.flatten,
-            h.split_sizes or (),
-        )
-        return (Route(is_matrix, (momentum, orthogonal), (ScaleByAdam(h.betas, h.eps),)),)
+        return (Route(is_matrix, (momentum, orthogonalizer(h)), (ScaleByAdam(h.betas, h.eps),)),)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}\n{routing(self.param_groups, lambda _, p: is_matrix(p), 'Muon', 'Adam')}"
+
+
+def as_data(
+    ns_coefficients: Coefficients, ns_dtype: str | torch.dtype | None, split_sizes: Sequence[int] | None
+) -> dict[str, Any]:
+    """Those settings of :class:`Muon` in the one form that its param groups hold, and its checkpoints."""
+    if ns_coefficients is not None and not isinstance(ns_coefficients, str):
+        ns_coefficients = table(ns_coefficients)
+    return {
+        "ns_coefficients": ns_coefficients,
+        "ns_dtype": None if ns_dtype is None else str(ns_dtype).removeprefix("torch."),
+        "split_sizes": None if split_sizes is None else tuple(split_sizes),
+    }
+
+
+def orthogonalizer(h: Any) -> Orthogonalize:
+    """The rule that a group's hyperparameters ``h`` describe."""
+    return Orthogonalize(
+        h.eps,
+        h.method,
+        h.ns_steps,
+        h.ns_coefficients,
+        dtype_of(h.ns_dtype),
+        h.scale_mode,
+        h.adjust_lr_fn,
+        h.flatten,
+        h.split_sizes or (),
+    )
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

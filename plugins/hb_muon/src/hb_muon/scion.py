@@ -1,0 +1,203 @@
+"""Scion, Pethick et al. 2025."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
+
+from hb_muon.muon import MuonMomentum, Orthogonalize, as_data, dtype_of
+from hb_muon.orthogonalize import Coefficients
+from hbcore.api import (
+    Block,
+    Context,
+    Domain,
+    HyperparameterError,
+    Optimizer,
+    Options,
+    Route,
+    State,
+    Transform,
+    hyper,
+    matrix_view,
+)
+
+NORMS = ("spectral", "sign")
+
+
+@dataclass(frozen=True)
+class WeightLMO(Transform):
+    r"""The point of a norm's ball of radius ``scale`` that lies furthest along the update, for weights ``(o, i, *window)``.
+
+    =============  ======================================================  ============================================
+    ``norm``       the update becomes                                      the norm of a weight
+    =============  ======================================================  ============================================
+    ``spectral``   :math:`\rho \sqrt{o / i} \,/ k \cdot U V^T`             how much of the input's rms an output can be
+    ``sign``       :math:`\rho / (i k) \cdot \operatorname{sgn}(u)`        how large an output of inputs within 1 can be
+    =============  ======================================================  ============================================
+
+    Pethick et al. 2025 (arXiv:2502.07529), and their code for convolutions: :math:`U V^T` is the orthogonal
+    factor of the weight as one matrix ``(o, i k)``, and :math:`k` the number of places of the window, 1 for a linear layer.
+
+    Args:
+        scale: :math:`\rho`, at least 0.
+        norm: one of :data:`NORMS`.
+        factor: how to find :math:`U V^T`, with no scale of its own, and how to cut a weight into several.
+    """
+
+    scale: float = hyper(1.0, ge=0)
+    norm: str = "spectral"
+    factor: Orthogonalize = field(default_factory=lambda: Orthogonalize(scale_mode="none"))
+    name = "weight_lmo"
+    domain = Domain.MATRIX
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm not in NORMS:
+            raise HyperparameterError(f"norm={self.norm!r} does not exist; pass one of {', '.join(map(repr, NORMS))}.")
+
+    def blocks(self, shape: torch.Size) -> tuple[Block, ...]:
+        batch = 0 if self.factor.flatten else len(shape) - 2
+        return matrix_view(shape, merge_dims=False, split=self.factor.split, batch_dims=batch)
+
+    def working_dtype(self, param: Tensor) -> torch.dtype:
+        return self.factor.working_dtype(param)
+
+    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        _, outputs, inputs, *window = u.shape
+        places = math.prod(window)
+        if self.norm == "sign":
+            return torch.sign(u) * (self.scale / (inputs * places)), {}
+        factor, _ = self.factor.update(u.flatten(2), {}, c)
+        return factor.view(u.shape) * (self.scale * (math.sqrt(outputs / inputs) / places)), {}
+
+
+@dataclass(frozen=True)
+class BiasLMO(Transform):
+    r"""The same for a bias and the norm :math:`\operatorname{rms}`: :math:`\rho\, u / \max(\operatorname{rms}(u), \epsilon)`.
+
+    For a single number that is its sign. Divided as the division backend says.
+    """
+
+    scale: float = hyper(1.0, ge=0)
+    eps: float = hyper(1e-8, ge=0)
+    name = "bias_lmo"
+    domain = Domain.TENSOR
+
+    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        return c.divide(u, c.mean(u * u).sqrt(), self.eps) * self.scale, {}
+
+
+def is_weight(param: Tensor) -> bool:
+    """Whether a parameter has outputs and inputs: two dimensions or more."""
+    return param.ndim > 1
+
+
+class Scion(Optimizer):
+    r"""Steps to the boundary of a norm's ball: Pethick et al. 2025 (arXiv:2502.07529), Algorithm 1, unconstrained Scion.
+
+    .. math::
+        b_t = \mu b_{t-1} + (1 - \mu) g_t \qquad
+        p_t = p_{t-1} - \mathrm{lr} \left(\operatorname{lmo}(b_t) + \lambda p_{t-1}\right)
+
+    where the linear minimization oracle :math:`\operatorname{lmo}` of a weight is :class:`WeightLMO`, the orthogonal factor
+    times :math:`\rho \sqrt{o / i} / k`, and that of parameters with fewer than two dimensions is :class:`BiasLMO`,
+    :math:`\rho\, b_t / \operatorname{rms}(b_t)`. The paper's constrained form, Algorithm 2, is ``weight_decay=1``: weights
+    then stay within :math:`\rho` of zero in their norm, once they are. The paper starts from :func:`init_scion_`, which is
+    for you to call: an optimizer changes no weight before its first step.
+
+    Args:
+        params: parameters, named parameters or groups of them; any real floating dtype and shape.
+        lr: learning rate.
+        momentum: :math:`\mu`, in [0, 1); the paper's :math:`1 - \alpha`.
+        eps: the smallest divisor, at least 0: of a bias's root mean square, and of a matrix's norm.
+        scale: :math:`\rho`, the radius, at least 0. The paper has 50 for hidden layers and 3000 for the last one.
+        norm: ``"spectral"``; or ``"sign"``, for the param group of a language model's last layer and embedding.
+        method, ns_steps, ns_coefficients, ns_dtype, flatten, split_sizes: as of :class:`hb_muon.Muon`.
+        beta: another spelling of ``momentum``; wins if both are given.
+        betas: HeavyBall's spelling: the first is ``momentum``, others are of no use; wins over ``momentum``.
+        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+
+    State: ``momentum_buffer``, of the parameter's shape, and ``step``.
+
+    Raises:
+        HyperparameterError: a hyperparameter is outside its bounds, or a setting does not exist.
+        OptionError: an option does not exist.
+        ParameterError: ``params`` is unusable.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 0.0025,
+        momentum: float = 0.9,
+        eps: float = 1e-8,
+        scale: float = 1.0,
+        norm: str = "spectral",
+        method: str = "auto",
+        ns_steps: int | None = None,
+        ns_coefficients: Coefficients = None,
+        ns_dtype: str | torch.dtype | None = None,
+        flatten: bool = True,
+        split_sizes: Sequence[int] | None = None,
+        beta: float | None = None,
+        betas: Sequence[float] | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        if beta is None:
+            beta = betas[0] if betas else momentum
+        hyperparameters = {
+            "lr": lr,
+            "momentum": beta,
+            "eps": eps,
+            "scale": scale,
+            "norm": norm,
+            "method": method,
+            "ns_steps": ns_steps,
+            "flatten": flatten,
+            **as_data(ns_coefficients, ns_dtype, split_sizes),
+        }
+        super().__init__(params, hyperparameters, options)
+
+    @staticmethod
+    def chain(h: Any) -> tuple[Transform, ...]:
+        settings = (h.eps, h.method, h.ns_steps, h.ns_coefficients, dtype_of(h.ns_dtype))
+        factor = Orthogonalize(*settings, scale_mode="none", flatten=h.flatten, split=h.split_sizes or ())
+        lmo = Route(is_weight, (WeightLMO(h.scale, h.norm, factor),), (BiasLMO(h.scale, h.eps),))
+        return (MuonMomentum(h.momentum, nesterov=False), lmo)
+
+
+@torch.no_grad()
+def init_scion_(module: nn.Module, scale: float = 1.0, generator: torch.Generator | None = None) -> nn.Module:
+    r"""Start a model as Pethick et al. 2025 (arXiv:2502.07529) do in their code: weights on the boundary of the spectral ball.
+
+    A weight ``(o, i, *window)`` becomes, at each of the :math:`k` places of its window, a random (semi-)orthogonal matrix
+    times :math:`\rho \sqrt{o / i} / k`; a parameter of one dimension that is called bias becomes 0. All else, such as the gain
+    of a normalisation, stays as it is. Numbers are drawn on the CPU, so that a seed has one meaning.
+
+    Args:
+        module: the model, or a part of it with a scale of its own; changed in place. Its parameters are not spread over ranks.
+        scale: :math:`\rho`.
+        generator: the CPU's global one by default.
+
+    Returns:
+        The module.
+    """
+    for name, p in module.named_parameters():
+        if p.ndim > 1:
+            outputs, inputs, *window = p.shape
+            places = math.prod(window)
+            gain = scale * math.sqrt(outputs / inputs) / places
+            drawn = [torch.empty(outputs, inputs, dtype=torch.float64) for _ in range(places)]
+            for weight in drawn:
+                nn.init.orthogonal_(weight, gain, generator)
+            p.copy_(torch.stack(drawn, dim=-1).view(p.shape))
+        elif p.ndim == 1 and name.endswith("bias"):
+            p.zero_()
+    return module

@@ -1,0 +1,197 @@
+# mypy: disable-error-code="untyped-decorator"
+"""The Triton kernel of :mod:`hb_muon.symmetric`: half of a symmetric product, and its mirror. Imported where it is launched."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+WIDENS = tl.constexpr(INTERPRETED)
+"""Triton's interpreter multiplies the bits of bfloat16 as if they were integers: it is given float32, whose products of such
+numbers are as exact as those of a GPU."""
+
+
+@triton.jit
+def row_of(t):  # type: ignore[no-untyped-def]
+    """The row of entry ``t`` of a lower triangle that is counted row by row: ``row (row + 1) / 2 <= t``."""
+    row = ((tl.sqrt(8.0 * t + 1.0) - 1.0) / 2.0).to(tl.int32)
+    row = tl.where(row * (row + 1) // 2 > t, row - 1, row)  # a root of a float32 may be one off
+    return tl.where((row + 1) * (row + 2) // 2 <= t, row + 1, row)
+
+
+@triton.jit
+def tile_of(t, across, BAND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Row and column of tile ``t`` among those on and below the diagonal of ``across`` by ``across`` tiles.
+
+    Bands of ``BAND`` rows are walked column by column, so that tiles that run together share rows and columns in the cache.
+    """
+    top = row_of(t) // BAND * BAND
+    high = tl.minimum(across - top, BAND)
+    t = t - top * (top + 1) // 2
+    corner = t - high * top  # the square on the band's left comes first, its triangle afterwards
+    row = row_of(tl.maximum(corner, 0))
+    column = corner - row * (row + 1) // 2
+    left = corner < 0
+    return top + tl.where(left, t % high, row), tl.where(left, t // high, top + column)
+
+
+@triton.jit
+def multiplied(x, y, total):  # type: ignore[no-untyped-def]
+    """``total + x y``, in float32."""
+    if WIDENS:
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), total)
+    else:
+        return tl.dot(x, y, total)
+
+
+@triton.jit
+def half_product(  # type: ignore[no-untyped-def]
+    a,
+    b,
+    d,
+    out,
+    n,
+    k,
+    a_batch,
+    a_row,
+    a_column,
+    b_batch,
+    b_row,
+    b_column,
+    d_batch,
+    d_row,
+    alpha,
+    beta,
+    diagonal,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BAND: tl.constexpr,
+    EVEN: tl.constexpr,
+    ADDS: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    A_ROWS: tl.constexpr,
+    B_ROWS: tl.constexpr,
+):
+    """One tile of ``alpha a b + beta d + diagonal I``, and its mirror.
+
+    ``EVEN``: ``DEPTH`` divides ``k``. ``DESCRIBED``: ``a`` and ``b`` are descriptors of stacks seen as one matrix each, whose
+    rows are ``a``'s rows where ``A_ROWS`` and its columns otherwise, and likewise ``b``'s.
+    """
+    across = tl.cdiv(n, TILE)
+    tiles = across * (across + 1) // 2
+    item = tl.program_id(0) // tiles
+    i, j = tile_of(tl.program_id(0) % tiles, across, BAND)
+    item64 = item.to(tl.int64)  # the entries of a stack may outnumber int32
+    rows = i * TILE + tl.arange(0, TILE)
+    columns = j * TILE + tl.arange(0, TILE)
+    total = tl.zeros((TILE, TILE), dtype=tl.float32)
+    if DESCRIBED:
+        for start in range(0, k, DEPTH):
+            if A_ROWS:
+                x = a.load([item * n + i * TILE, start])
+            else:
+                x = a.load([item * k + start, i * TILE]).T
+            if B_ROWS:
+                y = b.load([item * k + start, j * TILE])
+            else:
+                y = b.load([item * n + j * TILE, start]).T
+            total = multiplied(x, y, total)
+    else:
+        depth = tl.arange(0, DEPTH)
+        # rows past the end start again from 0: they are read, and never stored
+        a_at = a + item64 * a_batch + (rows % n)[:, None] * a_row + depth[None, :] * a_column
+        b_at = b + item64 * b_batch + depth[:, None] * b_row + (columns % n)[None, :] * b_column
+        for start in range(0, k, DEPTH):
+            if EVEN:
+                x, y = tl.load(a_at), tl.load(b_at)
+            else:
+                inside = start + depth < k
+                x = tl.load(a_at, mask=inside[None, :], other=0.0)
+                y = tl.load(b_at, mask=inside[:, None], other=0.0)
+            total = multiplied(x, y, total)
+            a_at += DEPTH * a_column
+            b_at += DEPTH * b_row
+    total = total * alpha
+    held = (rows < n)[:, None] & (columns < n)[None, :]
+    if ADDS:
+        added = tl.load(d + item64 * d_batch + rows[:, None] * d_row + columns[None, :], mask=held, other=0.0)
+        total += beta * added.to(tl.float32)
+    total = tl.where(rows[:, None] == columns[None, :], total + diagonal, total)
+    result = total.to(out.dtype.element_ty)
+    out += item64 * n * n
+    tl.store(out + rows[:, None] * n + columns[None, :], result, mask=held)
+    if i != j:
+        mirrored = (columns < n)[:, None] & (rows < n)[None, :]
+        tl.store(out + columns[:, None] * n + rows[None, :], tl.trans(result), mask=mirrored)
+
+
+@lru_cache(maxsize=1)
+def descriptors() -> Any:
+    """Triton's host side descriptors, or None where this version has none."""
+    try:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+    except ImportError:
+        return None
+    return TensorDescriptor
+
+
+def described(x: Tensor, side: int, depth: int, k: int, rows_are_k: bool) -> Any:
+    """A descriptor of the stack ``x`` ``[B, r, c]`` as one matrix ``[B r, c]``, or None where the hardware reads no such one.
+
+    A block that runs over the end of a matrix's ``k`` would read the next one, so that ``depth`` must divide ``k``.
+    """
+    fits = x.stride(0) == x.shape[1] * x.stride(1) or len(x) == 1
+    aligned = x.data_ptr() % 16 == 0 and x.stride(1) * x.element_size() % 16 == 0
+    if descriptors() is None or x.stride(2) != 1 or not fits or not aligned or k % depth:
+        return None
+    block = [depth, side] if rows_are_k else [side, depth]
+    return descriptors()(x, [len(x) * x.shape[1], x.shape[2]], [x.stride(1), 1], block)
+
+
+def launch(
+    out: Tensor, a: Tensor, b: Tensor, d: Tensor | None, alpha: float, beta: float, diagonal: float, tiling: Any
+) -> None:
+    """Fill ``out`` ``[B, n, n]``, contiguous, as :func:`hb_muon.symmetric.half_and_mirror` says."""
+    batch, n, k = a.shape
+    if batch * n == 0:
+        return
+    across = triton.cdiv(n, tiling.tile)
+    if d is not None and d.stride(2) != 1:
+        d = d.mT if d.stride(1) == 1 else d.contiguous()  # symmetric: its transpose is itself
+    a_rows, b_rows = a.stride(2) == 1, b.stride(2) == 1
+    x: Any = None
+    y: Any = None
+    if tiling.described:
+        x = described(a if a_rows else a.mT, tiling.tile, tiling.depth, k, rows_are_k=not a_rows)
+        y = described(b if b_rows else b.mT, tiling.tile, tiling.depth, k, rows_are_k=b_rows)
+    whole = x is not None and y is not None
+    settings = (tiling.tile, tiling.depth, tiling.band, k % tiling.depth == 0, d is not None, whole, a_rows, b_rows)
+    addends = (0, 0) if d is None else d.stride()[:2]
+    numbers = (n, k, *a.stride(), *b.stride(), *addends)
+    tensors = (x if whole else a, y if whole else b, out if d is None else d, out)
+    factors = (float(alpha), float(beta), float(diagonal))
+    grid = (batch * across * (across + 1) // 2, 1, 1)
+    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+        if whole or INTERPRETED or any(t.data_ptr() % 16 for t in tensors):
+            half_product[grid](*tensors, *numbers, *factors, *settings, num_warps=tiling.warps, num_stages=tiling.stages)
+        else:
+            kernel = compiled(out.device.index, out.dtype, numbers, settings, tiling.warps, tiling.stages)
+            kernel[grid](*tensors, *numbers, *factors, *settings)
+
+
+@lru_cache(maxsize=256)
+def compiled(
+    device: int, dtype: torch.dtype, numbers: tuple[int, ...], settings: tuple[Any, ...], warps: int, stages: int
+) -> Any:
+    """The kernel for tensors that are aligned to 16 bytes: launching it by itself takes a fifth of the time."""
+    factors = (1.0, 1.0, 1.0)
+    return half_product.warmup(*[dtype] * 4, *numbers, *factors, *settings, grid=(1, 1, 1), num_warps=warps, num_stages=stages)
