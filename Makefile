@@ -14,6 +14,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Processes that run tests; each has one thread.
+JOBS ?= 2
 
 PLUGINS := plugins/hb_adam plugins/hb_muon plugins/hb_psgd plugins/hb_soap plugins/hb_ecc
 BIN := $(VENV)/bin
@@ -36,7 +38,7 @@ demo: $(INSTALLED)
 	$(BIN)/hbcore compare AdamW SGD Muon SOAP PSGDKron SFAdamW --steps 300 --out build/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-full: $(INSTALLED)
 	$(BIN)/python scripts/test_full.py $(ARGS)

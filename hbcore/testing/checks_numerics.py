@@ -49,12 +49,12 @@ def bfloat16_weights_follow_small_updates(subject: Subject) -> None:
     """If this fails, bfloat16 weights stop learning where updates fall below half of their last bit."""
     means = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = nn.Module()
-        model.register_parameter("weight", nn.Parameter(torch.ones(1024, dtype=dtype)))
+        model, ones = nn.Module(), torch.ones(512, dtype=dtype)
+        model.register_parameter("weight", nn.Parameter(torch.cat([ones, -ones])))  # at right angles to the gradient: OrthoGrad
         trial = subject.trial(model, lr=1e-4, stochastic_rounding=True)
         for _ in range(300):
             trial.step(lambda p=trial.params["weight"]: p.float().sum())  # type: ignore[misc]
-        means[dtype] = 1 - float(trial.params["weight"].double().mean())
+        means[dtype] = -float(trial.params["weight"].detach().double().mean())
     exact, found = means[torch.float32], means[torch.bfloat16]
     assert abs(found - exact) <= 0.05 * abs(exact), (
         f"expected the mean of bfloat16 weights to move by {exact:g} in 300 small steps with stochastic_rounding=True, as "

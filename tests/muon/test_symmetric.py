@@ -17,7 +17,7 @@ import torch
 from hb_muon import symmetric
 from hb_muon.symmetric import Tiling, Winner, half_and_mirror, symmetric_product
 
-SIZES = ((2, 64, 32), (2, 40, 48), (1, 33, 17), (2, 1, 5), (1, 17, 1))
+SIZES = ((2, 64, 32), (2, 40, 48), (2, 40, 72), (1, 33, 17), (2, 1, 5), (1, 17, 1))
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}  # the interpreter cuts bits off where a GPU rounds to nearest
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
