@@ -10,7 +10,7 @@ import pytest
 
 import hbcore
 
-STEPS = 60
+STEPS = 300  # the default of the command
 
 
 @pytest.mark.full
