@@ -172,6 +172,7 @@ def compared(n: int, k: int, batch: int, dtype: torch.dtype, columns: bool) -> d
 
 
 def show(row: dict[str, Any]) -> None:
+    """Print one row of products."""
     if row.get("best") is None:
         print(f"{row['name']:48s} FAILED {row.get('error') or next(iter(row['ours'].values()))}")
         return
@@ -237,6 +238,7 @@ def span(factor: torch.Tensor) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Run what ``--only`` names, print it and write it to ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("muon-sweep.json"))
     parser.add_argument("--seconds", type=float, default=240)

@@ -107,9 +107,13 @@ class Composite(torch.optim.Optimizer):
         if any(group is param_group for child in self.children for group in child.param_groups):
             self.param_groups.append(param_group)  # torch's constructor, handing over what the children have
             return
-        child = self.child_for(param_group)
+        self._hand_over(self.child_for(param_group), param_group)
+
+    def _hand_over(self, child: Optimizer, param_group: dict[str, Any]) -> None:
+        """Add a group to one of the optimizers, which may make several of it."""
+        before = len(child.param_groups)
         child.add_param_group(param_group)
-        self.param_groups.append(child.param_groups[-1])
+        self.param_groups.extend(child.param_groups[before:])
 
     def child_for(self, param_group: Mapping[str, Any]) -> Optimizer:
         """The optimizer that takes a new group: the last one."""

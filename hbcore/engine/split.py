@@ -66,8 +66,7 @@ class SplitOpt(Composite):
         routed = self._route(check_params("SplitOpt", [param_group], self.param_groups))
         for child, groups in zip(self.children, routed, strict=True):
             for group in groups:
-                child.add_param_group(group)
-                self.param_groups.append(child.param_groups[-1])
+                self._hand_over(child, group)
 
     def _route(self, groups: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         """For each spec, its groups: those of ``groups``, with the parameters that it takes."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hbcore.testing import expect
-from hbcore.testing.subject import Check, Subject, Trial, drawn, pull
+from hbcore.testing.subject import NOT_BY_HAND, Check, Subject, Trial, drawn, pull
 
 
 def no_gradient_means_untouched(subject: Subject) -> None:
@@ -122,9 +122,6 @@ def used_gradients_are_let_go(subject: Subject) -> None:
             gc.collect()
         assert watched() is None, f"the gradient of step {step + 1} is still alive after zero_grad()"
 
-
-NOT_BY_HAND = frozenset({"closure", "sparse"})
-"""Optimizers that a check with gradients of its own making cannot step."""
 
 CHECKS = (
     Check(no_gradient_means_untouched),

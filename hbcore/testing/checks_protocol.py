@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler
 from hbcore.engine.composite import Composite
 from hbcore.errors import HyperparameterError
 from hbcore.testing import expect
-from hbcore.testing.subject import Check, Subject, Trial, loss_of, through_file
+from hbcore.testing.subject import NOT_BY_HAND, Check, Subject, Trial, loss_of, through_file
 
 
 def it_is_a_torch_optimizer(subject: Subject) -> None:
@@ -271,9 +271,6 @@ def the_first_gradient_of_a_matrix_only_primes(subject: Subject) -> None:
     trial.step()
     expect.moved(before, trial.values(), "the second gradient")
 
-
-NOT_BY_HAND = frozenset({"closure", "sparse"})
-"""Optimizers that a check with gradients of its own making cannot step."""
 
 PRIMES = frozenset({"primes"})
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+NOT_BY_HAND = frozenset({"closure", "sparse"})
+"""Optimizers that a check with gradients of its own making cannot step."""
+
 
 @dataclass(frozen=True)
 class Check:

@@ -77,8 +77,12 @@ def test_a_rule_without_a_second_moment_refuses_it(cls):
 
 
 def test_muon_has_it_for_what_goes_through_adam():
-    params = parameters(((6, 4), (5,)), torch.float32)
-    assert Muon(params, palm=True).settings.palm
+    shapes, reached = ((6, 4), (5,)), {}
+    for palm in (False, True):
+        params = parameters(shapes)
+        run(Muon(params, palm=palm), params, gradients(4, shapes))
+        reached[palm] = [p.detach() for p in params]
+    assert torch.equal(reached[True][0], reached[False][0]) and not torch.equal(reached[True][1], reached[False][1])
 
 
 def test_its_scale_has_bounds():

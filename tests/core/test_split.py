@@ -146,6 +146,12 @@ def test_late_groups_go_the_same_way():
     assert sorted(optimizer.state_dict()["state"]) == list(range(8))
 
 
+def test_a_group_that_its_optimizer_splits_is_there_in_whole():
+    optimizer = SplitOpt(mlp().named_parameters(), [{"optimizer": "MuonAdamW"}])
+    optimizer.add_param_group({"params": list(nn.Linear(3, 3).named_parameters())})
+    assert [len(g["params"]) for g in optimizer.param_groups] == [2, 4, 1, 1]
+
+
 def test_modes_are_forwarded():
     model = mlp()
     optimizer = SplitOpt(model.named_parameters(), [{"optimizer": SFAdamW, "when": is_matrix, "lr": 0.1}, {"optimizer": "SGD"}])
