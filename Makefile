@@ -41,7 +41,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-full: $(INSTALLED)
-	$(BIN)/python scripts/test_full.py $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 JOBS=$(JOBS) $(BIN)/python scripts/test_full.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from hb_muon import symmetric
-from hb_muon.orthogonalize import orthogonalize
+from hb_muon.orthogonalize import orthogonalize, orthogonalize_stacks
 from hb_muon.symmetric import Tiling, Winner, half_and_mirror
 from hbcore.cli.bench.shapes import shapes_of
 
@@ -122,18 +122,20 @@ def check(clock: Clock) -> list[dict[str, Any]]:
 
 
 def worst_error(n: int, k: int, dtype: torch.dtype, columns: bool, tiling: Tiling) -> float:
-    """The largest error of ``X X^T`` and of a product with everything added, in roundings of the entry it is in."""
+    """The largest error of ``X X^T`` and of a product with another added, in roundings of the entry it is in.
+
+    Entries that are small by cancellation are held against the largest: tensor cores add in fewer bits than float32 has.
+    """
     x = stack(3, n, k, dtype, columns)
     if n % 64:  # whole ones lie side by side, as descriptors want them
         around = torch.full((3, k + 16, n + 16) if columns else (3, n + 16, k + 16), torch.nan, dtype=dtype, device="cuda")
         x = (around.mT if columns else around)[:, :n, :k].copy_(x)
     gram = half_and_mirror(x, x.mT, tiling=tiling)
     errors = [(gram, x.double() @ x.double().mT)]
-    every = half_and_mirror(gram, gram, gram, 0.7, -1.3, 2.5, tiling)
-    eye = torch.eye(n, dtype=torch.float64, device="cuda")
-    errors.append((every, 0.7 * gram.double() @ gram.double() - 1.3 * gram.double() + 2.5 * eye))
+    every = half_and_mirror(gram, gram, gram, 0.7, -1.3, tiling)
+    errors.append((every, 0.7 * gram.double() @ gram.double() - 1.3 * gram.double()))
     half = torch.finfo(dtype).eps / 2
-    return max(float(((o - e).abs() / (half * e.abs() + 1e-5 * e.abs().max())).max()) for o, e in errors)
+    return max(float(((o - e).abs() / (half * e.abs() + 5e-5 * e.abs().max())).max()) for o, e in errors)
 
 
 # --- products -----------------------------------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ def methods(clock: Clock) -> list[dict[str, Any]]:
             for table in ("cublas", "table"):
                 if clock.allows(f"{name} {label} {table}"):
                     with winners(() if table == "cublas" else symmetric.WINNERS):
-                        ms = tried(lambda s=stacks, o=options: milliseconds(lambda: [orthogonalize(x, **o) for x in s], 5, 60))
+                        ms = tried(lambda s=stacks, o=options: milliseconds(lambda: list(orthogonalize_stacks(s, **o)), 5, 60))
                     rows.append({"set": name, "candidate": label, "products": table, "ms": ms})
                     print(f"{name:8s} {label:36s} {table:7s} {ms if isinstance(ms, str) else format(ms, '8.3f')}")
     for label, options in CANDIDATES:

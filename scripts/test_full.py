@@ -18,6 +18,9 @@ from datetime import datetime, timezone
 import pytest
 from code_hash import RESULT, ROOT, code_hash
 
+JOBS = os.environ.get("JOBS", "2")
+"""Processes that run tests."""
+
 
 class Outcomes:
     """A pytest plugin that counts each test's outcome once."""
@@ -51,7 +54,7 @@ def main(arguments: list[str]) -> int:
     tested = code_hash()
     outcomes = Outcomes()
     started = time.monotonic()
-    status = int(pytest.main(["-m", "full or not full", *arguments], plugins=[outcomes]))
+    status = int(pytest.main(["-m", "full or not full", "-n", JOBS, *arguments], plugins=[outcomes]))
     seconds = round(time.monotonic() - started)
     if arguments:
         print(f"{RESULT.relative_to(ROOT)}: not written, because arguments may narrow a run: {' '.join(arguments)}")

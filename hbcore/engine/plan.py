@@ -22,7 +22,7 @@ from hbcore.engine.lanes import Entry, Group, Lane, LaneKey, Work, by_lane
 from hbcore.engine.layout import is_dense
 from hbcore.engine.progress import Progress, advanced, carried
 from hbcore.engine.recipe import Recipe
-from hbcore.engine.stacks import Stack, Traffic, levels_of, stacks_of
+from hbcore.engine.stacks import Level, levels_of
 from hbcore.engine.surroundings import Surroundings
 from hbcore.engine.trace import trace
 from hbcore.engine.values import NO_AMP, Amp, capturing, device_values, numbers
@@ -47,13 +47,12 @@ class Plan:
         self._recipes: dict[int, Recipe] = {}
         self._forks: dict[int, tuple[Transform, ...]] = {}
         self._works: list[Work] | None = None
-        self._stacks: list[Stack] = []
+        self._levels: list[Level] = []
         self._idle: list[Tensor] = []
         self._model_numel = 0.0
         self._active: list[Entry] = []
         self._params: list[Tensor] = []
         self._transforms: dict[int, list[Transform]] = {}
-        self._traffic: list[Traffic] = []
         self._revision: float = 0
         self._everyone: list[Tensor] = []
         self._empty: list[Tensor] = []
@@ -88,10 +87,10 @@ class Plan:
         for work in works:  # everything compiles before anything is written
             self._fill(work, work.rows(base, ahead), amp, progress)
             self._compile(work)
-        for stack in self._stacks:
-            stack.arrange(base)
+        for level in self._levels:
+            level.arrange(base)
         run_level = self._runner(ahead, progress, refreshes)
-        self.report.launches = schedule.run(works, len(self._traffic), run_level)
+        self.report.launches = schedule.run(works, len(self._levels), run_level)
         self._selection.advance(1 if amp.found_inf is None else (amp.found_inf == 0).float())  # while the device is at work
         for g, carries in progress.items():
             self.around.progress[g].update(carries)
@@ -159,11 +158,10 @@ class Plan:
         """Sort the active parameters into lanes and slabs."""
         self._model_numel = float(sum(e.numel for e in self._active))
         works = by_lane(self._active)
-        self._stacks = stacks_of(self._active)
         collected = [work.collect() for work in works]
         assert all(collected), "a parameter's memory changed while it was planned"
         self._params = [e.param for e in self._active]
-        self._traffic = [Traffic(self._active, level) for level in range(levels_of(self._active))]
+        self._levels = levels_of(self._active)
         self._transforms = {}
         for way, g in {id(e.course): (e.course, e.group) for e in self._active}.values():
             stepped = [t for t in way.transforms if t.domain == Domain.MATRIX or t.scalars()]
@@ -278,17 +276,14 @@ class Plan:
     ) -> Callable[[int], None]:
         """What runs one level of matrix rules."""
 
+        def scalars(g: int, recipe: Recipe) -> dict[str, Tensor]:
+            carries = carried(self.around.progress[g], self._transforms[g])
+            values = [*numbers(recipe, self.groups[g], carries), *[1.0] * 4]
+            return {n: torch.tensor(v, dtype=torch.float64) for n, v in zip(recipe.scalar_names, values, strict=False)}
+
         def run_level(level: int) -> None:
-            traffic = self._traffic[level]
-            traffic.deal()
-            for stack in (s for s in self._stacks if s.level == level):
-                g, recipe = stack.slab.key.group, stack.slab.key.recipe
-                values = [*numbers(recipe, self.groups[g], carried(self.around.progress[g], self._transforms[g])), *[1.0] * 4]
-                scalars = {n: torch.tensor(v, dtype=torch.float64) for n, v in zip(recipe.scalar_names, values, strict=False)}
-                for turn in stack.turns(scalars, ahead, refreshes[g], self.around.progress[g]):
-                    progress[g].update({n: float(v) for n, v in stack.slab.run(turn).items()})
-                if stack.partial:
-                    self.report.note("some matrices of a slab sat a step out: the others were gathered and scattered back")
-            traffic.collect()
+            self._levels[level].run(ahead, scalars, refreshes, self.around.progress, progress)
+            if self._levels[level].partial:
+                self.report.note("some matrices of a slab sat a step out: the others were gathered and scattered back")
 
         return run_level

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,81 +11,89 @@ from torch import Tensor
 from hbcore.distributed.exchange import from_owners, to_owners
 from hbcore.engine.lanes import Entry, noise_key
 from hbcore.engine.progress import Progress, carried
-from hbcore.engine.slabs import Seat, Slab, SpreadSeat, Turn
+from hbcore.engine.recipe import Recipe
+from hbcore.engine.slabs import Seat, Slab, SpreadSeat
+from hbcore.engine.turns import Part, Turn
 
 
-@dataclass(frozen=True)
-class Member:
-    """An active parameter's rows in a slab."""
+class Group(NamedTuple):
+    """What rows must share to be handed to a rule together. A recipe's own identity stands for it: it is long to compare."""
 
-    entry: Entry
+    group: int
+    recipe: int
     place: int
-    rows: range
+    device: torch.device
+    step: float
+    priming: bool
 
 
-class Stack:
-    """The active rows of one slab.
+class Level:
+    """One level of matrix rules: the rows of its slabs, in the groups that run together, and what goes there and back.
 
     Attributes:
-        level: how many matrix rules come before this one.
-        members: the parameters that the rows belong to.
+        partial: whether some of a slab's rows sit this step out, or take it at another step than the rest.
     """
 
-    def __init__(self, slab: Slab, level: int, members: list[Member]) -> None:
-        self.slab, self.level, self.members = slab, level, members
+    def __init__(self, entries: list[Entry], level: int) -> None:
+        self.level, self.traffic = level, Traffic(entries, level)
+        self.members: dict[Slab, list[tuple[Entry, int, range]]] = {}  # with the parameter's place among the active ones
+        for place, e in enumerate(entries):
+            if level < min(e.reach, len(e.seats)):
+                for block, slab, row in e.seats[level].places:
+                    self.members.setdefault(slab, []).append((e, place, range(row, row + block.batch)))
+        self.partial = False
         self._base: list[float] | None = None
-        self._parts: list[tuple[float, bool, Tensor | None, list[str]]] = []
-
-    @property
-    def partial(self) -> bool:
-        """Whether some of the slab's rows sit this step out, or take it at another step than the rest."""
-        return len(self._parts) > 1 or any(rows is not None for _, _, rows, _ in self._parts)
+        self._groups: dict[Group, list[Part]] = {}
 
     def arrange(self, base: list[float]) -> None:
         """Sort the rows by step; ``base`` is the same list while all parameters advance together."""
         if self._base is base:
             return
-        groups: dict[tuple[float, bool], list[int]] = {}
-        for m in self.members:
-            priming = not m.entry.primed and m.entry.reach == self.level + 1
-            groups.setdefault((base[m.place], priming), []).extend(m.rows)
-        self._base, self._parts = base, []
-        for (count, priming), rows in groups.items():
-            whole = sorted(rows) == list(range(len(self.slab.names)))
-            index = None if whole else torch.tensor(sorted(rows), device=self.slab.key.device)
-            self._parts.append((count, priming, index, [self.slab.names[r] for r in sorted(rows)]))
+        self._base, self._groups, self.partial = base, {}, False
+        for slab, members in self.members.items():
+            found: dict[tuple[float, bool], list[int]] = {}
+            for e, place, rows in members:
+                found.setdefault((base[place], not e.primed and e.reach == self.level + 1), []).extend(rows)
+            key = slab.key
+            for (step, priming), chosen in found.items():
+                chosen.sort()
+                whole = chosen == list(range(len(slab.names)))
+                self.partial = self.partial or not whole
+                index = None if whole else torch.tensor(chosen, device=key.device)
+                group = Group(key.group, id(key.recipe), key.place, key.device, step, priming)
+                self._groups.setdefault(group, []).append(Part(slab, index, [slab.names[r] for r in chosen]))
 
-    def turns(self, scalars: Mapping[str, Tensor], ahead: int, refreshes: Mapping[str, bool], progress: Progress) -> list[Turn]:
-        """The runs of the rule that this step takes.
+    def run(
+        self,
+        ahead: int,
+        scalars: Callable[[int, Recipe], dict[str, Tensor]],
+        refreshes: Mapping[int, Mapping[str, bool]],
+        before: Sequence[Progress],
+        after: Mapping[int, Progress],
+    ) -> None:
+        """Bring the rules' inputs to the slabs, run the rules, and bring the results back.
 
         Args:
-            scalars: what the group's recipe asks for, 0-d float64 each; the step is each row's own.
             ahead: what to add to the counts that the rows were sorted by.
-            refreshes: whether each rule, by name, refreshes.
-            progress: what the group carries from the last step.
+            scalars: what a group's recipe asks for, 0-d float64 each; the step is each row's own.
+            refreshes: whether each rule of a group, by name, refreshes.
+            before, after: what each group carried from the last step, and will carry to the next.
         """
-        recipe, turns = self.slab.key.recipe, list[Turn]()
-        for count, priming, rows, names in self._parts:
-            step = torch.tensor(count + ahead, dtype=torch.float64)
-            rule = recipe.whole_chain({**scalars, "step": step})[self.slab.key.place]
-            state = {n: torch.tensor(v, dtype=torch.float64) for n, v in carried(progress, [rule]).items()}
-            turns.append(Turn(rule, rows, names, step, refreshes[rule.name], priming, recipe.divide, state, noise_key))
-        return turns
+        self.traffic.deal()
+        for group, parts in self._groups.items():
+            g, recipe = group.group, parts[0].slab.key.recipe
+            step = torch.tensor(group.step + ahead, dtype=torch.float64)
+            rule = recipe.whole_chain({**scalars(g, recipe), "step": step})[group.place]
+            held = {n: torch.tensor(v, dtype=torch.float64) for n, v in carried(before[g], [rule]).items()}
+            turn = Turn(rule, step, refreshes[g][rule.name], group.priming, recipe.divide, held, noise_key)
+            for new in turn.run(parts):
+                after[g].update({n: float(v) for n, v in new.items()})
+        self.traffic.collect()
 
 
-def stacks_of(entries: list[Entry]) -> list[Stack]:
-    """One :class:`Stack` for each slab that an active parameter has rows in, in order of appearance."""
-    slabs: dict[Slab, tuple[int, list[Member]]] = {}
-    for place, e in enumerate(entries):
-        for level, seat in enumerate(e.seats[: min(e.reach, len(e.seats))]):
-            for block, slab, row in seat.places:
-                slabs.setdefault(slab, (level, []))[1].append(Member(e, place, range(row, row + block.batch)))
-    return [Stack(slab, level, members) for slab, (level, members) in slabs.items()]
-
-
-def levels_of(entries: list[Entry]) -> int:
-    """How many levels of matrix rules a step has, on whatever rank."""
-    return max((min(e.reach, len(e.seats)) for e in entries), default=0)
+def levels_of(entries: list[Entry]) -> list[Level]:
+    """The levels of matrix rules that a step has, on whatever rank."""
+    return [Level(entries, level) for level in range(max((min(e.reach, len(e.seats)) for e in entries), default=0))]
 
 
 class Traffic:

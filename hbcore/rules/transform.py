@@ -8,7 +8,7 @@ hyperparameter and never reduces a tensor by itself: what it needs to know of a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from numbers import Real
@@ -229,6 +229,14 @@ class Transform:
         itself, and slots that it does not return keep their values.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no update(u, s, c)")
+
+    def update_stacks(self, stacks: Sequence[tuple[Tensor, State, Context]]) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
+        """Matrix rules: what ``update`` returns for each of several stacks, in order; their blocks' shapes differ.
+
+        The engine hands over all that a rule has to do at a step, and writes each result before it asks for the next. By
+        default they are computed one after another. A rule overrides this where one operation can work for several stacks.
+        """
+        return (self.update(u, s, c) for u, s, c in stacks)
 
     def swap(self, param: Tensor, s: State, training: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Rules with two sets of weights: the other set's parameter, and the slots that change with it. Pure, elementwise.

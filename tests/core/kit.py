@@ -76,7 +76,7 @@ def run(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: Itera
     """Step once for each list of gradients."""
     for grads in steps:
         for p, g in zip(params, grads, strict=True):
-            p.grad = g.clone()
+            p.grad = None if g is None else g.clone()
         optimizer.step()
 
 

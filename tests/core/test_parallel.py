@@ -10,7 +10,7 @@ from core.kit import gradients, parameters, run, same, values
 import hbcore
 from hb_adam import AdamW
 from hb_adam.lion import ScaleByLion
-from hb_muon.muon import Orthogonalize
+from hb_muon.rules import Orthogonalize
 from hb_soap.soap import PreconditionBySOAP
 from hbcore import Parallel, RuleError, graft
 from hbcore.api import Optimizer, Route, ScaleByAdam, is_matrix

@@ -16,6 +16,7 @@ from hb_muon import Muon
 from hb_psgd import PSGDKron
 from hb_soap import SOAP
 from hbcore.api import Block, Context, Domain, Optimizer, Route, Slot, State, Transform, hyper, is_matrix, matrix_view, zeros
+from hbcore.engine.turns import Sight
 from hbcore.errors import OptionError, RuleError
 
 SHAPES = ((6, 6), (6, 6), (5, 6), (6, 6), (11, 3, 2, 2), (7,), (), (1, 2), (5, 6))
@@ -168,6 +169,56 @@ def test_a_late_parameter_opens_a_slab_and_moves_nobodys_state(family):
         assert all(optimizer.state[params[i]][name] is tensor for name, tensor in state.items() if name != "step")
         assert optimizer.state[params[i]]["step"] == (5 if cls is SOAP else 6)
     assert optimizer.state[params[3]]["step"] == (2 if cls is SOAP else 3)
+
+
+@dataclass(frozen=True)
+class AveragedTogether(Averaged):
+    """The same with a word to say when it is handed stacks: ``heard`` has the shapes of each call."""
+
+    heard: Any = None
+    lazy: bool = False
+
+    def update_stacks(self, stacks):
+        self.heard.append([tuple(u.shape) for u, _, _ in stacks])
+        results = (self.update(*stack) for stack in stacks)
+        return results if self.lazy else list(results)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_rule_is_handed_all_stacks_that_take_the_same_step(monkeypatch, lazy):
+    heard: list[Any] = []
+    chain = lambda h: (Route(is_matrix, (AveragedTogether(h.share, h.split, heard, lazy),)),)  # noqa: E731
+    params, steps = parameters(), gradients(4)
+    plain = parameters()
+    steps[2][0] = steps[2][8] = None
+    run(Averaging(plain, compile="eager"), plain, steps)
+    monkeypatch.setattr(Averaging, "chain", staticmethod(chain))
+    run(Averaging(params, compile="eager"), params, steps)
+    assert distance(params, plain) == 0
+    whole = [(3, 6, 6), (2, 5, 6), (1, 11, 12)]
+    assert heard[:2] == [whole] * 2
+    assert sorted(heard[2]) == [(1, 5, 6), (1, 11, 12), (2, 6, 6)]
+    late = [(1, 5, 6), (1, 6, 6)]  # those that missed a step
+    assert sorted(map(sorted, heard[3:])) == [late, [(1, 5, 6), (1, 11, 12), (2, 6, 6)]]
+
+
+def test_each_result_is_written_before_the_next_is_computed(monkeypatch):
+    """Else a rule that treats its stacks one by one would hold the results of all of them."""
+    order: list[str] = []
+    update, keep = Averaged.update, Sight.keep
+
+    def told(name, function):
+        def wrapped(*args, **kwargs):
+            order.append(name)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr(Averaged, "update", told("update", update))
+    monkeypatch.setattr(Sight, "keep", told("keep", keep))
+    params, steps = parameters(), gradients(1)
+    run(Averaging(params, compile="eager"), params, steps)
+    assert order == ["update", "keep"] * 3
 
 
 def test_rows_are_split_and_several_slabs_serve_one_parameter():

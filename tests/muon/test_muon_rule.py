@@ -12,7 +12,7 @@ from reference.muon import JORDAN, muon
 
 import hbcore
 from hb_muon import Muon
-from hb_muon.muon import MuonMomentum, Orthogonalize
+from hb_muon.rules import MuonMomentum, Orthogonalize
 from hbcore.api import Context, ScaleByAdam
 from hbcore.rules import route
 from hbcore.rules.division import eps_clamp
@@ -194,6 +194,19 @@ def test_a_stack_equals_its_matrices_one_by_one(settings, depth):
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-11)
     assert torch.equal(u, before)
     assert new == {}
+
+
+@pytest.mark.parametrize("together", [1, 100, 2**29])
+@pytest.mark.parametrize("settings", [{}, {"scale_mode": "graft"}, {"method": "minimax"}, {"method": "exact"}], ids=str)
+def test_stacks_that_run_together_equal_each_by_itself(monkeypatch, settings, together):
+    monkeypatch.setattr("hb_muon.rules.TOGETHER", together)
+    rule, shapes = Orthogonalize(**settings), [(2, 6, 4), (1, 4, 9), (3, 5, 5), (1, 9, 4)]
+    stacks = [torch.stack([start(shape[1:]) * 2.0**i + i for i in range(shape[0])]) for shape in shapes]
+    results = list(rule.update_stacks([(u, {}, context()) for u in stacks]))
+    assert len(results) == len(stacks)
+    for u, (factor, new) in zip(stacks, results, strict=True):
+        torch.testing.assert_close(factor, rule.update(u, {}, context())[0], rtol=0, atol=1e-12)
+        assert new == {}
 
 
 def test_scales():

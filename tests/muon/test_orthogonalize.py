@@ -10,7 +10,7 @@ from reference.minimax import table as minimax_table
 from reference.muon import JORDAN, YOU, newton_schulz, polar
 
 from hb_muon.coefficients import MINIMAX
-from hb_muon.orthogonalize import METHODS, TABLES, orthogonalize, polar_express, table
+from hb_muon.orthogonalize import METHODS, TABLES, orthogonalize, orthogonalize_stacks, polar_express, table
 
 SHAPES = ((24, 24), (16, 40), (40, 16), (3, 64), (64, 3))
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
@@ -249,3 +249,21 @@ def test_nothing_is_written():
             orthogonalize(x, method, dtype=dtype)
             assert torch.equal(x, before)
             assert x._version == version
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@EVERY_METHOD
+def test_stacks_of_several_shapes_equal_each_by_itself(method, dtype):
+    """Two smaller sides, wide and tall ones of each, in no order; the scale goes with the stack."""
+    stacks = [stack(*shape) for shape in [(3, 6, 9), (1, 4, 4), (2, 9, 6), (2, 4, 11), (1, 6, 6), (1, 1, 1)]]
+    scales = [1.0, 0.5, 2.0, 1.0, 3.0, 1.0]
+    together = list(orthogonalize_stacks(stacks, method, dtype=dtype, scales=scales))
+    for x, scale, factor in zip(stacks, scales, together, strict=True):
+        assert factor.shape == x.shape
+        alone = orthogonalize(x, method, dtype=dtype, scale=scale)
+        torch.testing.assert_close(factor, alone, rtol=0, atol=1e-12 if dtype == torch.float64 else 0)
+
+
+def test_no_stacks():
+    for method in METHODS:
+        assert list(orthogonalize_stacks([], method)) == []

@@ -11,7 +11,7 @@ from core.kit import distance, gradients, parameters, run, same, values
 from torch import nn
 
 from hb_muon import Scion, init_scion_
-from hb_muon.muon import MuonMomentum, Orthogonalize
+from hb_muon.rules import MuonMomentum, Orthogonalize
 from hb_muon.scion import BiasLMO, WeightLMO
 from hbcore.api import Context
 from hbcore.rules.division import eps_clamp

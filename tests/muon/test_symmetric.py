@@ -64,16 +64,15 @@ def test_a_gram_matrix(dtype, tiling, storage, size):
 @EVERY_TILING
 @EVERY_DTYPE
 def test_a_product_of_polynomials_plus_another(dtype, tiling, batch, n, added):
-    """``alpha a b + beta c + diagonal I``, rounded once; the two commute to rounding errors."""
+    """``alpha a b + beta c``, rounded once; the two commute to rounding errors."""
     gram = stack(batch, n, n, torch.float64)
     gram = gram @ gram.mT
     a, b = (0.3 * gram).to(dtype), (gram @ gram - 0.5 * gram).to(dtype)
     c = (gram + gram.mT).to(dtype)
     c = {"rows": c, "columns": as_columns(c), "expanded": c[:1].expand(batch, n, n)}[added]
-    out = half_and_mirror(a, b, c, alpha=0.7, beta=-1.3, diagonal=2.5, tiling=tiling)
+    out = half_and_mirror(a, b, c, alpha=0.7, beta=-1.3, tiling=tiling)
     product = a.double() @ b.double()
-    eye = torch.eye(n, dtype=torch.float64, device=DEVICE)
-    expected = 0.7 * product - 1.3 * c.double() + 2.5 * eye
+    expected = 0.7 * product - 1.3 * c.double()
     check(out.tril(), expected.tril(), dtype, scale=10.0)
     asymmetry = (product - product.mT).abs().max()
     assert (out.double() - expected).abs().max() <= 4 * ROUNDING[dtype] * expected.abs().max() + asymmetry
@@ -98,9 +97,9 @@ def test_every_tile_is_computed_once(across, band):
     """What no tile wrote would be what was there before; ``n`` one short of whole tiles."""
     x = stack(1, 16 * across - 1, 16, torch.float16)
     out = torch.full((1, x.shape[1], x.shape[1]), torch.nan, dtype=torch.float16, device=DEVICE)
-    from hb_muon.symmetric_kernel import launch
+    from hb_muon.symmetric_kernel import launch_half
 
-    launch(out, x, x.mT, None, 1.0, 0.0, 0.0, Tiling(16, 16, 4, 2, band=band))
+    launch_half(out, x, x.mT, None, 1.0, 0.0, Tiling(16, 16, 4, 2, band=band))
     check(out, x.double() @ x.double().mT, torch.float16)
 
 
@@ -134,12 +133,15 @@ def test_dtypes_that_the_kernel_does_not_take(dtypes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("alpha", "beta", "diagonal"), [(1.0, 0.0, 0.0), (0.5, 0.0, 2.0), (0.5, -3.0, 0.25)])
-def test_what_a_symmetric_product_is(dtype, alpha, beta, diagonal):
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.5, 0.0), (0.5, -3.0)])
+def test_what_a_symmetric_product_is(dtype, alpha, beta):
     x = stack(2, 9, 14, torch.float64).to(dtype)
     for c in (None, (x @ x.mT)):
-        out = symmetric_product(x, x.mT, c, alpha, beta, diagonal)
-        expected = alpha * x.double() @ x.double().mT + diagonal * torch.eye(9, dtype=torch.float64, device=DEVICE)
+        given = x.new_full((2, 9, 9), torch.nan)
+        out = symmetric_product(x, x.mT, c, alpha, beta)
+        assert torch.equal(symmetric_product(x, x.mT, c, alpha, beta, given), out)
+        assert torch.equal(given, out)
+        expected = alpha * x.double() @ x.double().mT
         expected = expected if c is None else expected + beta * c.double()
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=60 * torch.finfo(dtype).eps)
         assert out.dtype == dtype
@@ -147,7 +149,7 @@ def test_what_a_symmetric_product_is(dtype, alpha, beta, diagonal):
 
 def test_the_kernel_is_chosen_in_the_measured_ranges_alone(monkeypatch):
     large, wide = Tiling(tile=128), Tiling(tile=64)
-    rows = (Winner(1024, 4 * 1024**2, 2.0, large), Winner(256, 0, 0.0, wide))
+    rows = (Winner(1024, 4 * 1024**2, False, large), Winner(256, 0, False, wide), Winner(512, 0, True, wide))
     monkeypatch.setattr(symmetric, "WINNERS", rows)
     monkeypatch.setattr(symmetric, "usable", lambda device: True)
 
@@ -162,6 +164,7 @@ def test_the_kernel_is_chosen_in_the_measured_ranges_alone(monkeypatch):
     assert symmetric.fastest(On(4, 1024, 1024)) is wide
     assert symmetric.fastest(On(4, 1023, 4096)) is wide
     assert symmetric.fastest(On(64, 255, 4096)) is None
+    assert symmetric.fastest(On(64, 256, 256)) is None
     assert symmetric.fastest(On(4, 1024, 2048, dtype=torch.float32)) is None
     assert symmetric.fastest(On(4, 1024, 2048, device="cpu")) is None
     monkeypatch.setattr(symmetric, "usable", lambda device: False)
@@ -185,7 +188,7 @@ def compile_for_hopper(tilings, out):
         flags = {"EVEN": True, "ADDS": adds, "DESCRIBED": tiling.described, "A_ROWS": a_rows, "B_ROWS": b_rows}
         constants = {"TILE": tile, "DEPTH": depth, "BAND": tiling.band, **flags}
         constants |= {"a_column" if a_rows else "a_row": 1, "b_column" if b_rows else "b_row": 1}
-        types = dict.fromkeys(half_product.arg_names, "i32") | dict.fromkeys(("alpha", "beta", "diagonal"), "fp32")
+        types = dict.fromkeys(half_product.arg_names, "i32") | dict.fromkeys(("alpha", "beta"), "fp32")
         types |= dict.fromkeys("abd", "*fp16") | {"out": "*fp16"}
         if tiling.described:
             for name, whole in (("a", a_rows), ("b", not b_rows)):

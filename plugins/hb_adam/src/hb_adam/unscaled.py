@@ -40,8 +40,9 @@ class UnscaledAdamW(Optimizer):
         m_t = \beta_1 m_{t-1} + (1 - \beta_1) \frac{g_t}{\max(r_t, \epsilon)} \qquad
         p_t = p_{t-1} - \mathrm{lr} \left(\frac{r_t\, m_t}{1 - \beta_1^t} + \lambda p_{t-1}\right)
 
-    with Adam's second moment :math:`v_t`. Both moments are corrected for their bias. A step is as long as one of SGD with
-    momentum, and a gradient much larger than its predecessors weighs no more in the momentum than they do.
+    with Adam's second moment :math:`v_t`. Both moments are corrected for their bias. A step is as long as one along an average
+    of the gradients, so that lr is to be chosen as for SGD: ten times as large as for one whose momentum of 0.9 sums. A
+    gradient much larger than its predecessors weighs no more in the momentum than they do.
 
     Args:
         params: parameters, named parameters or groups of them; any floating dtype and shape.

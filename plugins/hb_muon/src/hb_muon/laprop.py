@@ -9,8 +9,8 @@ import torch
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from hb_muon.muon import as_data, orthogonalizer
 from hb_muon.orthogonalize import Coefficients
+from hb_muon.rules import as_data, orthogonalizer
 from hbcore.api import Optimizer, Options, Route, ScaleByLaProp, Transform, is_matrix
 
 
@@ -22,7 +22,7 @@ class MuonLaProp(Optimizer):
         p_t = p_{t-1} - \mathrm{lr} \left(s \cdot \mathrm{orthogonalize}(m_t) + \lambda p_{t-1}\right)
 
     for each matrix, with Adam's second moment :math:`v_t`, and the scale :math:`s` that depends on the matrix's shape: see
-    :class:`hb_muon.muon.Orthogonalize`. Parameters with fewer than two dimensions larger than 1 take LaProp's step,
+    :class:`hb_muon.rules.Orthogonalize`. Parameters with fewer than two dimensions larger than 1 take LaProp's step,
     :math:`m_t / (1 - \beta_1^t)`.
 
     Args:

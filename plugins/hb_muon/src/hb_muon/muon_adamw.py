@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from hb_muon.muon import Muon, as_data
+from hb_muon.muon import Muon
 from hb_muon.orthogonalize import Coefficients
 from hb_muon.routing import members, routing
+from hb_muon.rules import as_data
 from hbcore.api import Optimizer, Options, ScaleByAdam, Transform, is_matrix
 
 ADAMW_PATTERNS = (

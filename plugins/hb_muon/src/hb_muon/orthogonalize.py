@@ -6,14 +6,17 @@ A matrix :math:`X = U \Sigma V^T` has the polar factor :math:`U V^T`, the neares
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hb_muon.coefficients import GRAM, MINIMAX, TABLES, YOU, Coefficients, Table, polar_express, steps_of, table
-from hb_muon.newton_schulz import Number, at_least, frobenius, gram_newton_schulz, minimax, newton_schulz
+from hb_muon.minimax import minimax
+from hb_muon.newton_schulz import gram_newton_schulz, newton_schulz
+from hb_muon.passes import Number, at_least, frobenius
 from hbcore.api import HyperparameterError, compute_dtype
 
 __all__ = (
@@ -27,6 +30,7 @@ __all__ = (
     "fastest_method",
     "frobenius",
     "orthogonalize",
+    "orthogonalize_stacks",
     "polar_express",
     "table",
 )
@@ -39,18 +43,29 @@ class Method(NamedTuple):
         coefficients: the rows.
         dtype: what it computes in.
         steps: how many steps.
-        iterate: called with matrices, rows of coefficients, eps, a dtype and a scale; None for the exact factor.
+        iterate: called with stacks, rows of coefficients, eps, a dtype and a scale for each stack; None for the exact factor.
     """
 
     coefficients: Table
     dtype: torch.dtype
     steps: int
-    iterate: Callable[[Tensor, Table, Number, torch.dtype, float], Tensor] | None
+    iterate: Callable[[Sequence[Tensor], Table, Number, torch.dtype, Sequence[float]], Iterable[Tensor]] | None
+
+
+def one_by_one(iterate: Callable[[Tensor, Table, Number, torch.dtype, float], Tensor]) -> Any:
+    """An iteration on one stack as one on several."""
+
+    def of_stacks(
+        stacks: Sequence[Tensor], rows: Table, eps: Number, dtype: torch.dtype, scales: Sequence[float]
+    ) -> Iterator[Tensor]:
+        return (iterate(x, rows, eps, dtype, scale) for x, scale in zip(stacks, scales, strict=True))
+
+    return of_stacks
 
 
 METHODS: dict[str, Method] = {
-    "newton_schulz": Method(YOU, torch.bfloat16, 5, newton_schulz),
-    "gram_newton_schulz": Method(GRAM, torch.float16, 5, gram_newton_schulz),
+    "newton_schulz": Method(YOU, torch.bfloat16, 5, one_by_one(newton_schulz)),
+    "gram_newton_schulz": Method(GRAM, torch.float16, 5, one_by_one(gram_newton_schulz)),
     "minimax": Method(MINIMAX, torch.float16, 4, minimax),
     "exact": Method((), torch.float32, 0, None),
 }
@@ -93,19 +108,36 @@ def orthogonalize(
     Raises:
         HyperparameterError: the method, the table or the number of steps does not exist.
     """
+    flat = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    [factor] = orthogonalize_stacks([flat], method, ns_steps, ns_coefficients, dtype, eps, [scale])
+    return factor.reshape(x.shape)
+
+
+def orthogonalize_stacks(
+    stacks: Sequence[Tensor],
+    method: str = "newton_schulz",
+    ns_steps: int | None = None,
+    ns_coefficients: Coefficients = None,
+    dtype: torch.dtype | None = None,
+    eps: Number = 1e-7,
+    scales: Sequence[float] | None = None,
+) -> Iterable[Tensor]:
+    """:func:`orthogonalize` for several stacks ``[B, m, n]`` of one dtype, on one device, with a scale each.
+
+    ``"minimax"`` works for all of them together; the other methods compute each result when it is asked for.
+    """
     if method not in METHODS:
         raise HyperparameterError(f"method={method!r} does not exist; pass one of {', '.join(METHODS)}.")
-    how = METHODS[method]
+    how, scales = METHODS[method], [1.0] * len(stacks) if scales is None else scales
     if dtype is None:
-        dtype = torch.float64 if x.dtype == torch.float64 else how.dtype
+        dtype = torch.float64 if any(x.dtype == torch.float64 for x in stacks) else how.dtype
     if how.iterate is None:
-        factor = exact(x)
-        return (factor if scale == 1 else factor * scale).to(dtype)
+        return (exact(x).mul_(scale).to(dtype) for x, scale in zip(stacks, scales, strict=True))
     steps = how.steps if ns_steps is None else ns_steps
     if steps < 1:
         raise HyperparameterError(f"ns_steps={ns_steps!r} must be at least 1.")
     rows = how.coefficients if ns_coefficients is None else table(ns_coefficients)
-    return how.iterate(x, steps_of(rows, steps), eps, dtype, scale)
+    return how.iterate(stacks, steps_of(rows, steps), eps, dtype, scales)
 
 
 def exact(x: Tensor) -> Tensor:

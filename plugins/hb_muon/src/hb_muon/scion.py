@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from hb_muon.muon import MuonMomentum, Orthogonalize, as_data, dtype_of
 from hb_muon.orthogonalize import Coefficients
+from hb_muon.rules import MuonMomentum, Orthogonalize, as_data, dtype_of
 from hbcore.api import (
     Block,
     Context,
@@ -70,12 +70,18 @@ class WeightLMO(Transform):
         return self.factor.working_dtype(param)
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        _, outputs, inputs, *window = u.shape
-        places = math.prod(window)
+        [result] = self.update_stacks([(u, s, c)])
+        return result
+
+    def update_stacks(self, stacks: Sequence[tuple[Tensor, State, Context]]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         if self.norm == "sign":
-            return torch.sign(u) * (self.scale / (inputs * places)), {}
-        factor, _ = self.factor.update(u.flatten(2), {}, c)
-        return factor.view(u.shape) * (self.scale * (math.sqrt(outputs / inputs) / places)), {}
+            for u, _, _ in stacks:
+                yield torch.sign(u) * (self.scale / math.prod(u.shape[2:])), {}
+            return
+        factors = self.factor.update_stacks([(u.flatten(2), {}, c) for u, _, c in stacks])
+        for (u, _, _), (factor, _) in zip(stacks, factors, strict=True):
+            _, outputs, inputs, *window = u.shape
+            yield factor.view(u.shape) * (self.scale * (math.sqrt(outputs / inputs) / math.prod(window))), {}
 
 
 @dataclass(frozen=True)

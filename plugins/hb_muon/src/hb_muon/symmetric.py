@@ -42,54 +42,59 @@ class Winner:
     Attributes:
         size: the least ``n``.
         total: the least ``batch * n * n``; fewer tiles leave processors idle.
-        ratio: the least ``k / n``.
+        square: for products of square matrices, ``k == n``; for other ones otherwise.
         tiling: what was fastest there.
     """
 
     size: int
     total: int
-    ratio: float
+    square: bool
     tiling: Tiling
 
 
 WINNERS: tuple[Winner, ...] = (
-    Winner(size=4096, total=2**24, ratio=1.0, tiling=Tiling(stages=4)),
-    Winner(size=768, total=2**24, ratio=1.0, tiling=Tiling(warps=4)),
+    Winner(size=2048, total=2**22, square=False, tiling=Tiling(described=True)),
+    Winner(size=768, total=2**24, square=False, tiling=Tiling()),
+    Winner(size=128, total=2**25, square=True, tiling=Tiling()),
+    Winner(size=768, total=2**24, square=True, tiling=Tiling()),
+    Winner(size=2048, total=2**22, square=True, tiling=Tiling(warps=4)),
 )
-"""Searched in order, the first that fits is taken. Measured on an H100 (capability 9.0, torch 2.11, Triton 3.6, float16)
-against ``torch.baddbmm``: batches of 24 to 72 with n = 896 and k of 896 and 4,864, 8 with n = 2,048, 4 with n = 4,096 took 0.58
-to 0.76 of its time; 12 with n = 768 and 8 with n = 1,024 took as long or longer. ``benchmarks/muon_sweep.py`` measures more."""
+"""Searched in order, the first that fits is taken. From ``benchmarks/muon_sweep.py`` on an H100 (capability 9.0, torch 2.11,
+Triton 3.6, ``benchmarks/results/h100-muon-sweep.json``) against ``torch.baddbmm``: square products in 0.52 to 0.66 of its time,
+those of ``k = 2 n`` and ``4 n`` in 0.59 to 0.95. Descriptors are faster from the start, but cost the host 20 us more a product.
+Single matrices of less than 2,048 rows took longer."""
 
 CAPABILITY = (9, 0)
 """The only GPUs that :data:`WINNERS` speaks of."""
 
 
 def symmetric_product(
-    a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, diagonal: float = 0.0
+    a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, out: Tensor | None = None
 ) -> Tensor:
     r"""A product that is known to be symmetric, by the faster of two ways.
 
-    .. math:: \alpha A B + \beta C + \delta I
+    .. math:: \alpha A B + \beta C
 
     Args:
         a: ``[B, n, k]``, of any strides.
         b: ``[B, k, n]``, of the same dtype.
         c: ``[B, n, n]``, symmetric, or None for none.
-        alpha, beta, diagonal: the factors; ``diagonal`` is :math:`\delta`.
+        alpha, beta: the factors.
+        out: where to write the result, ``[B, n, n]``, contiguous; None for a new tensor.
 
     Returns:
         ``[B, n, n]`` of ``a``'s dtype, whose rounding errors need not be symmetric.
     """
     tiling = fastest(a)
     if tiling is not None:
-        return half_and_mirror(a, b, c, alpha, beta, diagonal, tiling)
-    if c is None:
-        out = torch.bmm(a, b) if alpha == 1 else torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
-    else:
-        out = torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
-    if diagonal:
-        out.diagonal(dim1=-2, dim2=-1).add_(diagonal)
-    return out
+        from hb_muon.symmetric_kernel import launch_half
+
+        out = a.new_empty(len(a), a.shape[1], a.shape[1]) if out is None else out
+        launch_half(out, a, b, c, alpha, beta, tiling)
+        return out
+    if c is not None:
+        return torch.baddbmm(c, a, b, beta=beta, alpha=alpha, out=out)
+    return torch.bmm(a, b, out=out) if alpha == 1 else torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=alpha, out=out)
 
 
 def fastest(a: Tensor) -> Tiling | None:
@@ -98,7 +103,7 @@ def fastest(a: Tensor) -> Tiling | None:
         return None
     batch, n, k = a.shape
     for winner in WINNERS:
-        if n >= winner.size and batch * n * n >= winner.total and k >= winner.ratio * n:
+        if n >= winner.size and batch * n * n >= winner.total and winner.square == (k == n):
             return winner.tiling
     return None
 
@@ -115,7 +120,6 @@ def half_and_mirror(
     c: Tensor | None = None,
     alpha: float = 1.0,
     beta: float = 0.0,
-    diagonal: float = 0.0,
     tiling: Tiling | None = None,
 ) -> Tensor:
     """:func:`symmetric_product` by the Triton kernel: on CUDA, or anywhere under ``TRITON_INTERPRET=1``.
@@ -126,7 +130,7 @@ def half_and_mirror(
         ImportError: Triton is not installed.
         ValueError: the shapes do not make a square product, or the dtypes are not one of float16 and bfloat16.
     """
-    from hb_muon.symmetric_kernel import launch
+    from hb_muon.symmetric_kernel import launch_half
 
     batch, n, k = a.shape
     given = (b.shape, (batch, n, n) if c is None else c.shape)
@@ -135,6 +139,6 @@ def half_and_mirror(
     dtypes = {x.dtype for x in (a, b, c) if x is not None}
     if dtypes not in ({torch.float16}, {torch.bfloat16}):
         raise ValueError(f"dtypes {sorted(map(str, dtypes))} must be one of float16 and bfloat16")
-    out = torch.empty(batch, n, n, dtype=a.dtype, device=a.device)
-    launch(out, a, b, c, alpha, beta, diagonal, tiling or Tiling())
+    out = a.new_empty(batch, n, n)
+    launch_half(out, a, b, c, alpha, beta, tiling or Tiling())
     return out

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+from hb_muon.launching import INTERPRETED, launch
 
 WIDENS = tl.constexpr(INTERPRETED)
 """Triton's interpreter multiplies the bits of bfloat16 as if they were integers: it is given float32, whose products of such
@@ -71,7 +69,6 @@ def half_product(  # type: ignore[no-untyped-def]
     d_row,
     alpha,
     beta,
-    diagonal,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
     BAND: tl.constexpr,
@@ -81,7 +78,7 @@ def half_product(  # type: ignore[no-untyped-def]
     A_ROWS: tl.constexpr,
     B_ROWS: tl.constexpr,
 ):
-    """One tile of ``alpha a b + beta d + diagonal I``, and its mirror.
+    """One tile of ``alpha a b + beta d``, and its mirror.
 
     ``EVEN``: ``DEPTH`` divides ``k``. ``DESCRIBED``: ``a`` and ``b`` are descriptors of stacks seen as one matrix each, whose
     rows are ``a``'s rows where ``A_ROWS`` and its columns otherwise, and likewise ``b``'s.
@@ -125,7 +122,6 @@ def half_product(  # type: ignore[no-untyped-def]
     if ADDS:
         added = tl.load(d + item64 * d_batch + rows[:, None] * d_row + columns[None, :], mask=held, other=0.0)
         total += beta * added.to(tl.float32)
-    total = tl.where(rows[:, None] == columns[None, :], total + diagonal, total)
     result = total.to(out.dtype.element_ty)
     out += item64 * n * n
     tl.store(out + rows[:, None] * n + columns[None, :], result, mask=held)
@@ -157,9 +153,7 @@ def described(x: Tensor, side: int, depth: int, k: int, rows_are_k: bool) -> Any
     return descriptors()(x, [len(x) * x.shape[1], x.shape[2]], [x.stride(1), 1], block)
 
 
-def launch(
-    out: Tensor, a: Tensor, b: Tensor, d: Tensor | None, alpha: float, beta: float, diagonal: float, tiling: Any
-) -> None:
+def launch_half(out: Tensor, a: Tensor, b: Tensor, d: Tensor | None, alpha: float, beta: float, tiling: Any) -> None:
     """Fill ``out`` ``[B, n, n]``, contiguous, as :func:`hb_muon.symmetric.half_and_mirror` says."""
     batch, n, k = a.shape
     if batch * n == 0:
@@ -177,21 +171,23 @@ def launch(
     settings = (tiling.tile, tiling.depth, tiling.band, k % tiling.depth == 0, d is not None, whole, a_rows, b_rows)
     addends = (0, 0) if d is None else d.stride()[:2]
     numbers = (n, k, *a.stride(), *b.stride(), *addends)
-    tensors = (x if whole else a, y if whole else b, out if d is None else d, out)
-    factors = (float(alpha), float(beta), float(diagonal))
+    added = out if d is None else d
+    operands = (x if whole else a, y if whole else b, added, out, *numbers, float(alpha), float(beta), *settings)
     grid = (batch * across * (across + 1) // 2, 1, 1)
-    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
-        if whole or INTERPRETED or any(t.data_ptr() % 16 for t in tensors):
-            half_product[grid](*tensors, *numbers, *factors, *settings, num_warps=tiling.warps, num_stages=tiling.stages)
-        else:
-            kernel = compiled(out.device.index, out.dtype, numbers, settings, tiling.warps, tiling.stages)
-            kernel[grid](*tensors, *numbers, *factors, *settings)
+    make = partial(compiled, out.device.index, out.dtype, numbers, settings, tiling.warps, tiling.stages)
+    launch(half_product, grid, (a, b, added, out), make, operands, num_warps=tiling.warps, num_stages=tiling.stages)
 
 
 @lru_cache(maxsize=256)
 def compiled(
     device: int, dtype: torch.dtype, numbers: tuple[int, ...], settings: tuple[Any, ...], warps: int, stages: int
 ) -> Any:
-    """The kernel for tensors that are aligned to 16 bytes: launching it by itself takes a fifth of the time."""
-    factors = (1.0, 1.0, 1.0)
-    return half_product.warmup(*[dtype] * 4, *numbers, *factors, *settings, grid=(1, 1, 1), num_warps=warps, num_stages=stages)
+    """The kernel for tensors that are aligned to 16 bytes, on the current ``device``."""
+    tile, depth, _, _, _, whole, a_rows, b_rows = settings
+    factors, operands = (1.0, 1.0), (dtype, dtype)
+    if whole:  # a descriptor's type is that of its blocks
+        like = torch.empty(depth * tile, dtype=dtype, device=torch.device("cuda", device))
+        blocks = ([tile, depth] if a_rows else [depth, tile], [depth, tile] if b_rows else [tile, depth])
+        operands = tuple(descriptors()(like, block, [block[1], 1], block) for block in blocks)
+    arguments = (*operands, dtype, dtype, *numbers, *factors, *settings)
+    return half_product.warmup(*arguments, grid=(1, 1, 1), num_warps=warps, num_stages=stages)

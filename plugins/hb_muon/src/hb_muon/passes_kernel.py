@@ -1,0 +1,107 @@
+# mypy: disable-error-code="untyped-decorator"
+"""The Triton kernels of :mod:`hb_muon.passes`. Imported where they are launched."""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hb_muon.coefficients import Row
+from hb_muon.launching import launch
+
+BLOCK = 4096
+WARPS = 8
+PARTS = 64
+"""Sums of squares for each matrix at most; whoever reads them adds them up, in the same order each time."""
+
+
+@triton.jit
+def add_squares(sums, x, numel, PARTS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The squares of every ``PARTS``-th block of matrix ``pid1``, from block ``pid0`` on."""
+    part, matrix = tl.program_id(0), tl.program_id(1)
+    x += matrix.to(tl.int64) * numel
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(part * BLOCK, numel, PARTS * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = tl.load(x + at, mask=at < numel, other=0.0).to(tl.float32)
+        total += value * value
+    tl.store(sums + matrix * PARTS + part, tl.sum(total, 0))
+
+
+@triton.jit
+def norm_of(sums, matrix, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The norm of a matrix whose squares were added up."""
+    return tl.sqrt(tl.sum(tl.load(sums + matrix * PARTS + tl.arange(0, PARTS)), 0))
+
+
+@triton.jit
+def divide(out, x, sums, least, size, numel, PARTS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Elements ``BLOCK pid0`` on of matrix ``pid1``, which has ``numel``."""
+    matrix = tl.program_id(1)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < numel
+    start = matrix.to(tl.int64) * numel
+    factor = size / tl.maximum(norm_of(sums, matrix, PARTS), least)
+    value = tl.load(x + start + at, mask=inside).to(tl.float32) * factor
+    tl.store(out + start + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def begin(  # type: ignore[no-untyped-def]
+    q, gram, square, sums, least, a, b, c, side, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Elements ``BLOCK pid0`` on of matrix ``pid1``, which has ``side`` rows."""
+    matrix = tl.program_id(1)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < side * side
+    start = matrix.to(tl.int64) * side * side
+    scale = 1 / tl.sqrt(tl.maximum(norm_of(sums, matrix, PARTS), least))  # 1 / nu
+    r = tl.load(gram + start + at, mask=inside).to(tl.float32) * scale
+    z = b * r + c * (tl.load(square + start + at, mask=inside).to(tl.float32) * (scale * scale))
+    first = tl.where(at // side == at % side, a + z, z) * tl.sqrt(scale)
+    tl.store(gram + start + at, r.to(q.dtype.element_ty), mask=inside)
+    tl.store(square + start + at, z.to(q.dtype.element_ty), mask=inside)
+    tl.store(q + start + at, first.to(q.dtype.element_ty), mask=inside)
+
+
+def launch_divide(out: Tensor, x: Tensor, least: float, size: float) -> None:
+    """Fill ``out`` ``[B, m, n]``, contiguous as ``x`` is, with ``size x / max(norm of x, least)``."""
+    _over_blocks(divide, (out, x, sums_of(x)), (least, size), x.shape[1] * x.shape[2])
+
+
+def launch_begin(q: Tensor, gram: Tensor, square: Tensor, least: float, row: Row) -> None:
+    """Fill ``q`` ``[B, k, k]``, and overwrite ``gram`` and ``square``, all contiguous and of one dtype."""
+    _over_blocks(begin, (q, gram, square, sums_of(square)), (least, *row), q.shape[1])
+
+
+def sums_of(x: Tensor) -> Tensor:
+    """Sums of the squares of each matrix of ``x`` ``[B, m, n]``, contiguous: ``[B, parts]`` in float32."""
+    numel = x.shape[1] * x.shape[2]
+    parts = min(PARTS, triton.next_power_of_2(triton.cdiv(numel, BLOCK)))
+    sums = torch.empty(len(x), parts, dtype=torch.float32, device=x.device)
+    tensors = (sums, x)
+    make = partial(compiled, add_squares, x.device.index, (sums.dtype, x.dtype), (numel,), 0, parts)
+    launch(add_squares, (parts, len(x), 1), tensors, make, (*tensors, numel, parts, BLOCK), num_warps=WARPS)
+    return sums
+
+
+def _over_blocks(kernel: Any, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], size: int) -> None:
+    """Run a kernel over the stack that ``tensors`` begins with; the last one holds sums. ``size`` follows the ``numbers``."""
+    out, parts = tensors[0], tensors[-1].shape[1]
+    grid = (triton.cdiv(out.shape[1] * out.shape[2], BLOCK), out.shape[0], 1)
+    make = partial(compiled, kernel, out.device.index, tuple(t.dtype for t in tensors), (size,), len(numbers), parts)
+    launch(kernel, grid, tensors, make, (*tensors, *numbers, size, parts, BLOCK), num_warps=WARPS)
+
+
+@lru_cache(maxsize=256)
+def compiled(
+    kernel: Any, device: int, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], numbers: int, parts: int
+) -> Any:
+    """A kernel for tensors of these dtypes, on the current ``device``, that are aligned to 16 bytes."""
+    arguments = (*dtypes, *[1.0] * numbers, *sizes, parts, BLOCK)
+    return kernel.warmup(*arguments, grid=(1, 1, 1), num_warps=WARPS)

@@ -1,0 +1,217 @@
+"""The rules that Muon's family shares: its momentum, and the step along the orthogonal factor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hb_muon.orthogonalize import METHODS, Coefficients, at_least, fastest_method, frobenius, orthogonalize_stacks, table
+from hbcore.api import (
+    Block,
+    Context,
+    Domain,
+    HyperparameterError,
+    Slot,
+    State,
+    Transform,
+    ema,
+    hyper,
+    matrix_view,
+    zeros,
+)
+
+SCALE_MODES = ("none", "scale", "graft")
+ADJUST_LR = (None, "original", "match_rms_adamw")
+TOGETHER = 2**29
+"""How many elements are orthogonalized together: what is held for them, in float16, takes two to three gigabytes."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class MuonMomentum(Transform):
+    r"""The momentum that Muon orthogonalizes, in torch.optim.Muon's form or, with ``heavyball_momentum``, in HeavyBall's.
+
+    .. math::
+        \text{torch:}\quad b_t = \mu b_{t-1} + (1 - \mu) g_t \qquad
+        u_t = b_t \;\text{ or, with Nesterov, }\; (1 - \mu) g_t + \mu b_t \\
+        \text{HeavyBall:}\quad b_t = \mu b_{t-1} + g_t \qquad
+        u_t = b_t \;\text{ or, with Nesterov, }\; g_t + \mu b_t
+
+    The second is :math:`1 / (1 - \mu)` times the first while :math:`\mu` is constant. An orthogonal factor does not depend
+    on its matrix's size: they then differ in ``momentum_buffer``, and in the step where ``scale_mode="graft"``.
+    """
+
+    momentum: float = hyper(0.9, ge=0, lt=1)
+    nesterov: bool = True
+    heavyball_momentum: bool = False
+    name = "muon_momentum"
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        return {"momentum_buffer": zeros(param, "rotate")}
+
+    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        old, mu = s["momentum_buffer"], self.momentum
+        if self.heavyball_momentum:
+            buffer = mu * old + u
+            ahead = u + mu * buffer
+        else:
+            buffer = ema(old, u, mu)
+            ahead = ema(buffer, u, mu)
+        return ahead if self.nesterov else buffer, {"momentum_buffer": buffer}
+
+
+@dataclass(frozen=True)
+class Orthogonalize(Transform):
+    r"""Replace each :math:`m \times n` matrix of the update by its orthogonal factor times a scale.
+
+    .. math:: u \leftarrow s \cdot \mathrm{orthogonalize}(u)
+
+    ==================================  =========================  =================================================
+    setting                             :math:`s`                  source
+    ==================================  =========================  =================================================
+    ``scale_mode="none"``               1                          the factor as it is
+    ``scale_mode="scale"``              sqrt(max(1, m / n))        Jordan et al. 2024
+    ``scale_mode="graft"``              norm(u) / norm(factor)     HeavyBall: the update keeps its own norm
+    ``adjust_lr_fn="original"``         sqrt(max(1, m / n))        torch.optim.Muon's name for it
+    ``adjust_lr_fn="match_rms_adamw"``  0.2 sqrt(max(m, n))        Liu et al. 2025 (arXiv:2502.16982), section 2.2
+    ==================================  =========================  =================================================
+
+    Args:
+        eps: the least norm to divide by.
+        method, ns_steps, ns_coefficients, dtype: see :func:`hb_muon.orthogonalize.orthogonalize`.
+        scale_mode: one of :data:`SCALE_MODES`.
+        adjust_lr_fn: one of :data:`ADJUST_LR`; what is not None takes the place of ``scale_mode``.
+        flatten: see a weight of more than two dimensions as one matrix ``(o, i h w)``; otherwise as a batch of the matrices
+            that its last two dimensions are.
+        split: the rows of the matrices that each matrix consists of; none for one.
+
+    Raises:
+        HyperparameterError: a setting does not exist, or contradicts another one.
+    """
+
+    eps: float = hyper(1e-8, ge=0)
+    method: str = "auto"
+    ns_steps: int | None = None
+    ns_coefficients: Coefficients = None
+    dtype: torch.dtype | None = None
+    scale_mode: str = "scale"
+    adjust_lr_fn: str | None = None
+    flatten: bool = True
+    split: tuple[int, ...] = ()
+    name = "orthogonalize"
+    domain = Domain.MATRIX
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("method", ("auto", *METHODS)), ("scale_mode", SCALE_MODES), ("adjust_lr_fn", ADJUST_LR)):
+            if getattr(self, name) not in known:
+                raise HyperparameterError(
+                    f"{name}={getattr(self, name)!r} does not exist; pass one of {', '.join(map(repr, known))}."
+                )
+        if self.ns_steps is not None and self.ns_steps not in range(1, 100):
+            raise HyperparameterError(f"ns_steps={self.ns_steps!r} must be a whole number from 1 to 99.")
+        if self.ns_coefficients is not None:
+            table(self.ns_coefficients)
+        if self.scale_mode == "graft" and self.adjust_lr_fn is not None:
+            raise HyperparameterError(
+                f"scale_mode='graft' and adjust_lr_fn={self.adjust_lr_fn!r} both set the scale; pass one of them."
+            )
+
+    def blocks(self, shape: torch.Size) -> tuple[Block, ...]:
+        return matrix_view(shape, split=self.split, batch_dims=0 if self.flatten else max(len(shape) - 2, 0))
+
+    def working_dtype(self, param: Tensor) -> torch.dtype:
+        dtype = self.iterate_in(param.dtype, param.device)
+        return torch.bfloat16 if dtype == torch.float16 else dtype  # whose range holds no update that is not yet normalised
+
+    def chosen(self, device: torch.device) -> str:
+        """The method for updates on ``device``; who sets coefficients or a dtype means the plain iteration."""
+        if self.method != "auto":
+            return self.method
+        plain = self.ns_coefficients is not None or self.dtype is not None
+        return "newton_schulz" if plain else fastest_method(device)
+
+    def iterate_in(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """The dtype of the iteration for an update of ``dtype``."""
+        return torch.float64 if dtype == torch.float64 else self.dtype or METHODS[self.chosen(device)][1]
+
+    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        [result] = self.update_stacks([(u, s, c)])
+        return result
+
+    def update_stacks(self, stacks: Sequence[tuple[Tensor, State, Context]]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        for some in portions([u for u, _, _ in stacks]):
+            device, scales = some[0].device, [self.scale(*u.shape[-2:]) for u in some]
+            dtype = self.iterate_in(some[0].dtype, device)
+            settings = (self.chosen(device), self.ns_steps, self.ns_coefficients, dtype, self.eps, scales)
+            for u, factor in zip(some, orthogonalize_stacks(some, *settings), strict=True):
+                yield self.grafted(factor, u) if self.scale_mode == "graft" else factor, {}
+
+    def grafted(self, factor: Tensor, u: Tensor) -> Tensor:
+        """The factor with the norm of ``u``."""
+        return factor * (frobenius(u) / at_least(frobenius(factor), self.eps)).to(factor.dtype)
+
+    def scale(self, m: int, n: int) -> float:
+        """The number that the orthogonal factor of an ``m`` by ``n`` matrix is multiplied by."""
+        if self.adjust_lr_fn == "match_rms_adamw":
+            return 0.2 * math.sqrt(max(m, n))
+        if self.adjust_lr_fn == "original" or self.scale_mode == "scale":
+            return math.sqrt(max(1, m / n))
+        return 1.0
+
+
+def portions(stacks: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The stacks in order, as many together as have no more than :data:`TOGETHER` elements, or one."""
+    portion: list[Tensor] = []
+    for x in stacks:
+        if portion and sum(y.numel() for y in portion) + x.numel() > TOGETHER:
+            yield portion
+            portion = []
+        portion.append(x)
+    if portion:
+        yield portion
+
+
+def as_data(
+    ns_coefficients: Coefficients, ns_dtype: str | torch.dtype | None, split_sizes: Sequence[int] | None
+) -> dict[str, Any]:
+    """Those settings of :class:`hb_muon.muon.Muon` in the one form that its param groups hold, and its checkpoints."""
+    if ns_coefficients is not None and not isinstance(ns_coefficients, str):
+        ns_coefficients = table(ns_coefficients)
+    return {
+        "ns_coefficients": ns_coefficients,
+        "ns_dtype": None if ns_dtype is None else str(ns_dtype).removeprefix("torch."),
+        "split_sizes": None if split_sizes is None else tuple(split_sizes),
+    }
+
+
+def orthogonalizer(h: Any) -> Orthogonalize:
+    """The rule that a group's hyperparameters ``h`` describe."""
+    return Orthogonalize(
+        h.eps,
+        h.method,
+        h.ns_steps,
+        h.ns_coefficients,
+        dtype_of(h.ns_dtype),
+        h.scale_mode,
+        h.adjust_lr_fn,
+        h.flatten,
+        h.split_sizes or (),
+    )
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype called ``name``.
+
+    Raises:
+        HyperparameterError: matrices are not iterated in it.
+    """
+    if name is not None and name not in DTYPES:
+        raise HyperparameterError(f"ns_dtype={name!r} does not exist; pass one of {', '.join(DTYPES)}, or None.")
+    return None if name is None else DTYPES[name]
