@@ -36,8 +36,11 @@ class Course:
         return any(t.primes for t in self.transforms)
 
 
-def course(recipe: Recipe, group: Mapping[str, Any], p: Tensor) -> Course:
-    """Cut the chain of ``recipe``, whose branches are chosen, at its matrix rules, for parameters like ``p``."""
+def course(recipe: Recipe, group: Mapping[str, Any], p: Tensor, promote: bool = False) -> Course:
+    """Cut the chain of ``recipe``, whose branches are chosen, at its matrix rules, for parameters like ``p``.
+
+    With ``promote`` the rules receive their updates in the compute dtype, whichever they ask for.
+    """
     carried = {name: first for t in recipe.whole_chain(example(recipe, group)) for name, first in t.scalars().items()}
     recipe = replace(recipe, carried=tuple(carried))
     transforms = recipe.whole_chain(example(recipe, group))
@@ -46,7 +49,7 @@ def course(recipe: Recipe, group: Mapping[str, Any], p: Tensor) -> Course:
     takes: torch.dtype | None = None
     start = 0
     for i in rules:
-        feeds = _feeds(transforms[i], p)
+        feeds = _feeds(transforms[i], p, promote)
         lanes.append(replace(recipe, span=(start, i), takes=takes, feeds=feeds))
         start, takes = i + 1, dict(feeds)["update"]
     lanes.append(replace(recipe, span=(start, None), takes=takes))
@@ -59,8 +62,8 @@ def example(recipe: Recipe, group: Mapping[str, Any]) -> dict[str, float]:
     return dict(zip(recipe.scalar_names, [*values, *[1.0] * 4], strict=False))
 
 
-def _feeds(rule: Transform, p: Tensor) -> tuple[tuple[str, torch.dtype], ...]:
+def _feeds(rule: Transform, p: Tensor, promote: bool) -> tuple[tuple[str, torch.dtype], ...]:
     if unknown := rule.needs - {"grad", "param"}:
         raise RuleError(f"rule {rule.name!r} needs {sorted(unknown)}, which this version cannot give it.")
     dtype = compute_dtype(p.dtype)
-    return (("update", rule.working_dtype(p)), *((name, dtype) for name in sorted(rule.needs)))
+    return (("update", dtype if promote else rule.working_dtype(p)), *((name, dtype) for name in sorted(rule.needs)))

@@ -65,7 +65,7 @@ OPTIONS: Mapping[str, Option] = {
     "warmup_steps": Option(0, "N: the learning rate is multiplied by min(1, t / (N + 1)) at a parameter's step t"),
     "caution": Option(False, "keep only the elements of the update whose sign agrees with the gradient"),
     "cautious_weight_decay": Option(False, "decay only where the update and the parameter agree in sign"),
-    "promote": Option(False, "hand the gradient to every rule in float32; elementwise rules always compute so"),
+    "promote": Option(False, "hand matrix rules their updates in float32; elementwise rules always compute so"),
     "maximize": Option(False, "ascend the gradient instead of descending it"),
     "division_backend": Option(division.DEFAULT, f"how to divide by what may be zero: {', '.join(division.BACKENDS)}"),
     "atan2_scale": Option(16.0, "the scale of division_backend='atan2'"),

@@ -182,7 +182,7 @@ class Plan:
         branches = route.branches(self._forks[g], p)
         key = (g, branches, p.dtype)
         if key not in self._courses:
-            self._courses[key] = course(replace(self._recipes[g], branches=branches), group, p)
+            self._courses[key] = course(replace(self._recipes[g], branches=branches), group, p, self.settings.promote)
         return self._courses[key]
 
     def _gradient(self, p: Tensor, g: int, i: int) -> Tensor:

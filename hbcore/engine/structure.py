@@ -46,14 +46,11 @@ class Structure:
 
     def forked(self, group: Group) -> tuple[Transform, ...]:
         """The group's chain, its forks unresolved. Its numbers are the defaults: whatever a scheduler wrote, it has a chain."""
-        fixed = {k for k, v in self.defaults.items() if v is None} | set(self.keys) - self.hyper
-        values = {k: group[k] if k in fixed or group[k] is None else self.defaults[k] for k in self.keys}
-        return self._stages(values)
+        return self._stages(self._usual(group))
 
     def chain(self, group: Group, p: Tensor) -> tuple[Transform, ...]:
         """The chain of one parameter of the group, with default numbers."""
-        forked = self.forked(group)
-        return route.resolve(forked, route.branches(forked, p))
+        return self(SimpleNamespace(**self._usual(group)), route.branches(self.forked(group), p))
 
     def bound(self, group: Group, p: Tensor) -> tuple[Transform, ...]:
         """The chain of one parameter with the group's present numbers as tensors, as rules have them."""
@@ -127,6 +124,11 @@ class Structure:
     def _own(self) -> set[str]:
         """Entries that no transform declares, and that may change every step all the same."""
         return {"beta2_scale"} if self.settings.palm else set()
+
+    def _usual(self, group: Group) -> dict[str, Any]:
+        """The group's entries, with the defaults for its numbers."""
+        fixed = {k for k, v in self.defaults.items() if v is None} | set(self.keys) - self.hyper
+        return {k: group[k] if k in fixed or group[k] is None else self.defaults[k] for k in self.keys}
 
     def _stages(self, values: Mapping[str, Any]) -> tuple[Transform, ...]:
         h = SimpleNamespace(**values)

@@ -140,3 +140,10 @@ def test_the_generated_kernels_are_shown_a_module_for_each_lane(capsys: pytest.C
     text = capsys.readouterr().out
     assert text.count("import triton\n") == 2
     assert "p_stack_update" in text and "weight_decay -> lr -> apply" in text
+
+
+def test_the_chain_is_what_a_matrix_meets() -> None:
+    engine = pytest.importorskip("hbcore.engine.describe")
+    ball = pytest.importorskip("hb_muon").HyperBallAdamW
+    assert engine.describe(ball)["chain"] == ["adam", "weight_decay", "hyperball"]  # which applies its step itself
+    assert engine.describe(ball, warmup_steps=2, use_ema=True)["chain"][-2:] == ["hyperball", "parameter_ema"]

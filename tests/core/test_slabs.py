@@ -13,6 +13,7 @@ from core.kit import distance, run
 from torch import Tensor, nn
 
 from hb_muon import Muon
+from hb_muon.rules import Orthogonalize
 from hb_psgd import PSGDKron
 from hb_soap import SOAP
 from hbcore.api import Block, Context, Domain, Optimizer, Route, Slot, State, Transform, hyper, is_matrix, matrix_view, zeros
@@ -324,6 +325,23 @@ def test_probes_are_the_same_for_every_order_and_leave_the_global_generator_alon
     before = torch.get_rng_state()
     trained(PSGDKron, {}, "eager", steps=2)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_promote_hands_updates_over_in_the_compute_dtype(monkeypatch, dtype):
+    heard: list[torch.dtype] = []
+    update = Orthogonalize.update_stacks
+
+    def told(self, stacks):
+        heard.extend(u.dtype for u, _, _ in stacks)
+        return update(self, stacks)
+
+    monkeypatch.setattr(Orthogonalize, "update_stacks", told)
+    for promote in (False, True):
+        params, steps = parameters(((4, 6),), dtype), gradients(1, ((4, 6),), dtype)
+        run(Muon(params, promote=promote), params, steps)
+    asked = torch.float64 if dtype == torch.float64 else torch.bfloat16
+    assert heard == [asked, torch.float64 if dtype == torch.float64 else torch.float32]
 
 
 def test_products_are_exact_whatever_the_model_asked_torch_for():
