@@ -183,9 +183,9 @@ def compile_for_hopper(tilings, out):
     from hb_muon.symmetric_kernel import half_product
 
     results = []
-    for tiling, (a_rows, b_rows, adds) in itertools.product(tilings, ((True, False, False), (False, True, False))):
+    for tiling, (a_rows, b_rows) in itertools.product(tilings, ((True, False), (False, True))):
         tile, depth = tiling.tile, tiling.depth
-        flags = {"EVEN": True, "ADDS": adds, "DESCRIBED": tiling.described, "A_ROWS": a_rows, "B_ROWS": b_rows}
+        flags = {"EVEN": True, "DESCRIBED": tiling.described, "A_ROWS": a_rows, "B_ROWS": b_rows}
         constants = {"TILE": tile, "DEPTH": depth, "BAND": tiling.band, **flags}
         constants |= {"a_column" if a_rows else "a_row": 1, "b_column" if b_rows else "b_row": 1}
         types = dict.fromkeys(half_product.arg_names, "i32") | dict.fromkeys(("alpha", "beta"), "fp32")

@@ -20,28 +20,26 @@ STEPS = 3
 
 @triton.jit
 def small(  # type: ignore[no-untyped-def]
-    out, gram, least, side, a0, b0, c0, a1, b1, c1, a2, b2, c2, STEPS: tl.constexpr, BOUND: tl.constexpr, TILE: tl.constexpr
+    out, gram, least, side, a0, b0, c0, a1, b1, c1, a2, b2, c2, STEPS: tl.constexpr, TILE: tl.constexpr
 ):
-    """``STEPS`` steps on matrix ``pid0``, rounded where :func:`hb_muon.newton_schulz.followed` rounds. ``BOUND``: see begun."""
+    """``STEPS`` steps on matrix ``pid0``, rounded where :func:`hb_muon.newton_schulz.followed` rounds.
+
+    With the bound of :func:`hb_muon.passes.begun` unless ``least`` is negative; one kernel for both is compiled once.
+    """
     rows, columns = tl.arange(0, TILE)[:, None], tl.arange(0, TILE)[None, :]
     inside = (rows < side) & (columns < side)
     at = tl.program_id(0).to(tl.int64) * side * side + rows * side + columns
     dtype = out.dtype.element_ty
     r = tl.load(gram + at, mask=inside, other=0.0)
     eye = (rows == columns) & inside
-    square = tl.dot(r, r)
-    if BOUND:
-        square = square.to(dtype).to(tl.float32)
-        norm = tl.sqrt(tl.sum(tl.sum(square * square, 1), 0))
-        scale = 1 / tl.sqrt(tl.maximum(norm, least))
-        wide = r.to(tl.float32) * scale
-        first = b0 * wide + c0 * (square * (scale * scale))
-        q = (tl.where(eye, a0 + first, first) * tl.sqrt(scale)).to(dtype)
-        r = wide.to(dtype)
-        z = first.to(dtype)
-    else:
-        z = (b0 * r.to(tl.float32) + c0 * square).to(dtype)
-        q = tl.where(eye, a0 + z.to(tl.float32), z.to(tl.float32)).to(dtype)
+    square = tl.dot(r, r).to(dtype).to(tl.float32)
+    norm = tl.sqrt(tl.sum(tl.sum(square * square, 1), 0))
+    scale = tl.where(least < 0, 1.0, 1 / tl.sqrt(tl.maximum(norm, least)))
+    wide = r.to(tl.float32) * scale
+    first = b0 * wide + c0 * (square * (scale * scale))
+    q = (tl.where(eye, a0 + first, first) * tl.sqrt(scale)).to(dtype)
+    r = wide.to(dtype)
+    z = first.to(dtype)
     a = a0
     for i in tl.static_range(1, STEPS):
         w = (a * r.to(tl.float32) + tl.dot(r, z)).to(dtype)
@@ -61,16 +59,16 @@ def launch_small(out: Tensor, gram: Tensor, rows: Table, least: float | None) ->
     ``gram`` is contiguous as ``out`` is. ``least`` is the least norm of its square if the first step takes the bound.
     """
     side = gram.shape[1]
-    steps, bound, tile = len(rows), least is not None, max(16, triton.next_power_of_2(side))
+    steps, tile = len(rows), max(16, triton.next_power_of_2(side))
     numbers = [number for row in (*rows, *[(0.0, 0.0, 0.0)] * (STEPS - steps)) for number in row]
     tensors = (out, gram)
-    arguments = (*tensors, least or 0.0, side, *numbers, steps, bound, tile)
-    make = partial(compiled, gram.device.index, gram.dtype, side, steps, bound, tile)
+    arguments = (*tensors, -1.0 if least is None else least, side, *numbers, steps, tile)
+    make = partial(compiled, gram.device.index, gram.dtype, side, steps, tile)
     launch(small, (len(gram), 1, 1), tensors, make, arguments, num_warps=8 if tile == 128 else 4)
 
 
 @lru_cache(maxsize=64)
-def compiled(device: int, dtype: torch.dtype, side: int, steps: int, bound: bool, tile: int) -> Any:
+def compiled(device: int, dtype: torch.dtype, side: int, steps: int, tile: int) -> Any:
     """The kernel for tensors that are aligned to 16 bytes, on the current ``device``."""
-    arguments = (dtype, dtype, 1.0, side, *[1.0] * (3 * STEPS), steps, bound, tile)
+    arguments = (dtype, dtype, 1.0, side, *[1.0] * (3 * STEPS), steps, tile)
     return small.warmup(*arguments, grid=(1, 1, 1), num_warps=8 if tile == 128 else 4)

@@ -73,12 +73,11 @@ def half_product(  # type: ignore[no-untyped-def]
     DEPTH: tl.constexpr,
     BAND: tl.constexpr,
     EVEN: tl.constexpr,
-    ADDS: tl.constexpr,
     DESCRIBED: tl.constexpr,
     A_ROWS: tl.constexpr,
     B_ROWS: tl.constexpr,
 ):
-    """One tile of ``alpha a b + beta d``, and its mirror.
+    """One tile of ``alpha a b + beta d``, and its mirror; ``d`` is read unless ``beta`` is 0.
 
     ``EVEN``: ``DEPTH`` divides ``k``. ``DESCRIBED``: ``a`` and ``b`` are descriptors of stacks seen as one matrix each, whose
     rows are ``a``'s rows where ``A_ROWS`` and its columns otherwise, and likewise ``b``'s.
@@ -119,7 +118,7 @@ def half_product(  # type: ignore[no-untyped-def]
             b_at += DEPTH * b_row
     total = total * alpha
     held = (rows < n)[:, None] & (columns < n)[None, :]
-    if ADDS:
+    if beta != 0:  # when it runs: a kernel without this would be one more to compile
         added = tl.load(d + item64 * d_batch + rows[:, None] * d_row + columns[None, :], mask=held, other=0.0)
         total += beta * added.to(tl.float32)
     result = total.to(out.dtype.element_ty)
@@ -168,11 +167,11 @@ def launch_half(out: Tensor, a: Tensor, b: Tensor, d: Tensor | None, alpha: floa
         x = described(a if a_rows else a.mT, tiling.tile, tiling.depth, k, rows_are_k=not a_rows)
         y = described(b if b_rows else b.mT, tiling.tile, tiling.depth, k, rows_are_k=b_rows)
     whole = x is not None and y is not None
-    settings = (tiling.tile, tiling.depth, tiling.band, k % tiling.depth == 0, d is not None, whole, a_rows, b_rows)
+    settings = (tiling.tile, tiling.depth, tiling.band, k % tiling.depth == 0, whole, a_rows, b_rows)
     addends = (0, 0) if d is None else d.stride()[:2]
     numbers = (n, k, *a.stride(), *b.stride(), *addends)
-    added = out if d is None else d
-    operands = (x if whole else a, y if whole else b, added, out, *numbers, float(alpha), float(beta), *settings)
+    added, beta = (out, 0.0) if d is None else (d, float(beta))
+    operands = (x if whole else a, y if whole else b, added, out, *numbers, float(alpha), beta, *settings)
     grid = (batch * across * (across + 1) // 2, 1, 1)
     make = partial(compiled, out.device.index, out.dtype, numbers, settings, tiling.warps, tiling.stages)
     launch(half_product, grid, (a, b, added, out), make, operands, num_warps=tiling.warps, num_stages=tiling.stages)
@@ -183,7 +182,7 @@ def compiled(
     device: int, dtype: torch.dtype, numbers: tuple[int, ...], settings: tuple[Any, ...], warps: int, stages: int
 ) -> Any:
     """The kernel for tensors that are aligned to 16 bytes, on the current ``device``."""
-    tile, depth, _, _, _, whole, a_rows, b_rows = settings
+    tile, depth, _, _, whole, a_rows, b_rows = settings
     factors, operands = (1.0, 1.0), (dtype, dtype)
     if whole:  # a descriptor's type is that of its blocks
         like = torch.empty(depth * tile, dtype=dtype, device=torch.device("cuda", device))
