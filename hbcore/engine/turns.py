@@ -179,6 +179,6 @@ def exact_products() -> Iterator[None]:
 
 def _put(target: Tensor, rows: Tensor | None, value: Tensor) -> None:
     if rows is None:
-        target.copy_(value)
+        torch._foreach_copy_([target], [value])  # reads and writes whole words where copy_, between dtypes, does not
     else:
         target[rows] = value.to(target.dtype)

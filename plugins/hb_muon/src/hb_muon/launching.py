@@ -42,6 +42,16 @@ def launch(
             compiled()[grid](*arguments)
 
 
+def pieces(length: int, size: int) -> int:
+    """How many pieces of ``size`` a length takes. Triton's own function for it takes longer than a launch should."""
+    return -(-length // size)
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is no less than a count."""
+    return 1 << (count - 1).bit_length()
+
+
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which ``device`` is the current one; entering one that is takes nothing."""
     if device.type != "cuda" or torch.cuda.current_device() == device.index:

@@ -14,7 +14,7 @@ third of the launches, and its products fill the processors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -62,9 +62,9 @@ def minimax(
 def following(ys: list[Tensor], parts: list[Table], scales: Sequence[float], least: float) -> list[Tensor]:
     """The steps on ``R``, which is taken anew at the start of each part; ``least`` is the least norm of a square of it."""
     for part, rows in enumerate(parts, 1):
-        factors = torch.split(factor_of(grams(ys), rows, least if part == 1 else None), [len(y) for y in ys])
+        factor = factor_of(grams(ys), rows, least if part == 1 else None)
         last = part == len(parts)
-        ys = [times(q, y, scale if last else 1.0) for q, y, scale in zip(factors, ys, scales, strict=True)]
+        ys = [times(q, y, s if last else 1.0) for q, y, s in zip(parts_like(ys, factor), ys, scales, strict=True)]
     return ys
 
 
@@ -108,6 +108,14 @@ def grams(ys: list[Tensor]) -> Tensor:
         return gram_of(ys[0])
     side = min(ys[0].shape[1:])
     out = ys[0].new_empty(sum(map(len, ys)), side, side)
-    for y, part in zip(ys, torch.split(out, [len(y) for y in ys]), strict=True):
+    for y, part in zip(ys, parts_like(ys, out), strict=True):
         gram_of(y, part)
     return out
+
+
+def parts_like(ys: list[Tensor], joined: Tensor) -> Iterator[Tensor]:
+    """The matrices of ``joined`` that belong to each stack."""
+    start = 0
+    for y in ys:
+        yield joined[start : start + y.shape[0]]
+        start += y.shape[0]

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hb_muon.coefficients import Row
-from hb_muon.launching import launch
+from hb_muon.launching import launch, pieces, power_of_two
 
 BLOCK = 4096
 WARPS = 8
@@ -82,7 +82,7 @@ def launch_begin(q: Tensor, gram: Tensor, square: Tensor, least: float, row: Row
 def sums_of(x: Tensor) -> Tensor:
     """Sums of the squares of each matrix of ``x`` ``[B, m, n]``, contiguous: ``[B, parts]`` in float32."""
     numel = x.shape[1] * x.shape[2]
-    parts = min(PARTS, triton.next_power_of_2(triton.cdiv(numel, BLOCK)))
+    parts = min(PARTS, power_of_two(pieces(numel, BLOCK)))
     sums = torch.empty(len(x), parts, dtype=torch.float32, device=x.device)
     tensors = (sums, x)
     make = partial(compiled, add_squares, x.device.index, (sums.dtype, x.dtype), (numel,), 0, parts)
@@ -93,7 +93,7 @@ def sums_of(x: Tensor) -> Tensor:
 def _over_blocks(kernel: Any, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], size: int) -> None:
     """Run a kernel over the stack that ``tensors`` begins with; the last one holds sums. ``size`` follows the ``numbers``."""
     out, parts = tensors[0], tensors[-1].shape[1]
-    grid = (triton.cdiv(out.shape[1] * out.shape[2], BLOCK), out.shape[0], 1)
+    grid = (pieces(out.shape[1] * out.shape[2], BLOCK), out.shape[0], 1)
     make = partial(compiled, kernel, out.device.index, tuple(t.dtype for t in tensors), (size,), len(numbers), parts)
     launch(kernel, grid, tensors, make, (*tensors, *numbers, size, parts, BLOCK), num_warps=WARPS)
 

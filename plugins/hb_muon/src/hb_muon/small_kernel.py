@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hb_muon.coefficients import Table
-from hb_muon.launching import launch
+from hb_muon.launching import launch, power_of_two
 
 STEPS = 3
 """As many as the kernel takes."""
@@ -59,7 +59,7 @@ def launch_small(out: Tensor, gram: Tensor, rows: Table, least: float | None) ->
     ``gram`` is contiguous as ``out`` is. ``least`` is the least norm of its square if the first step takes the bound.
     """
     side = gram.shape[1]
-    steps, tile = len(rows), max(16, triton.next_power_of_2(side))
+    steps, tile = len(rows), max(16, power_of_two(side))
     numbers = [number for row in (*rows, *[(0.0, 0.0, 0.0)] * (STEPS - steps)) for number in row]
     tensors = (out, gram)
     arguments = (*tensors, -1.0 if least is None else least, side, *numbers, steps, tile)

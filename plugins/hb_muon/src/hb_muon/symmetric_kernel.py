@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hb_muon.launching import INTERPRETED, launch
+from hb_muon.launching import INTERPRETED, launch, pieces
 
 WIDENS = tl.constexpr(INTERPRETED)
 """Triton's interpreter multiplies the bits of bfloat16 as if they were integers: it is given float32, whose products of such
@@ -157,7 +157,7 @@ def launch_half(out: Tensor, a: Tensor, b: Tensor, d: Tensor | None, alpha: floa
     batch, n, k = a.shape
     if batch * n == 0:
         return
-    across = triton.cdiv(n, tiling.tile)
+    across = pieces(n, tiling.tile)
     if d is not None and d.stride(2) != 1:
         d = d.mT if d.stride(1) == 1 else d.contiguous()  # symmetric: its transpose is itself
     a_rows, b_rows = a.stride(2) == 1, b.stride(2) == 1
