@@ -60,11 +60,9 @@ def half_product(  # type: ignore[no-untyped-def]
     n,
     k,
     a_batch,
-    a_row,
-    a_column,
+    a_lead,
     b_batch,
-    b_row,
-    b_column,
+    b_lead,
     d_batch,
     d_row,
     alpha,
@@ -79,8 +77,9 @@ def half_product(  # type: ignore[no-untyped-def]
 ):
     """One tile of ``alpha a b + beta d``, and its mirror; ``d`` is read unless ``beta`` is 0.
 
-    ``EVEN``: ``DEPTH`` divides ``k``. ``DESCRIBED``: ``a`` and ``b`` are descriptors of stacks seen as one matrix each, whose
-    rows are ``a``'s rows where ``A_ROWS`` and its columns otherwise, and likewise ``b``'s.
+    ``A_ROWS``: the entries of ``a``'s rows are neighbours, and ``a_lead`` lies between rows; otherwise the same of its columns.
+    Likewise ``b``. ``EVEN``: ``DEPTH`` divides ``k``. ``DESCRIBED``: ``a`` and ``b`` are descriptors of stacks seen as one
+    matrix each, whose rows are what has neighbours.
     """
     across = tl.cdiv(n, TILE)
     tiles = across * (across + 1) // 2
@@ -104,8 +103,18 @@ def half_product(  # type: ignore[no-untyped-def]
     else:
         depth = tl.arange(0, DEPTH)
         # rows past the end start again from 0: they are read, and never stored
-        a_at = a + item64 * a_batch + (rows % n)[:, None] * a_row + depth[None, :] * a_column
-        b_at = b + item64 * b_batch + depth[:, None] * b_row + (columns % n)[None, :] * b_column
+        if A_ROWS:
+            a_at = a + item64 * a_batch + (rows % n)[:, None] * a_lead + depth[None, :]
+            a_step = DEPTH
+        else:
+            a_at = a + item64 * a_batch + (rows % n)[:, None] + depth[None, :] * a_lead
+            a_step = DEPTH * a_lead
+        if B_ROWS:
+            b_at = b + item64 * b_batch + depth[:, None] * b_lead + (columns % n)[None, :]
+            b_step = DEPTH * b_lead
+        else:
+            b_at = b + item64 * b_batch + depth[:, None] + (columns % n)[None, :] * b_lead
+            b_step = DEPTH
         for start in range(0, k, DEPTH):
             if EVEN:
                 x, y = tl.load(a_at), tl.load(b_at)
@@ -114,8 +123,8 @@ def half_product(  # type: ignore[no-untyped-def]
                 x = tl.load(a_at, mask=inside[None, :], other=0.0)
                 y = tl.load(b_at, mask=inside[:, None], other=0.0)
             total = multiplied(x, y, total)
-            a_at += DEPTH * a_column
-            b_at += DEPTH * b_row
+            a_at += a_step
+            b_at += b_step
     total = total * alpha
     held = (rows < n)[:, None] & (columns < n)[None, :]
     if beta != 0:  # when it runs: a kernel without this would be one more to compile
@@ -160,6 +169,7 @@ def launch_half(out: Tensor, a: Tensor, b: Tensor, d: Tensor | None, alpha: floa
     across = pieces(n, tiling.tile)
     if d is not None and d.stride(2) != 1:
         d = d.mT if d.stride(1) == 1 else d.contiguous()  # symmetric: its transpose is itself
+    a, b = (x if 1 in x.stride()[1:] else x.contiguous() for x in (a, b))
     a_rows, b_rows = a.stride(2) == 1, b.stride(2) == 1
     x: Any = None
     y: Any = None
@@ -169,7 +179,8 @@ def launch_half(out: Tensor, a: Tensor, b: Tensor, d: Tensor | None, alpha: floa
     whole = x is not None and y is not None
     settings = (tiling.tile, tiling.depth, tiling.band, k % tiling.depth == 0, whole, a_rows, b_rows)
     addends = (0, 0) if d is None else d.stride()[:2]
-    numbers = (n, k, *a.stride(), *b.stride(), *addends)
+    leads = (a.stride(0), a.stride(1 if a_rows else 2), b.stride(0), b.stride(1 if b_rows else 2))
+    numbers = (n, k, *leads, *addends)
     added, beta = (out, 0.0) if d is None else (d, float(beta))
     operands = (x if whole else a, y if whole else b, added, out, *numbers, float(alpha), beta, *settings)
     grid = (batch * across * (across + 1) // 2, 1, 1)
