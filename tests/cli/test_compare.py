@@ -285,6 +285,7 @@ def test_a_real_sigint(tmp_path: Path) -> None:
         cwd=Path(__file__).parents[2],
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
     ) as process:
         assert process.stdout is not None
         while "step  500" not in (line := process.stdout.readline()):

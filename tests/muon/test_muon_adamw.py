@@ -13,7 +13,7 @@ from reference.adamw import adamw
 from reference.muon import muon
 from torch import nn
 
-import hb_muon.muon
+import hb_muon.rules
 from hb_muon import Muon, MuonAdamW
 
 SHAPES = {
@@ -63,13 +63,13 @@ def test_the_adamw_part_is_adamw_bit_for_bit():
 
 def test_exactly_the_routed_matrices_are_orthogonalized(monkeypatch):
     seen = []
-    original = hb_muon.muon.orthogonalize
+    original = hb_muon.rules.orthogonalize_stacks
 
-    def counting(u, *settings):
-        seen.extend([tuple(u.shape[-2:])] * u.shape[0])
-        return original(u, *settings)
+    def counting(stacks, *settings):
+        seen.extend(tuple(u.shape[-2:]) for stack in stacks for u in stack)
+        return original(stacks, *settings)
 
-    monkeypatch.setattr(hb_muon.muon, "orthogonalize", counting)
+    monkeypatch.setattr(hb_muon.rules, "orthogonalize_stacks", counting)
     params = named()
     optimizer = MuonAdamW(params.items(), **EAGER)
     train(optimizer, params, 1)
