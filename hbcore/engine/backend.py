@@ -27,6 +27,7 @@ class Batch:
         keys: noise input -> each parameter's key for this step.
         dense: whether every tensor is dense in memory, in whatever order of dimensions.
         model: reduction over the whole model -> its 0-d result, once every lane has contributed.
+        moves: how often tensors that a slab lends were found to lie elsewhere.
         numels, starts: where the tensors are parts of larger ones, how many elements those have, and how many come before.
     """
 
@@ -37,6 +38,7 @@ class Batch:
     model: dict[str, Tensor] = field(default_factory=dict)
     dense: bool = True
     keys: dict[str, list[int]] = field(default_factory=dict)
+    moves: int = 0
     numels: list[float] | None = None
     starts: list[int] | None = None
     _flat: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -61,6 +61,16 @@ class Plan:
 
     def step(self, amp: Amp = NO_AMP) -> list[Tensor]:
         """Run one step for every parameter that has a gradient; return those parameters."""
+        try:
+            if any([level.open() for level in self._levels]):
+                for work in self._works or ():
+                    work.batch.moves += 1
+            return self._whole_step(amp)
+        finally:
+            for level in self._levels:
+                level.close()
+
+    def _whole_step(self, amp: Amp) -> list[Tensor]:
         if self._works is None or not self._unchanged():
             if capturing():
                 raise CompileError(
@@ -157,11 +167,11 @@ class Plan:
     def _lay_out(self) -> list[Work]:
         """Sort the active parameters into lanes and slabs."""
         self._model_numel = float(sum(e.numel for e in self._active))
+        self._levels = levels_of(self._active, self._levels)
         works = by_lane(self._active)
         collected = [work.collect() for work in works]
         assert all(collected), "a parameter's memory changed while it was planned"
         self._params = [e.param for e in self._active]
-        self._levels = levels_of(self._active)
         self._transforms = {}
         for way, g in {id(e.course): (e.course, e.group) for e in self._active}.values():
             stepped = [t for t in way.transforms if t.domain == Domain.MATRIX or t.scalars()]

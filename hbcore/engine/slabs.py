@@ -21,6 +21,10 @@ from hbcore.rules.transform import Slot, Transform
 from hbcore.rules.views import Block
 from hbcore.state.codec import codec_of, part_name
 
+LENT = ("cuda",)
+"""Kinds of device on which a slab has memory for its inputs during a step alone. torch keeps what is given back there, for the
+model's own use between steps; a CPU's would come back from the system page by page."""
+
 
 @dataclass(frozen=True)
 class SlabKey:
@@ -48,9 +52,24 @@ class Slab:
         self.slots = rule.slots(torch.empty(key.shape, dtype=key.dtype, device="meta"))
         rows = len(names)
         self.inputs = {n: torch.zeros(rows, *key.shape, dtype=d, device=key.device) for n, d in feeds.items()}
+        self._places = list(map(Tensor.data_ptr, self.inputs.values()))
         self.stored: dict[str, Tensor] = {}
         for name, slot in self.slots.items():
             self.stored.update(self._blank(name, slot, rows))
+
+    def open(self) -> bool:
+        """Take memory for the inputs, which hold anything then; say whether it lies elsewhere than in the last step."""
+        if self.key.device.type in LENT:
+            for t in self.inputs.values():
+                t.untyped_storage().resize_(t.numel() * t.element_size())
+        before, self._places = self._places, list(map(Tensor.data_ptr, self.inputs.values()))
+        return self._places != before
+
+    def close(self) -> None:
+        """Give the memory back; views of the inputs stay, and have some again when the slab opens."""
+        if self.key.device.type in LENT:
+            for t in self.inputs.values():
+                t.untyped_storage().resize_(0)
 
     def _blank(self, name: str, slot: Slot, rows: int) -> dict[str, Tensor]:
         codec, dtype = codec_of(slot, self.key.recipe.codec), compute_dtype(self.key.dtype)

@@ -45,6 +45,15 @@ class Level:
         self._base: list[float] | None = None
         self._groups: dict[Group, list[Part]] = {}
 
+    def open(self) -> bool:
+        """Take memory for the slabs' inputs; say whether some of it lies elsewhere than in the last step."""
+        return any([slab.open() for slab in self.members])
+
+    def close(self) -> None:
+        """Give the memory back."""
+        for slab in self.members:
+            slab.close()
+
     def arrange(self, base: list[float]) -> None:
         """Sort the rows by step; ``base`` is the same list while all parameters advance together."""
         if self._base is base:
@@ -91,9 +100,14 @@ class Level:
         self.traffic.collect()
 
 
-def levels_of(entries: list[Entry]) -> list[Level]:
-    """The levels of matrix rules that a step has, on whatever rank."""
-    return [Level(entries, level) for level in range(max((min(e.reach, len(e.seats)) for e in entries), default=0))]
+def levels_of(entries: list[Entry], before: list[Level]) -> list[Level]:
+    """The levels of matrix rules that a step has, on whatever rank, open; those of the steps ``before`` are closed."""
+    for level in before:
+        level.close()
+    levels = [Level(entries, level) for level in range(max((min(e.reach, len(e.seats)) for e in entries), default=0))]
+    for level in levels:
+        level.open()
+    return levels
 
 
 class Traffic:

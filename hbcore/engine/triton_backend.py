@@ -77,6 +77,7 @@ class TritonExecutable:
         pointers = array("q", map(Tensor.data_ptr, batch.tensors["grad"]))
         if self.tables is None or not self.tables.fits(batch, pointers):
             self.tables = Tables(batch, self.layout, self.chunk, rows=len(batch.values))
+        self.tables.follow()
         if any(isinstance(v, Tensor) for v in batch.values[0]):
             rows = [torch.stack([s.double() for s in self.program.scalars(values)]) for values in batch.values]
             self.tables.send_device(pointers, rows if self.layout.scalars else [], capturing())

@@ -59,7 +59,8 @@ class Tables:
         self.batch = batch
         self.device = batch.tensors["param"][0].device
         self.loose = loose_pointers(batch.tensors["grad"])
-        columns = [[t.data_ptr() for t in batch.tensors[name]] for name in layout.columns]
+        self.moves = batch.moves
+        columns = self._columns()
         loose = {i for column in columns for i, p in enumerate(column) if p & 15} | self.loose
         classes = {True: [i for i in range(len(batch)) if i not in loose], False: sorted(loose)}
         self.words = 2 + len(layout.noise)
@@ -86,6 +87,24 @@ class Tables:
             and len(batch.values) <= self.capacity
             and (self.loose == loose_pointers(batch.tensors["grad"]) if self.loose else all_aligned(pointers))
         )
+
+    def follow(self) -> None:
+        """Write down where the columns lie now, if some of them moved. They are as well aligned as before."""
+        if self.moves == self.batch.moves:
+            return
+        self.moves = self.batch.moves
+        columns = self._columns()
+        for launch in self.launches:
+            pointers = torch.tensor(
+                [[column[i] for column in columns] for i in launch.members], dtype=torch.int64, device="cpu"
+            )
+            if self.device.type == "cuda":  # else the copy would wait for the device
+                pointers = pointers.pin_memory()
+            launch.table[:, : len(columns)].copy_(pointers, non_blocking=True)
+
+    def _columns(self) -> list[list[int]]:
+        """The addresses in each column but the gradients'."""
+        return [[t.data_ptr() for t in self.batch.tensors[name]] for name in self.layout.columns]
 
     def send(self, pointers: array[int], numbers: Sequence[Sequence[float]]) -> None:
         """Send the step's scalars, one row for each of ``numbers``, and pointers and row numbers if they changed."""

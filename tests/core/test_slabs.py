@@ -17,6 +17,8 @@ from hb_muon.rules import Orthogonalize
 from hb_psgd import PSGDKron
 from hb_soap import SOAP
 from hbcore.api import Block, Context, Domain, Optimizer, Route, Slot, State, Transform, hyper, is_matrix, matrix_view, zeros
+from hbcore.engine import slabs
+from hbcore.engine.triton_tables import Tables
 from hbcore.engine.turns import Sight
 from hbcore.errors import OptionError, RuleError
 
@@ -367,3 +369,39 @@ def test_products_are_exact_whatever_the_model_asked_torch_for():
     finally:
         torch.set_float32_matmul_precision(before)
     assert seen == ["highest"]
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton", "inductor"])
+@pytest.mark.parametrize("family", ["muon", "soap-caution", "psgd"])
+def test_slabs_give_their_memory_back_between_steps(monkeypatch, family, backend):
+    """As on a GPU. Whatever lies there in between, and wherever it comes back, the steps are the same."""
+    cls, options = FAMILIES[family]
+    results, held = [], []
+    for lent in ((), ("cpu",)):
+        monkeypatch.setattr(slabs, "LENT", lent)
+        params, steps = parameters(), gradients(6)
+        steps[3][1] = steps[4][8] = None
+        optimizer = cls(params, lr=0.01, compile=backend, **options)
+        for grads in steps:
+            run(optimizer, params, [grads])
+            inputs = [t for level in optimizer._plan._levels for slab in level.members for t in slab.inputs.values()]
+            assert inputs
+            assert all((t.untyped_storage().size() == 0) == bool(lent) for t in inputs)
+            # somebody else has the memory, and writes to it
+            held.append([torch.full(t.shape, torch.nan, dtype=t.dtype) for t in inputs])
+        results.append([p.detach().clone() for p in params])
+    assert all(map(torch.equal, *results))
+
+
+def test_tables_follow_tensors_that_moved(monkeypatch):
+    monkeypatch.setattr(slabs, "LENT", ("cpu",))
+    followed: list[int] = []
+    follow = Tables.follow
+    monkeypatch.setattr(Tables, "follow", lambda self: (followed.append(self.batch.moves - self.moves), follow(self)))
+    params, steps, held = parameters(), gradients(6), []
+    optimizer = Muon(params, compile="triton")
+    for grads in steps:
+        run(optimizer, params, [grads])
+        held.append([torch.empty(s) for s in SHAPES])  # what was given back serves these
+    assert optimizer.report.backend == "triton"
+    assert any(followed)
