@@ -16,7 +16,7 @@ from hbcore.engine.slabs import Seat, Slab, SpreadSeat
 from hbcore.engine.turns import Part, Turn
 
 
-class Group(NamedTuple):
+class Together(NamedTuple):
     """What rows must share to be handed to a rule together. A recipe's own identity stands for it: it is long to compare."""
 
     group: int
@@ -43,7 +43,7 @@ class Level:
                     self.members.setdefault(slab, []).append((e, place, range(row, row + block.batch)))
         self.partial = False
         self._base: list[float] | None = None
-        self._groups: dict[Group, list[Part]] = {}
+        self._runs: dict[Together, list[Part]] = {}
 
     def open(self) -> bool:
         """Take memory for the slabs' inputs; say whether some of it lies elsewhere than in the last step."""
@@ -58,7 +58,7 @@ class Level:
         """Sort the rows by step; ``base`` is the same list while all parameters advance together."""
         if self._base is base:
             return
-        self._base, self._groups, self.partial = base, {}, False
+        self._base, self._runs, self.partial = base, {}, False
         for slab, members in self.members.items():
             found: dict[tuple[float, bool], list[int]] = {}
             for e, place, rows in members:
@@ -69,8 +69,8 @@ class Level:
                 whole = chosen == list(range(len(slab.names)))
                 self.partial = self.partial or not whole
                 index = None if whole else torch.tensor(chosen, device=key.device)
-                group = Group(key.group, id(key.recipe), key.place, key.device, step, priming)
-                self._groups.setdefault(group, []).append(Part(slab, index, [slab.names[r] for r in chosen]))
+                together = Together(key.group, id(key.recipe), key.place, key.device, step, priming)
+                self._runs.setdefault(together, []).append(Part(slab, index, [slab.names[r] for r in chosen]))
 
     def run(
         self,
@@ -89,12 +89,12 @@ class Level:
             before, after: what each group carried from the last step, and will carry to the next.
         """
         self.traffic.deal()
-        for group, parts in self._groups.items():
-            g, recipe = group.group, parts[0].slab.key.recipe
-            step = torch.tensor(group.step + ahead, dtype=torch.float64)
-            rule = recipe.whole_chain({**scalars(g, recipe), "step": step})[group.place]
+        for together, parts in self._runs.items():
+            g, recipe = together.group, parts[0].slab.key.recipe
+            step = torch.tensor(together.step + ahead, dtype=torch.float64)
+            rule = recipe.whole_chain({**scalars(g, recipe), "step": step})[together.place]
             held = {n: torch.tensor(v, dtype=torch.float64) for n, v in carried(before[g], [rule]).items()}
-            turn = Turn(rule, step, refreshes[g][rule.name], group.priming, recipe.divide, held, noise_key)
+            turn = Turn(rule, step, refreshes[g][rule.name], together.priming, recipe.divide, held, noise_key)
             for new in turn.run(parts):
                 after[g].update({n: float(v) for n, v in new.items()})
         self.traffic.collect()

@@ -54,9 +54,7 @@ class Turn:
         sights = [Sight(self, part) for part in parts]
         with exact_products():
             if self.priming:
-                for sight in sights:
-                    sight.keep(self.rule.prime(*sight.given))
-                return []
+                return [sight.keep(self.rule.prime(*sight.given)) for sight in sights]
             results = self.rule.update_stacks([sight.given for sight in sights])
             # one that the rule computes when it is asked for is written before the next one takes memory
             return [sight.keep(new, update) for sight, (update, new) in zip(sights, results, strict=True)]
@@ -76,19 +74,21 @@ class Sight:
     def __init__(self, turn: Turn, part: Part) -> None:
         self.turn, self.part = turn, part
         slab, rows = part.slab, part.rows
-        self.stored = slab.stored if rows is None else {name: t[rows] for name, t in slab.stored.items()}
+        self.stored: Mapping[str, Tensor] = slab.stored if rows is None else Rows(slab.stored, rows)
         self.inputs = slab.inputs if rows is None else {name: t[rows] for name, t in slab.inputs.items()}
         state = SlabState(self.stored, slab.slots, slab.key, turn.carried)
         self.given: tuple[Tensor, State, Context] = (self.inputs["update"], state, self._context())
 
     def keep(self, new: Mapping[str, Tensor], update: Tensor | None = None) -> dict[str, Tensor]:
         """Write what the rule returned to the slab; return what the group carries."""
-        shown = {t.untyped_storage().data_ptr() for t in (*self.inputs.values(), *self.stored.values())}
+        slab, shown = self.part.slab, set[int]()
+        if self.part.rows is None:  # else the rule was given copies
+            shown = {t.untyped_storage().data_ptr() for t in (*slab.inputs.values(), *slab.stored.values())}
         # what is a view of something that is written below is read before
         new = {n: v.clone() if v.untyped_storage().data_ptr() in shown else v for n, v in new.items()}
         if update is not None:
             update = update.clone() if update.untyped_storage().data_ptr() in shown else update
-            _put(self.part.slab.inputs["update"], self.part.rows, update)
+            _put(slab.inputs["update"], self.part.rows, update)
         carried = {name: value for name, value in new.items() if name in self.turn.carried}
         for name, value in new.items():
             if name not in carried:
@@ -130,6 +130,22 @@ class Sight:
             noise=lambda like: drawn(uniform, like),
         )
         return context._replace(apply=lambda inner, u, s: inner.update(u, s, context))
+
+
+class Rows(Mapping[str, Tensor]):
+    """Some rows of stored tensors, copied when they are asked for: a rule reads one stack's state after the other's."""
+
+    def __init__(self, whole: Mapping[str, Tensor], rows: Tensor) -> None:
+        self._whole, self._rows = whole, rows
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._whole[name][self._rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._whole)
+
+    def __len__(self) -> int:
+        return len(self._whole)
 
 
 class SlabState(Mapping[str, Tensor]):
