@@ -238,7 +238,7 @@ def aligned(tensor: Tensor, param: Tensor) -> bool:
 
 def initial_state(lane: Lane, p: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
     """The stored tensors that ``state`` lacks, for ``p``, this rank's part of a parameter, in its memory order."""
-    dtype = compute_dtype(p.dtype)
+    dtype, step = compute_dtype(p.dtype), float(state.get("step", 0.0))
     missing: dict[str, Tensor] = {}
     for name, slot in lane.slots.items():
         codec = codec_of(slot, lane.key.recipe.codec)
@@ -246,11 +246,24 @@ def initial_state(lane: Lane, p: Tensor, state: dict[str, Any]) -> dict[str, Ten
         if all(part in state for part in parts):
             continue
         blank = {part: torch.zeros_like(p, dtype=d, requires_grad=False) for part, d in parts.items()}
-        missing.update(codec.write(blank, name, torch.full_like(p, slot.fill, dtype=dtype)) if slot.fill else blank)
+        first = late_start(lane, name, p, step) if step else None
+        if first is None and slot.fill:
+            first = torch.full_like(p, slot.fill, dtype=dtype)
+        missing.update(blank if first is None else codec.write(blank, name, first))
     for name, stored in lane.dtypes.items():  # what param_ecc keeps beside a parameter: nothing to correct yet
         if not is_transient(name) and name not in state and name not in missing:
             missing[name] = torch.zeros_like(p, dtype=stored, requires_grad=False)
     return missing
+
+
+def late_start(lane: Lane, name: str, p: Tensor, step: float) -> Tensor | None:
+    """What the slot ``name`` begins with where ``p`` took ``step`` steps before its rule was there; None for the usual."""
+    dtype = compute_dtype(p.dtype)
+    for t in lane.transforms:
+        if name in t.slots(p):
+            value = t.joins(p.to(dtype), torch.tensor(step, dtype=torch.float64)).get(name)
+            return None if value is None else value.to(dtype)
+    return None
 
 
 def is_transient(name: str) -> bool:

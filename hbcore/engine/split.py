@@ -31,7 +31,8 @@ class SplitOpt(Composite):
             {"optimizer": "AdamW", "lr": 1e-3},
         ])
 
-    A parameter goes to the first spec that takes it. ``repr`` prints who has what.
+    A parameter goes to the first spec that takes it. ``repr`` prints who has what. What a rule takes from all parameters, as
+    MSAMLaProp does the norm of the momentum, it takes from those of its own optimizer.
 
     Args:
         params: parameters, named parameters or groups of them; or, without ``specs``, groups that each name their optimizer:

@@ -116,6 +116,8 @@ class ParameterEMA(Transform):
     r"""A moving average of the weights themselves, Polyak and Juditsky 1992; the training does not see it.
 
     .. math:: a_t = (1 - d)\, a_{t-1} + d\, p_t \qquad \text{read as } a_t / (1 - (1 - d)^t)
+
+    One that is turned on later, as a checkpoint is resumed, has the weights of then for its past.
     """
 
     ema_decay: float = hyper(0.001, ge=0, le=1)
@@ -127,6 +129,9 @@ class ParameterEMA(Transform):
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         return u, {"param_ema": ema(s["param_ema"], u, 1 - self.ema_decay)}
+
+    def joins(self, param: Tensor, step: Tensor) -> dict[str, Tensor]:
+        return {"param_ema": param * (1 - (1 - self.ema_decay) ** step)}
 
     def average(self, s: State, step: Tensor) -> Tensor:
         """The average, freed of its bias towards the zero that it started from."""

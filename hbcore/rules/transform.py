@@ -193,6 +193,13 @@ class Transform:
         """The tensors this rule remembers for ``param``, by name. torch's names where torch has the slot."""
         return {}
 
+    def joins(self, param: Tensor, step: Tensor) -> dict[str, Tensor]:
+        """Elementwise rules: what slots begin with where the rule is new to a parameter that took ``step`` steps without it.
+
+        Those that are not returned begin as ever. ``param`` is in the compute dtype, ``step`` 0-d float64.
+        """
+        return {}
+
     def scalars(self) -> dict[str, float]:
         """Numbers that a param group carries from step to step (a sum of weights, a largest lr), with their first values.
 

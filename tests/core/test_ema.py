@@ -62,6 +62,24 @@ def test_it_is_saved_and_comes_back():
         assert distance(params, other.param_groups[0]["params"]) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("cls", [AdamW, Muon])
+@pytest.mark.parametrize("ecc", [None, "bf16+16"])
+def test_turned_on_as_a_checkpoint_is_resumed_it_begins_with_the_weights_of_then(cls, dtype, ecc):
+    params, steps = parameters(dtype=dtype), list(gradients(8, dtype=dtype))
+    first = cls(params, lr=0.05, compile="eager", ecc=ecc, ema_decay=0.1)
+    run(first, params, steps[:5])
+    then = [p.detach().clone() for p in params]
+    second = cls(params, lr=0.05, compile="eager", ecc=ecc, use_ema=True)
+    second.load_state_dict(first.state_dict())
+    history = [then] * 5
+    for step in steps[5:]:
+        run(second, params, [step])
+        history.append([p.detach().clone() for p in params])
+    with second.ema_weights():
+        assert distance(params, average(history, 0.1)) < {torch.float32: 1e-4, torch.bfloat16: 0.01, torch.float64: 1e-4}[dtype]
+
+
 def test_without_it_there_are_no_averages_to_have():
     with pytest.raises(OptionError, match="use_ema=True"), AdamW(parameters()).ema_weights():
         pass
