@@ -52,29 +52,65 @@ def multiplied(x, y, total):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def half_product(  # type: ignore[no-untyped-def]
-    a,
-    b,
-    d,
-    out,
-    n,
-    k,
-    a_batch,
-    a_lead,
-    b_batch,
-    b_lead,
-    d_batch,
-    d_row,
-    alpha,
-    beta,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BAND: tl.constexpr,
-    EVEN: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-    A_ROWS: tl.constexpr,
-    B_ROWS: tl.constexpr,
+def by_descriptors(  # type: ignore[no-untyped-def]
+    a, b, item, i, j, n, k, TILE: tl.constexpr, DEPTH: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr
 ):
+    """Tile ``(i, j)`` of matrix ``item`` of ``a b``, read through descriptors of the stacks seen as one matrix each."""
+    total = tl.zeros((TILE, TILE), dtype=tl.float32)
+    for start in range(0, k, DEPTH):
+        if A_ROWS:
+            x = a.load([item * n + i * TILE, start])
+        else:
+            x = a.load([item * k + start, i * TILE]).T
+        if B_ROWS:
+            y = b.load([item * k + start, j * TILE])
+        else:
+            y = b.load([item * n + j * TILE, start]).T
+        total = multiplied(x, y, total)
+    return total
+
+
+@triton.jit
+def by_pointers(  # type: ignore[no-untyped-def]
+    a, b, i, j, n, k, a_lead, b_lead,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Tile ``(i, j)`` of the product of the matrices that begin at ``a`` and ``b``."""
+    # rows past the end start again from 0: they are read, and never stored
+    rows, columns = (i * TILE + tl.arange(0, TILE)) % n, (j * TILE + tl.arange(0, TILE)) % n
+    depth = tl.arange(0, DEPTH)
+    if A_ROWS:
+        a_at = a + rows[:, None] * a_lead + depth[None, :]
+        a_step = DEPTH
+    else:
+        a_at = a + rows[:, None] + depth[None, :] * a_lead
+        a_step = DEPTH * a_lead
+    if B_ROWS:
+        b_at = b + depth[:, None] * b_lead + columns[None, :]
+        b_step = DEPTH * b_lead
+    else:
+        b_at = b + depth[:, None] + columns[None, :] * b_lead
+        b_step = DEPTH
+    total = tl.zeros((TILE, TILE), dtype=tl.float32)
+    for start in range(0, k, DEPTH):
+        if EVEN:
+            x, y = tl.load(a_at), tl.load(b_at)
+        else:
+            inside = start + depth < k
+            x = tl.load(a_at, mask=inside[None, :], other=0.0)
+            y = tl.load(b_at, mask=inside[:, None], other=0.0)
+        total = multiplied(x, y, total)
+        a_at += a_step
+        b_at += b_step
+    return total
+
+
+@triton.jit
+def half_product(  # type: ignore[no-untyped-def]
+    a, b, d, out, n, k, a_batch, a_lead, b_batch, b_lead, d_batch, d_row, alpha, beta,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr, EVEN: tl.constexpr,
+    DESCRIBED: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
+):  # fmt: skip
     """One tile of ``alpha a b + beta d``, and its mirror; ``d`` is read unless ``beta`` is 0.
 
     ``A_ROWS``: the entries of ``a``'s rows are neighbours, and ``a_lead`` lies between rows; otherwise the same of its columns.
@@ -86,46 +122,13 @@ def half_product(  # type: ignore[no-untyped-def]
     item = tl.program_id(0) // tiles
     i, j = tile_of(tl.program_id(0) % tiles, across, BAND)
     item64 = item.to(tl.int64)  # the entries of a stack may outnumber int32
-    rows = i * TILE + tl.arange(0, TILE)
-    columns = j * TILE + tl.arange(0, TILE)
-    total = tl.zeros((TILE, TILE), dtype=tl.float32)
     if DESCRIBED:
-        for start in range(0, k, DEPTH):
-            if A_ROWS:
-                x = a.load([item * n + i * TILE, start])
-            else:
-                x = a.load([item * k + start, i * TILE]).T
-            if B_ROWS:
-                y = b.load([item * k + start, j * TILE])
-            else:
-                y = b.load([item * n + j * TILE, start]).T
-            total = multiplied(x, y, total)
+        total = by_descriptors(a, b, item, i, j, n, k, TILE, DEPTH, A_ROWS, B_ROWS)
     else:
-        depth = tl.arange(0, DEPTH)
-        # rows past the end start again from 0: they are read, and never stored
-        if A_ROWS:
-            a_at = a + item64 * a_batch + (rows % n)[:, None] * a_lead + depth[None, :]
-            a_step = DEPTH
-        else:
-            a_at = a + item64 * a_batch + (rows % n)[:, None] + depth[None, :] * a_lead
-            a_step = DEPTH * a_lead
-        if B_ROWS:
-            b_at = b + item64 * b_batch + depth[:, None] * b_lead + (columns % n)[None, :]
-            b_step = DEPTH * b_lead
-        else:
-            b_at = b + item64 * b_batch + depth[:, None] + (columns % n)[None, :] * b_lead
-            b_step = DEPTH
-        for start in range(0, k, DEPTH):
-            if EVEN:
-                x, y = tl.load(a_at), tl.load(b_at)
-            else:
-                inside = start + depth < k
-                x = tl.load(a_at, mask=inside[None, :], other=0.0)
-                y = tl.load(b_at, mask=inside[:, None], other=0.0)
-            total = multiplied(x, y, total)
-            a_at += a_step
-            b_at += b_step
+        x, y = a + item64 * a_batch, b + item64 * b_batch
+        total = by_pointers(x, y, i, j, n, k, a_lead, b_lead, TILE, DEPTH, EVEN, A_ROWS, B_ROWS)
     total = total * alpha
+    rows, columns = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
     held = (rows < n)[:, None] & (columns < n)[None, :]
     if beta != 0:  # when it runs: a kernel without this would be one more to compile
         added = tl.load(d + item64 * d_batch + rows[:, None] * d_row + columns[None, :], mask=held, other=0.0)
