@@ -402,6 +402,7 @@ def test_tables_follow_tensors_that_moved(monkeypatch):
     optimizer = Muon(params, compile="triton")
     for grads in steps:
         run(optimizer, params, [grads])
-        held.append([torch.empty(s) for s in SHAPES])  # what was given back serves these
+        inputs = [t for level in optimizer._plan._levels for slab in level.members for t in slab.inputs.values()]
+        held.append([torch.empty_like(t) for t in inputs])  # what was given back serves these, and is not to be had again
     assert optimizer.report.backend == "triton"
     assert any(followed)
