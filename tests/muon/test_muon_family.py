@@ -177,15 +177,20 @@ def test_gradients_of_zeros_move_nothing(cls, options):
 # --- HyperBall --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 3e-2)], ids=str)
-def test_a_hyperball_keeps_the_norm_that_it_starts_with(dtype, tolerance):
-    """Nothing remembers that norm: in a thousand steps it wanders by a few units of rounding, as the rule's docstring says."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_hyperball_keeps_the_norm_that_it_starts_with(dtype):
+    """Nothing stores that norm, so the rounding of the stored weights moves it: a random walk, as the rule's docstring says.
+
+    One step rounds each of n weights by less than u = eps / 2 of itself, independently, which moves the norm by less than
+    u / sqrt(n) in the root mean square; t steps by sqrt(t) times as much. The bound is eight of those.
+    """
     params = parameters([(40, 30), (8, 3, 3, 3)], dtype)
     before = values(params)
     optimizer = HyperBallAdamW(params, lr=0.01, weight_decay=0.1, compile="eager")
     run(optimizer, params, gradients(1000, [p.shape for p in params], dtype))
     for p, b in zip(params, before, strict=True):
-        assert abs(p.double().norm() / b.double().norm() - 1) < tolerance
+        walk = torch.finfo(dtype).eps / 2 * (1000 / p.numel()) ** 0.5
+        assert abs(p.double().norm() / b.double().norm() - 1) < 8 * walk
         assert (p - b).norm() > 0.5 * b.norm()
 
 
