@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hbcore.rules.parallel import Parallel, graft
     from hbcore.rules.route import Route, is_matrix
     from hbcore.rules.stages import CoupleDecay
-    from hbcore.rules.transform import Context, Domain, Scalar, Slot, State, Transform, hyper, zeros
+    from hbcore.rules.transform import Context, Domain, Role, Scalar, Slot, State, Transform, hyper, zeros
     from hbcore.rules.views import Block, matrix_view
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "OptionError",
     "Options",
     "Parallel",
+    "Role",
     "Route",
     "Scalar",
     "ScaleByAdEMAMix",
@@ -85,6 +86,7 @@ _LAZY = {
     "OptionError": "hbcore.errors:OptionError",
     "Options": "hbcore.engine.options:Options",
     "Parallel": "hbcore.rules.parallel:Parallel",
+    "Role": "hbcore.rules.transform:Role",
     "Route": "hbcore.rules.route:Route",
     "Scalar": "hbcore.rules.transform:Scalar",
     "ScaleByAdEMAMix": "hbcore.rules.moments:ScaleByAdEMAMix",

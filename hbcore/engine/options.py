@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from hbcore import registry
 from hbcore.engine import fallback
 from hbcore.errors import OptionError, RuleError
-from hbcore.rules import clipping, division, route, stages
+from hbcore.rules import clipping, division, roles, route, stages
 from hbcore.rules.mars import Mars
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.codec import StateCodec, cast_codec
@@ -92,7 +92,7 @@ OPTIONS: Mapping[str, Option] = {
 }
 
 SCHEDULED = ("weight_decay", "warmup_steps", "mars_gamma", "beta2_scale", "ema_decay")
-"""The shared options that live in the param groups, where schedulers may change them."""
+"""The shared options that live in the param groups, where schedulers may change them, whether a rule reads them or not."""
 
 REMOVED: Mapping[str, str] = {
     "stochastic_schedule": "refreshes follow a deterministic schedule; pass precondition_frequency or precond_scheduler",
@@ -130,10 +130,10 @@ class Settings:
         held = [t.name for t in route.every(rule) if self.capturable and (t.domain == Domain.MATRIX or t.scalars())]
         if held:
             raise OptionError(f"capturable=True is not to be had for {', '.join(held)} yet; pass capturable=False.")
-        decays = any(name == "weight_decay" for t in rule for name, _, _ in t.hypers())
+        decays = any(True for _ in roles.values(rule, "weight_decay"))
         inserted = list(self.clips)
         if self.mars:
-            inserted.append(Mars(h.mars_gamma, first_beta(h)))
+            inserted.append(Mars(h.mars_gamma, first_beta(rule)))
         if self.caution:
             inserted.append(stages.Caution())
         if decays and self.cautious_weight_decay:
@@ -224,17 +224,18 @@ def check_slots(transforms: Iterable[Transform]) -> None:
             owners[slot] = t.name
 
 
-def first_beta(h: Any) -> Any:
-    """The decay of a group's first moment, by any of its names.
+def first_beta(rule: Iterable[Transform]) -> Any:
+    """The decay rate of a rule's first moment; of several, the one that the gradient meets first.
 
     Raises:
-        OptionError: the rule has no first moment.
+        OptionError: no hyperparameter is declared as one.
     """
-    for name in ("momentum", "beta", "betas"):
-        value = getattr(h, name, None)
-        if value is not None:
-            return value[0] if isinstance(value, tuple) else value
-    raise OptionError("mars corrects by the decay of the first moment, and this optimizer has none; pass mars=False.")
+    for value in roles.values(rule, "first_moment"):
+        return value
+    raise OptionError(
+        "mars=True corrects by the decay rate of the first moment, and no hyperparameter of this rule is declared as one with "
+        "hyper(..., role='first_moment'); pass mars=False."
+    )
 
 
 def _codec(optimizer: str, values: Mapping[str, Any]) -> StateCodec:

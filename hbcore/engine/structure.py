@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hbcore.distributed.placement import local
 from hbcore.engine.lanes import Group
-from hbcore.engine.options import Settings
+from hbcore.engine.options import SCHEDULED, Settings
 from hbcore.engine.recipe import Recipe, length_of
-from hbcore.errors import HyperparameterError, OptionError, ParameterError
+from hbcore.errors import HyperparameterError, ParameterError
 from hbcore.rules import palm, route
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.expected import Logical, expected
@@ -40,9 +40,10 @@ class Structure:
 
         With ``palm=True`` a chain is one step's; without ``step`` it has a constant second decay, and is to be looked at only.
         """
+        rule = route.resolve(self.rule(h), branches)
         if self.settings.palm and step is not None:
-            palm.raised(h, step)
-        return self.settings.stages(h, route.resolve(self.rule(h), branches))
+            rule = palm.raised(rule, step, h.beta2_scale)
+        return self.settings.stages(h, rule)
 
     def forked(self, group: Group) -> tuple[Transform, ...]:
         """The group's chain, its forks unresolved. Its numbers are the defaults: whatever a scheduler wrote, it has a chain."""
@@ -86,7 +87,7 @@ class Structure:
 
     def dynamic(self, group: Group) -> dict[str, int | None]:
         """The entries that may change every step, and how many numbers each is; None for a plain number."""
-        names = {n for t in self.forked(group) for n, _, _ in t.hypers()} | self._own
+        names = {n for t in self.forked(group) for n, _, _ in t.hypers()} | {*SCHEDULED}
         return {k: length_of(group[k]) for k in self.keys if k in names and group[k] is not None}
 
     def recipe(self, group: Group) -> Recipe:
@@ -118,12 +119,7 @@ class Structure:
             checked = self._stages({k: _plain(group[k]) for k in self.keys})
         except HyperparameterError as error:
             raise HyperparameterError(f"{where}: {error}") from None
-        self.hyper |= ({name for t in checked for name, _, _ in t.hypers()} | self._own) & set(self.keys)
-
-    @property
-    def _own(self) -> set[str]:
-        """Entries that no transform declares, and that may change every step all the same."""
-        return {"beta2_scale"} if self.settings.palm else set()
+        self.hyper |= ({name for t in checked for name, _, _ in t.hypers()} | {*SCHEDULED}) & set(self.keys)
 
     def _usual(self, group: Group) -> dict[str, Any]:
         """The group's entries, with the defaults for its numbers."""
@@ -133,8 +129,8 @@ class Structure:
     def _stages(self, values: Mapping[str, Any]) -> tuple[Transform, ...]:
         h = SimpleNamespace(**values)
         rule = self.rule(h)
-        if self.settings.palm and (refusal := palm.check(h, route.every(rule))):  # of the whole fork: one branch may have none
-            raise OptionError(refusal)
+        if self.settings.palm:
+            palm.check(rule, h.beta2_scale)  # of the whole fork: one branch may have no second moment
         return self.settings.stages(h, rule)
 
 

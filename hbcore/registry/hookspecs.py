@@ -24,7 +24,7 @@ from hbcore.registry.spec import Alias, CodecSpec, OptimizerSpec
 
 PROJECT = "hbcore"
 GROUP = "hbcore.plugins"  # the one entry-point group
-API_VERSION = (1, 2)  # (major, minor): a major breaks manifests, a minor adds to what they may use
+API_VERSION = (1, 3)  # (major, minor): a major breaks manifests, a minor adds to what they may use
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from hbcore.rules.numerics import debiased, ema
 from hbcore.rules.stages import DecayWeights
-from hbcore.rules.transform import Context, Scalar, Slot, State, Transform, hyper, zeros
+from hbcore.rules.transform import Context, Role, Scalar, Slot, State, Transform, hyper, zeros
+
+MOMENTS: tuple[Role, Role] = ("first_moment", "second_moment")
+"""The roles of ``betas``."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class ScaleByAdam(Transform):
         u_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)}} \quad\text{divided as the division backend says}
     """
 
-    betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1)
+    betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1, role=MOMENTS)
     eps: float = hyper(1e-8, ge=0)
     name = "adam"
 
@@ -46,7 +49,7 @@ class Momentum(Transform):
         u_t = b_t \;\text{ or, with Nesterov, }\; g_t + \mu b_t
     """
 
-    momentum: float = hyper(0.9, ge=0)
+    momentum: float = hyper(0.9, ge=0, role="first_moment")
     dampening: float = hyper(0.0)
     nesterov: bool = False
     name = "momentum"
@@ -70,7 +73,7 @@ class ScaleByLaProp(Transform):
         u_t = \frac{m_t}{1 - \beta_1^t}
     """
 
-    betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1)
+    betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1, role=MOMENTS)
     eps: float = hyper(1e-8, ge=0)
     name = "laprop"
 
@@ -100,7 +103,7 @@ class ScaleByNAdam(Transform):
         momentum_decay: :math:`\psi`, at least 0; how fast the momentum rises from half of :math:`\beta_1` to all of it.
     """
 
-    betas: tuple[float, float] = hyper((0.9, 0.999), ge=0, lt=1)
+    betas: tuple[float, float] = hyper((0.9, 0.999), ge=0, lt=1, role=MOMENTS)
     eps: float = hyper(1e-8, ge=0)
     momentum_decay: float = hyper(4e-3, ge=0)
     name = "nadam"
@@ -173,7 +176,7 @@ class ScaleByAdEMAMix(Transform):
         beta3_warmup, alpha_warmup: :math:`T_{\beta_3}` and :math:`T_\alpha`, in steps, above 0; 1 is no warm-up.
     """
 
-    betas: tuple[float, float, float] = hyper((0.9, 0.999, 0.9999), ge=0, lt=1)
+    betas: tuple[float, float, float] = hyper((0.9, 0.999, 0.9999), ge=0, lt=1, role=(*MOMENTS, None))
     eps: float = hyper(1e-8, ge=0)
     alpha: float = hyper(2.0, ge=0)
     beta3_warmup: float = hyper(1.0, gt=0)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from hbcore.errors import OptionError
+from hbcore.rules import roles
 from hbcore.rules.transform import Bounds, Scalar, Transform, check_bounds
 
 SCALE = Bounds(gt=0, le=1)
@@ -51,23 +51,23 @@ class RisingDecay:
         return func(*args, **kwargs)
 
 
-def raised(h: Any, step: Tensor) -> None:
-    """Let the second decay rate among a group's hyperparameters ``h``, ``betas[1]`` or ``alpha``, rise; in place."""
-    decay = RisingDecay(step, h.beta2_scale)
-    if getattr(h, "betas", None) is not None:
-        h.betas = (h.betas[0], decay, *h.betas[2:])
-    else:
-        h.alpha = decay
+def raised(rule: Iterable[Transform], step: Scalar, scale: Scalar) -> tuple[Transform, ...]:
+    """The rule with a rising decay in the place of every decay rate of a second moment."""
+    decay = RisingDecay(step, scale)
+    return roles.replaced(rule, "second_moment", lambda _: decay)
 
 
-def check(h: Any, rule: Iterable[Transform]) -> str | None:
-    """What is wrong with ``palm=True`` for a rule, or None.
+def check(rule: Sequence[Transform], scale: Any) -> None:
+    """Look whether ``palm=True`` can act on a rule.
 
     Raises:
-        HyperparameterError: ``beta2_scale`` is outside its bounds.
+        HyperparameterError: ``scale`` is outside its bounds.
+        OptionError: no hyperparameter is declared as the decay rate of a second moment.
     """
-    check_bounds("beta2_scale", h.beta2_scale, SCALE)
-    blank = torch.empty(0, device="meta")
-    if any(slot.basis == "permute" for t in rule for slot in t.slots(blank).values()):
-        return None
-    return "palm=True lets the decay of the second moment rise, and this optimizer has none; pass palm=False."
+    check_bounds("beta2_scale", scale, SCALE)
+    if next(roles.values(rule, "second_moment"), None) is None:
+        known = ", ".join(dict.fromkeys(name for t in rule for name, _, _ in t.hypers())) or "none"
+        raise OptionError(
+            "palm=True lets the decay rate of the second moment rise, and no hyperparameter of this rule is declared as one "
+            f"with hyper(..., role='second_moment'); it has {known}. Pass palm=False."
+        )

@@ -40,7 +40,7 @@ def arrange(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
 class CoupleDecay(Transform):
     """L2 regularisation: ``g + weight_decay * p`` before the rule sees the gradient, as torch.optim.SGD and Adam have it."""
 
-    weight_decay: float = hyper(0.0, ge=0)
+    weight_decay: float = hyper(0.0, ge=0, role="weight_decay")
     name = "couple_decay"
     stage = "couple_decay"
 
@@ -74,7 +74,7 @@ class DecayWeights(Transform):
     Decay (arXiv:2510.12402). The learning rate multiplies both, so the decay per step is ``lr * weight_decay``.
     """
 
-    weight_decay: float = hyper(0.0, ge=0)
+    weight_decay: float = hyper(0.0, ge=0, role="weight_decay")
     cautious: bool = False
     name = "weight_decay"
     stage = "weight_decay"

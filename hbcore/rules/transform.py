@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from numbers import Real
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -64,16 +64,42 @@ class Bounds:
         return f"{low}, {high}"
 
 
+Role = Literal["first_moment", "second_moment", "weight_decay"]
+"""What a hyperparameter is to its rule: the decay rate of a first or second moment, or the weight decay."""
+
+
 def hyper(
-    default: Any, *, ge: float | None = None, gt: float | None = None, le: float | None = None, lt: float | None = None
+    default: Any,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    role: Role | tuple[Role | None, ...] | None = None,
 ) -> Any:
     """Declare a dataclass field that may change every step without recompiling anything.
 
     Inside ``update`` the field is a 0-d float64 tensor (a tuple of them for a tuple default), bound to the param group's
     entry of the same name, so schedulers that write ``group["lr"]`` just work. Fields declared without ``hyper`` are
     structure: changing one makes another graph. The bounds are checked when the optimizer is built.
+
+    Args:
+        default: a number, or a tuple of numbers.
+        ge, gt, le, lt: bounds of each number.
+        role: what the number is to the rule; for a tuple, one role or None for each of its numbers. ``palm=True`` changes what
+            has the role ``"second_moment"``, ``mars=True`` reads the first ``"first_moment"``, and a rule with a
+            ``"weight_decay"`` decays the weights itself. An option that needs a role which no hyperparameter has is refused.
+
+    Raises:
+        RuleError: a role does not exist, or the roles of a tuple are not as many as its numbers.
     """
-    return field(default=default, metadata={"hyper": Bounds(ge, gt, le, lt)})
+    each = role if isinstance(role, tuple) else (role,)
+    if unknown := [r for r in each if r is not None and r not in get_args(Role)]:
+        raise RuleError(f"hyper(role={unknown[0]!r}): there is no such role; pass one of {', '.join(get_args(Role))}.")
+    numbers = default if isinstance(default, tuple) else (default,)
+    if role is not None and (isinstance(role, tuple) != isinstance(default, tuple) or len(each) != len(numbers)):
+        raise RuleError(f"hyper({default!r}, role={role!r}): pass one role for a number, a tuple of as many for a tuple.")
+    return field(default=default, metadata={"hyper": Bounds(ge, gt, le, lt), "role": role})
 
 
 @dataclass(frozen=True)

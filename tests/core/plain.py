@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hbcore.api import Context, Domain, Transform
-from hbcore.rules import route, stages
+from hbcore.rules import roles, route, stages
 from hbcore.rules.division import eps_clamp
 
 
@@ -84,7 +84,7 @@ def _arranged(chain: Callable[[Any], Sequence[Transform]], h: Mapping[str, Any],
     bound = SimpleNamespace(**{k: _bound(v) for k, v in h.items()})
     fork = tuple(chain(bound))
     rule = route.resolve(fork, route.branches(fork, param))
-    if not any(name == "weight_decay" for t in rule for name, _, _ in t.hypers()):
+    if not any(True for _ in roles.values(rule, "weight_decay")):
         rule += (stages.DecayWeights(bound.weight_decay),)
     if not any(t.owns_apply for t in rule):
         rule += (stages.ScaleByLr(bound.lr, bound.warmup_steps), stages.Apply())

@@ -50,7 +50,7 @@ class DecaySpectralNorm(Transform):
     Slots: ``spectral_u``, :math:`q`, ``[M]``. No codec compresses it.
     """
 
-    weight_decay: float = hyper(0.1, ge=0)
+    weight_decay: float = hyper(0.1, ge=0, role="weight_decay")
     cautious: bool = False
     name = "spectral_decay"
     stage = "weight_decay"
@@ -81,16 +81,14 @@ def unit(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DecayVectors(Transform):
-    r"""Decoupled weight decay, :math:`u + \lambda p`, of what is no matrix to decay by its spectral norm.
+    r"""Decoupled weight decay, :math:`u + \lambda p`, of a parameter that is not decayed spectrally.
 
     Args:
         scalar_vector_weight_decay: :math:`\lambda`, at least 0.
-        weight_decay: that of the matrices, of no use here: the option inserts no decay of its own where a rule names it.
         cautious: only where update and parameter agree in sign.
     """
 
-    scalar_vector_weight_decay: float = hyper(0.1, ge=0)
-    weight_decay: float = hyper(0.1, ge=0)
+    scalar_vector_weight_decay: float = hyper(0.1, ge=0, role="weight_decay")
     cautious: bool = False
     name = "vector_decay"
     stage = "weight_decay"
@@ -177,7 +175,7 @@ class Adams(Optimizer):
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:
         direction = ScaleByAdam(h.betas, 0.0)
-        plain = DecayVectors(h.scalar_vector_weight_decay, h.weight_decay, h.cautious_weight_decay)
+        plain = DecayVectors(h.scalar_vector_weight_decay, h.cautious_weight_decay)
         if not h.use_spectral_decay:
             return direction, plain
         spectral = DecaySpectralNorm(h.weight_decay, h.cautious_weight_decay)

@@ -24,7 +24,7 @@ class ScaleByADOPT(Transform):
     The first gradient, the paper's :math:`g_0`, sets :math:`v` alone. Neither moment is corrected for a bias.
     """
 
-    betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1)
+    betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1, role=("first_moment", "second_moment"))
     eps: float = hyper(1e-8, ge=0)
     name = "adopt"
 

@@ -21,7 +21,7 @@ class ScaleByLion(Transform):
         u_t = \mathrm{sgn}(\beta_1 m_{t-1} + (1 - \beta_1) g_t) \qquad m_t = \beta_2 m_{t-1} + (1 - \beta_2) g_t
     """
 
-    betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1)
+    betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1, role=("first_moment", None))
     name = "lion"
 
     def slots(self, param: Tensor) -> dict[str, Slot]:

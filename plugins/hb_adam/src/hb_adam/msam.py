@@ -44,7 +44,7 @@ class MomentumSAM(Transform):
     lr: float = hyper(0.0025, ge=0)
     warmup_steps: float = hyper(0, ge=0)
     sam_step_size: float = hyper(0.1, ge=0)
-    weight_decay: float = hyper(0.0, ge=0)
+    weight_decay: float = hyper(0.0, ge=0, role="weight_decay")
     cautious: bool = False
     name = "msam"
     stage = "apply"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hbcore.api import Alias, OptimizerSpec, hookimpl
 
-API = (1, 1)
+API = (1, 3)
 
 OPTIMIZERS = (
     OptimizerSpec(

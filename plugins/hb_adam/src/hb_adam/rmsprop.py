@@ -43,7 +43,7 @@ class ScaleByRMSprop(Transform):
     State: ``square_avg``, and ``grad_avg`` if centered, of the parameter's shape.
     """
 
-    alpha: float = hyper(0.99, ge=0, lt=1)
+    alpha: float = hyper(0.99, ge=0, lt=1, role="second_moment")
     eps: float = hyper(1e-6, ge=0)
     centered: bool = False
     debias: bool = True

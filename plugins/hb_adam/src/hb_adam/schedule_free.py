@@ -23,7 +23,7 @@ class ScaleByRms(Transform):
     State: ``exp_avg_sq``, of the parameter's shape.
     """
 
-    betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1)
+    betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1, role=(None, "second_moment"))
     eps: float = hyper(1e-6, ge=0)
     name = "rms"
 
@@ -70,7 +70,7 @@ class ScheduleFree(Transform):
     """
 
     lr: float = hyper(0.0025, ge=0)
-    beta1: float = hyper(0.9, gt=0, lt=1)
+    beta1: float = hyper(0.9, gt=0, lt=1, role="first_moment")
     warmup_steps: float = hyper(0, ge=0)
     r: float = hyper(0.0)
     weight_lr_power: float = hyper(2.0, ge=0)

@@ -26,7 +26,7 @@ class ScaleBySparseAdam(Transform):
     Slots: ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape.
     """
 
-    betas: tuple[float, float] = hyper((0.9, 0.999), ge=0, lt=1)
+    betas: tuple[float, float] = hyper((0.9, 0.999), ge=0, lt=1, role=("first_moment", "second_moment"))
     eps: float = hyper(1e-8, gt=0)
     name = "sparse_adam"
 

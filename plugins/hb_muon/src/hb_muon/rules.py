@@ -47,7 +47,7 @@ class MuonMomentum(Transform):
     on its matrix's size: they then differ in ``momentum_buffer``, and in the step where ``scale_mode="graft"``.
     """
 
-    momentum: float = hyper(0.9, ge=0, lt=1)
+    momentum: float = hyper(0.9, ge=0, lt=1, role="first_moment")
     nesterov: bool = True
     heavyball_momentum: bool = False
     name = "muon_momentum"

@@ -77,7 +77,7 @@ class PreconditionByKron(Transform):
         rule: one of :data:`RULES`.
     """
 
-    beta: float = hyper(0.9, ge=0, lt=1)
+    beta: float = hyper(0.9, ge=0, lt=1, role="first_moment")
     precond_lr: float = hyper(0.1, ge=0, le=1)
     lower_bound_beta: float = hyper(0.9, ge=0, lt=1)
     dampening: float = hyper(1e-9, ge=0)
