@@ -12,9 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hbcore.engine.optimizer import Optimizer
-    from hbcore.engine.release import hook_into_backward
-    from hbcore.engine.split import SplitOpt
+    from hbcore.checkpoint.export import export
     from hbcore.errors import (
         AmbiguousNameError,
         CheckpointError,
@@ -35,9 +33,11 @@ if TYPE_CHECKING:
         TraceError,
         UnknownOptimizerError,
     )
+    from hbcore.optimizer import Optimizer
     from hbcore.registry import block, create, get, info, list_optimizers, unblock
     from hbcore.rules.parallel import Parallel, graft
-    from hbcore.state.export import export
+    from hbcore.wrappers.gradient_release import hook_into_backward
+    from hbcore.wrappers.split import SplitOpt
 
 __version__ = "0.1.0"
 
@@ -78,12 +78,12 @@ __all__ = [
 _REGISTRY = ("block", "create", "get", "info", "list_optimizers", "unblock")
 _LAZY = {name: "hbcore.errors" for name in __all__ if name.endswith(("Error", "Warning"))}
 _LAZY |= dict.fromkeys(_REGISTRY, "hbcore.registry") | {
-    "Optimizer": "hbcore.engine.optimizer",
+    "Optimizer": "hbcore.optimizer",
     "Parallel": "hbcore.rules.parallel",
-    "SplitOpt": "hbcore.engine.split",
-    "export": "hbcore.state.export",
+    "SplitOpt": "hbcore.wrappers.split",
+    "export": "hbcore.checkpoint.export",
     "graft": "hbcore.rules.parallel",
-    "hook_into_backward": "hbcore.engine.release",
+    "hook_into_backward": "hbcore.wrappers.gradient_release",
 }
 
 

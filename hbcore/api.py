@@ -16,10 +16,9 @@ from hbcore.registry.hookspecs import API_VERSION, hookimpl
 from hbcore.registry.spec import Alias, CodecSpec, OptimizerSpec
 
 if TYPE_CHECKING:
-    from hbcore.engine.composite import Composite
-    from hbcore.engine.optimizer import Optimizer
     from hbcore.engine.options import Options
     from hbcore.errors import HyperparameterError, OptionError
+    from hbcore.optimizer import Optimizer
     from hbcore.rules.moments import (
         CorrectedDecay,
         Momentum,
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from hbcore.rules.stages import CoupleDecay
     from hbcore.rules.transform import Context, Domain, Role, Scalar, Slot, State, Transform, hyper, zeros
     from hbcore.rules.views import Block, matrix_view
+    from hbcore.wrappers.composite import Composite
 
 __all__ = [
     "API_VERSION",
@@ -75,14 +75,14 @@ __all__ = [
 
 _LAZY = {
     "Block": "hbcore.rules.views:Block",
-    "Composite": "hbcore.engine.composite:Composite",
+    "Composite": "hbcore.wrappers.composite:Composite",
     "Context": "hbcore.rules.transform:Context",
     "CorrectedDecay": "hbcore.rules.moments:CorrectedDecay",
     "CoupleDecay": "hbcore.rules.stages:CoupleDecay",
     "Domain": "hbcore.rules.transform:Domain",
     "HyperparameterError": "hbcore.errors:HyperparameterError",
     "Momentum": "hbcore.rules.moments:Momentum",
-    "Optimizer": "hbcore.engine.optimizer:Optimizer",
+    "Optimizer": "hbcore.optimizer:Optimizer",
     "OptionError": "hbcore.errors:OptionError",
     "Options": "hbcore.engine.options:Options",
     "Parallel": "hbcore.rules.parallel:Parallel",

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.kernel:
         cls = registry.resolve(args.name)
-        from hbcore.engine import describe
+        from hbcore import introspect as describe
 
         print("\n\n".join(describe.kernels(cls)))
         return 0
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 def _facts(name: str) -> dict[str, Any]:
     info = registry.info(name)
     cls = registry.resolve(name)  # not get(): looking an alias up is not using it
-    from hbcore.engine import describe  # after the registry: an unknown name is said without waiting for torch
+    from hbcore import introspect as describe  # after the registry: an unknown name is said without waiting for torch
 
     facts: dict[str, Any] = dict(describe.describe(cls))
     facts |= {

@@ -12,7 +12,7 @@ import torch
 from typing_extensions import TypedDict
 
 from hbcore import registry
-from hbcore.engine import fallback
+from hbcore.engine.backends import select as fallback
 from hbcore.errors import OptionError, RuleError
 from hbcore.rules import clipping, division, roles, route, stages
 from hbcore.rules.mars import Mars

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from hbcore.engine.lanes import Group
+from hbcore.engine.graph.segment_spec import Recipe
 from hbcore.engine.options import Settings
+from hbcore.engine.planning.segments import Group
 from hbcore.engine.progress import Progress
-from hbcore.engine.recipe import Recipe
 from hbcore.engine.report import Report
 from hbcore.rules.transform import Transform
 

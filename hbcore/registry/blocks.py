@@ -35,8 +35,8 @@ class CoreBlock:
 
 
 _HOME = {
-    "SplitOpt": ("SplitOpt", "hbcore.engine.split"),
-    "SplitOptimizer": ("SplitOpt", "hbcore.engine.split"),
+    "SplitOpt": ("SplitOpt", "hbcore.wrappers.split"),
+    "SplitOptimizer": ("SplitOpt", "hbcore.wrappers.split"),
     "Parallel": ("Parallel", "hbcore.rules.parallel"),
     "Branch": ("Parallel", "hbcore.rules.parallel"),
 }

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hbcore.engine.describe import describe
 from hbcore.errors import FallbackWarning
+from hbcore.introspect import describe
 from hbcore.testing import expect
 from hbcore.testing.subject import Check, Subject
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from hbcore.engine.composite import Composite
 from hbcore.errors import HyperparameterError
 from hbcore.testing import expect
 from hbcore.testing.subject import NOT_BY_HAND, Check, Subject, Trial, loss_of, through_file
+from hbcore.wrappers.composite import Composite
 
 
 def it_is_a_torch_optimizer(subject: Subject) -> None:

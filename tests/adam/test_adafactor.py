@@ -50,7 +50,7 @@ def test_every_setting_is_tried():
 
 @pytest.mark.filterwarnings("ignore:.*encountered in divide:RuntimeWarning")  # Triton's interpreter divides with NumPy
 def test_compiled_lanes_agree_with_the_oracle():
-    if not pytest.importorskip("hbcore.engine.triton_helpers").INTERPRETED:
+    if not pytest.importorskip("hbcore.engine.backends.triton.device_lib").INTERPRETED:
         pytest.skip("runs under Triton's interpreter")
     shapes, options = ((5, 7), (13,)), CASES["settings"]
     params = parameters(shapes)

@@ -65,7 +65,7 @@ def test_a_setting_agrees_with_the_oracle(case, dtype):
 @pytest.mark.parametrize("backend", ["inductor", "triton"])
 def test_compiled_backends_agree_with_the_oracle(backend):
     if backend == "triton":
-        helpers = pytest.importorskip("hbcore.engine.triton_helpers")
+        helpers = pytest.importorskip("hbcore.engine.backends.triton.device_lib")
         if not helpers.INTERPRETED:
             pytest.skip("runs under Triton's interpreter")
     shapes, settings = ((5, 7), (2, 3, 4), (13,)), {"weight_decay": 0.3, "warmup_steps": 3}

@@ -37,7 +37,7 @@ def test_every_class_and_every_setting_has_an_oracle():
 @pytest.mark.filterwarnings("ignore:.*encountered in divide:RuntimeWarning")  # Triton's interpreter divides with NumPy
 @pytest.mark.parametrize(("cls", "oracle", "options", "spelled"), COMPILED.values(), ids=COMPILED)
 def test_triton_agrees_with_the_oracle(cls, oracle, options, spelled, dtype):
-    helpers = pytest.importorskip("hbcore.engine.triton_helpers")
+    helpers = pytest.importorskip("hbcore.engine.backends.triton.device_lib")
     if not helpers.INTERPRETED:
         pytest.skip("runs under Triton's interpreter")
     compiled("triton", cls, oracle, options, spelled, dtype)

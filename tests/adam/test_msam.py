@@ -69,7 +69,7 @@ def test_an_option_agrees_with_the_oracle(case, dtype):
 @pytest.mark.parametrize("backend", ["inductor", "triton"])
 def test_compiled_backends_agree_with_the_oracle(backend, dtype):
     if backend == "triton":
-        helpers = pytest.importorskip("hbcore.engine.triton_helpers")
+        helpers = pytest.importorskip("hbcore.engine.backends.triton.device_lib")
         if not helpers.INTERPRETED:
             pytest.skip("runs under Triton's interpreter")
     elif dtype == torch.float64:

@@ -260,7 +260,7 @@ def test_compile_chooses_the_backend():
     assert stepped(GRAD)[1].report.backend == "eager"
     assert stepped(GRAD, compile="auto")[1].report.backend == "eager", "too small to repay it, on a CPU"
     assert stepped(compile_step=True)[1].settings.compile == stepped(compile="inductor")[1].settings.compile == "inductor"
-    helpers = pytest.importorskip("hbcore.engine.triton_helpers")
+    helpers = pytest.importorskip("hbcore.engine.backends.triton.device_lib")
     if not helpers.INTERPRETED:
         pytest.skip("runs under Triton's interpreter")
     p, optimizer = stepped(GRAD, compile="triton")

@@ -88,7 +88,7 @@ def test_an_option_agrees_with_the_oracle(case, dtype):
 @pytest.mark.parametrize("caution", [False, True], ids=["one-phase", "two-phases"])
 def test_compiled_backends_agree_with_the_oracle(backend, caution, dtype):
     if backend == "triton":
-        helpers = pytest.importorskip("hbcore.engine.triton_helpers")
+        helpers = pytest.importorskip("hbcore.engine.backends.triton.device_lib")
         if not helpers.INTERPRETED:
             pytest.skip("runs under Triton's interpreter")
     shapes = (*SHAPES, (40, 70))

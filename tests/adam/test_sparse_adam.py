@@ -47,7 +47,7 @@ def test_torch_trains_alike_for_100_steps(settings, dims, dtype):
 
 @pytest.mark.filterwarnings("ignore:.*encountered in divide:RuntimeWarning")  # Triton's interpreter divides with NumPy
 def test_a_kernel_follows_the_rows_from_step_to_step():
-    if not pytest.importorskip("hbcore.engine.triton_helpers").INTERPRETED:
+    if not pytest.importorskip("hbcore.engine.backends.triton.device_lib").INTERPRETED:
         pytest.skip("runs under Triton's interpreter")
     ours, theirs = ([table(), table(seed=1)] for _ in range(2))
     optimizer, reference = SparseAdam(ours, compile="triton"), torch.optim.SparseAdam(theirs)

@@ -1,4 +1,4 @@
-"""Steps on sparse gradients (hbcore/engine/sparse.py): beside other optimizers, with other rules, through checkpoints."""
+"""Steps on sparse gradients (engine/planning/sparse_plan.py), beside other optimizers, with other rules, and checkpoints."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_torchs_checkpoints_load_and_ours_load_there():
 @pytest.mark.parametrize("options", [{"compile": "triton"}, {"gradient_clipping": "global_l2norm_clip"}], ids=str)
 def test_compiled_and_clipped_steps_are_those_of_dense_rows(options):
     """Every row has a gradient, in an order of its own: then the steps are those of the same rule on a dense one."""
-    if "compile" in options and not pytest.importorskip("hbcore.engine.triton_helpers").INTERPRETED:
+    if "compile" in options and not pytest.importorskip("hbcore.engine.backends.triton.device_lib").INTERPRETED:
         pytest.skip("runs under Triton's interpreter")
     dense_rule = optimizer_of(ScaleByAdam)
     rows_rule = type("Rows", (dense_rule,), {"sparse_gradients": True})

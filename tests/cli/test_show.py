@@ -113,7 +113,7 @@ def test_a_name_is_required() -> None:
 
 
 def test_the_engines_own_description_has_what_show_prints() -> None:
-    engine = pytest.importorskip("hbcore.engine.describe")
+    engine = pytest.importorskip("hbcore.introspect")
     from hbcore.api import Optimizer
     from hbcore.cli.show import _text
     from hbcore.rules.moments import ScaleByAdam
@@ -143,7 +143,7 @@ def test_the_generated_kernels_are_shown_a_module_for_each_lane(capsys: pytest.C
 
 
 def test_the_chain_is_what_a_matrix_meets() -> None:
-    engine = pytest.importorskip("hbcore.engine.describe")
+    engine = pytest.importorskip("hbcore.introspect")
     ball = pytest.importorskip("hb_muon").HyperBallAdamW
     assert engine.describe(ball)["chain"] == ["adam", "weight_decay", "hyperball"]  # which applies its step itself
     assert engine.describe(ball, warmup_steps=2, use_ema=True)["chain"][-2:] == ["hyperball", "parameter_ema"]

@@ -23,11 +23,11 @@ from torch import nn
 
 from hb_adam import SGD, AdamW
 from hbcore.api import Domain, Transform
-from hbcore.engine import triton_backend
+from hbcore.engine.backends.triton import backend as triton_backend
 from hbcore.errors import FallbackWarning, StateWarning
 
 pytest.importorskip("triton")
-helpers = pytest.importorskip("hbcore.engine.triton_helpers")
+helpers = pytest.importorskip("hbcore.engine.backends.triton.device_lib")
 pytestmark = [
     pytest.mark.skipif(not helpers.INTERPRETED, reason="runs under Triton's interpreter; tests/gpu is for GPUs"),
     pytest.mark.filterwarnings("ignore:.*encountered in divide:RuntimeWarning"),  # the interpreter divides with NumPy

@@ -9,7 +9,7 @@ import torch
 from core.kit import backward, copy_gradients, gradients, mlp, parameters, run, same
 
 from hb_adam import SGD, AdamW
-from hbcore.engine import fallback
+from hbcore.engine.backends import select as fallback
 from hbcore.errors import CompileError, FallbackWarning
 
 

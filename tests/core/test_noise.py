@@ -26,7 +26,7 @@ def draw(offsets, out, seed, n, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_philox_is_tritons_bit_for_bit(seed):
-    from hbcore.engine.triton_helpers import INTERPRETED
+    from hbcore.engine.backends.triton.device_lib import INTERPRETED
 
     device = "cpu" if INTERPRETED else "cuda"
     if device == "cuda" and not torch.cuda.is_available():

@@ -17,9 +17,9 @@ from hb_muon.rules import Orthogonalize
 from hb_psgd import PSGDKron
 from hb_soap import SOAP
 from hbcore.api import Block, Context, Domain, Optimizer, Route, Slot, State, Transform, hyper, is_matrix, matrix_view, zeros
-from hbcore.engine import slabs
-from hbcore.engine.triton_tables import Tables
-from hbcore.engine.turns import Sight
+from hbcore.engine.backends.triton.launch_tables import Tables
+from hbcore.engine.stacks import stack as slabs
+from hbcore.engine.stacks.rule_call import Sight
 from hbcore.errors import OptionError, RuleError
 
 SHAPES = ((6, 6), (6, 6), (5, 6), (6, 6), (11, 3, 2, 2), (7,), (), (1, 2), (5, 6))

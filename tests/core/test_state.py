@@ -16,9 +16,9 @@ from hb_adam import SGD, AdamW, SFAdamW
 from hb_muon import Muon
 from hb_psgd import PSGDKron
 from hb_soap import SOAP
+from hbcore.checkpoint.migrations import Migration
 from hbcore.errors import CheckpointError, StateWarning
 from hbcore.rules.moments import ScaleByAdam
-from hbcore.state.migrations import Migration
 
 FIXTURES = sorted((Path(__file__).parent.parent / "fixtures" / "state").glob("*.pt"))
 EVERY = [AdamW, SGD, Muon, SOAP, PSGDKron, SFAdamW]

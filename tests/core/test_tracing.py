@@ -10,7 +10,7 @@ import torch
 from core.kit import distance, optimizer_of, parameters, run, same
 
 from hbcore.api import Domain, Transform, hyper, zeros
-from hbcore.engine.trace import trace
+from hbcore.engine.graph.trace import trace
 from hbcore.errors import FallbackWarning, TraceError
 from hbcore.rules.stages import ORDER, arrange
 

@@ -62,7 +62,7 @@ def program_of(cls, dtype, options, **numbers):
 
 
 def source_of(cls, dtype, options, **numbers):
-    from hbcore.engine.triton_source import module_source
+    from hbcore.engine.backends.triton.codegen import module_source
 
     program = program_of(cls, dtype, options, **numbers)
     return module_source(program, program.label, "0")
@@ -74,8 +74,9 @@ def machine_code(folder: Path) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hbcore.engine import triton_backend, triton_cache
-    from hbcore.engine.triton_backend import TritonExecutable
+    from hbcore.engine.backends.triton import backend as triton_backend
+    from hbcore.engine.backends.triton import cache as triton_cache
+    from hbcore.engine.backends.triton.backend import TritonExecutable
 
     results = {}
     pointers = {"table": "*i64", "chunks": "*i64", "moving": "*i64", "rows": "*fp64", "partials": "*fp64", "model": "*fp64"}
@@ -175,7 +176,7 @@ def test_offsets_into_tensors_are_64_bits_wide(compiled, case):
 @pytest.mark.parametrize("case", ["adamw-ecc"])
 def test_codecs_are_compiled_without_contracting_floats(case):
     """A fused multiply-add rounds once where the other backends round twice, and an integer codec shows it."""
-    from hbcore.engine.triton_backend import TritonExecutable
+    from hbcore.engine.backends.triton.backend import TritonExecutable
 
     cls, dtype, options, _ = CASES[case]
     asked = {}
@@ -196,7 +197,7 @@ def test_codecs_are_compiled_without_contracting_floats(case):
 
 def batch_of(program, tensors):
     """A batch whose columns all are ``tensors``, with every scalar 1."""
-    from hbcore.engine.backend import Batch
+    from hbcore.engine.backends.base import Batch
 
     columns = {name: [t.to(dtype) if t.numel() < 1000 else t for t in tensors] for name, dtype in program.dtypes.items()}
     return Batch(columns, [0] * len(tensors), [[1.0] * len(program.scalar_names)])
@@ -205,7 +206,7 @@ def batch_of(program, tensors):
 @pytest.mark.parametrize("options", [{}, {"caution": True}])
 def test_chunks_tile_a_tensor_of_three_billion_elements(options):
     """Nothing is allocated: the large tensor is one element, expanded."""
-    from hbcore.engine.triton_backend import TritonExecutable
+    from hbcore.engine.backends.triton.backend import TritonExecutable
 
     sizes = [5, 3_000_000_000, 2**31, 8193]
     program = program_of(AdamW, torch.float32, options)
@@ -255,7 +256,7 @@ def test_a_source_says_where_it_comes_from():
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """``triton_cache`` with a folder of its own, not made yet, and no module kept from one test to the next."""
-    from hbcore.engine import triton_cache
+    from hbcore.engine.backends.triton import cache as triton_cache
 
     monkeypatch.setenv("HBCORE_CACHE_DIR", str(tmp_path / "deep" / "kernels"))
     before = set(sys.modules)

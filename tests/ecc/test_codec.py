@@ -12,7 +12,7 @@ from core.kit import distance, parameters, run, same, values
 
 from hb_adam import SGD, AdamW
 from hb_ecc.codec import BF16Plus8, BF16Plus16
-from hbcore.engine.program import direct_reduce
+from hbcore.engine.graph.program import direct_reduce
 from hbcore.registry import Registry
 from hbcore.state.codec import Cast, StateCodec
 

@@ -117,7 +117,7 @@ def test_every_class_and_every_setting_has_an_oracle():
 )
 @pytest.mark.filterwarnings("ignore:.*encountered in divide:RuntimeWarning")  # Triton's interpreter divides with NumPy
 def test_compiled_rules_agree_with_the_oracle(backend, name):
-    if backend == "triton" and not pytest.importorskip("hbcore.engine.triton_helpers").INTERPRETED:
+    if backend == "triton" and not pytest.importorskip("hbcore.engine.backends.triton.device_lib").INTERPRETED:
         pytest.skip("runs under Triton's interpreter")
     report = agree(LANES[name], torch.float32, 1e-6, ((5, 7),), 6, backend).report
     assert report.backend == backend and not report.reasons

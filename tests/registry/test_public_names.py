@@ -112,13 +112,13 @@ def test_the_api_names_what_plugins_may_use() -> None:
 
 
 def test_the_apis_rule_names_resolve() -> None:
-    pytest.importorskip("hbcore.engine.optimizer")
+    pytest.importorskip("hbcore.optimizer")
     for name in api.__all__:
         assert getattr(api, name) is not None
 
 
 def test_a_preset_of_a_real_optimizer_sets_its_options(run_python: Run, site: Any) -> None:
-    pytest.importorskip("hbcore.engine.optimizer")
+    pytest.importorskip("hbcore.optimizer")
     rules = """
         from hbcore.api import Optimizer
         from hbcore.rules.moments import ScaleByAdam

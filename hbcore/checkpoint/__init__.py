@@ -1,0 +1,1 @@
+"""State dicts: save, exact load, export, schema, migrations."""

@@ -1,0 +1,232 @@
+"""Reading one parameter's state out of a checkpoint: slot by slot, through versions and codecs, to what runs now."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hbcore import registry
+from hbcore.checkpoint.migrations import Migration, path
+from hbcore.checkpoint.schema import Record
+from hbcore.distributed.placement import is_dtensor, local, shards_of, spread_like
+from hbcore.errors import CheckpointError, HbcoreError, StateWarning
+from hbcore.rules.numerics import compute_dtype
+from hbcore.state.codec import Cast, StateCodec, cast_codec
+from hbcore.state.expected import Logical
+
+if TYPE_CHECKING:
+    from hbcore.optimizer import Optimizer
+
+
+class Reader:
+    """Reads the entries of one param group.
+
+    Args:
+        optimizer: what the state is for.
+        g: the group's index.
+        record: what the checkpoint says of the group; None if torch wrote it.
+        theirs: the group as saved.
+        strict: refuse what is missing or unexpected, rather than start afresh or leave it out.
+
+    Raises:
+        CheckpointError: no migration leads from a saved version to the installed one, or the saved codec is not installed.
+    """
+
+    def __init__(self, optimizer: Optimizer, g: int, record: Record | None, theirs: Mapping[str, Any], strict: bool) -> None:
+        self.optimizer, self.g, self.record, self.theirs, self.strict = optimizer, g, record, theirs, strict
+        self.saved = record.rules if record else {}
+        installed = optimizer.structure.versions(optimizer.param_groups[g])
+        known = registry.migrations() if any(self.saved.get(n, v) != v for n, v in installed.items()) else []
+        self.migrations: dict[str, list[Migration]] = {
+            name: path(name, self.saved.get(name, version), version, known, g) for name, version in installed.items()
+        }
+        self.codec = self._codec()
+
+    def _codec(self) -> StateCodec:
+        """The codec that the slots were saved with."""
+        ours = self.optimizer.settings.codec
+        if self.record is None or self.record.codec == ours.name:
+            return ours if self.record is not None else Cast()
+        name = self.record.codec
+        try:
+            if name == "plain" or name.startswith("cast:"):
+                return cast_codec(name.removeprefix("cast:") if ":" in name else "float32")
+            codec: StateCodec = registry.load_codec(name)()
+        except HbcoreError as error:
+            raise CheckpointError(f"param group {self.g} was saved with the codec {name!r}: {error}") from None
+        return codec
+
+    def read(self, i: int, entry: Any) -> dict[str, Any]:
+        """What parameter ``i`` will hold; nothing where the checkpoint has nothing, so that it starts afresh."""
+        group = self.optimizer.param_groups[self.g]
+        param = group["params"][i]
+        if entry is None and self.record is not None and self.strict and param.requires_grad:
+            raise CheckpointError(f"{self._who(i)} has no state in the checkpoint; pass strict=False to start it afresh.")
+        if entry is not None and not isinstance(entry, Mapping):
+            raise CheckpointError(f"{self._who(i)} has {entry!r:.80} for state in the checkpoint; it is a dict of tensors.")
+        entry = {k: v for k, v in (entry or {}).items() if v is not None}  # torch.optim.SGD's momentum before its first step
+        if not entry:
+            return {}
+        loaded: dict[str, Any] = {}
+        used = {"step"}
+        step = self._step(i, entry)
+        slots = self.optimizer.structure.expected(group, param)
+        for rule in dict.fromkeys(slot.rule for slot in slots):
+            mine = [slot for slot in slots if slot.rule == rule]
+            values = self._rule(i, rule, mine, entry, step, used)
+            loaded.update(values)
+        for name, value in entry.items():
+            if name not in used:
+                self._unexpected(i, name, value, loaded)
+        if loaded or not slots:
+            loaded["step"] = torch.tensor(step, dtype=torch.float32)
+        return loaded
+
+    def _rule(
+        self, i: int, rule: str, slots: list[Logical], entry: Mapping[str, Any], step: float, used: set[str]
+    ) -> dict[str, Tensor]:
+        """All slots of one rule; nothing where the checkpoint has none of them and the rule is new to it."""
+        param = self.optimizer.param_groups[self.g]["params"][i]
+        steps = self.migrations.get(rule, [])
+        stored: dict[str, dict[str, Tensor]] = {}
+        for slot in slots:
+            parts = self._saved_parts(slot, param)
+            there = [part for part in parts if part in entry]
+            used.update(there)
+            if len(there) == len(parts):
+                stored[slot.name] = {part: self._tensor(i, slot, part, entry[part]) for part in parts}
+            elif not steps and (there or rule in self.saved or stored) and self.strict:
+                missing = next(part for part in parts if part not in entry)
+                raise CheckpointError(f"{self._who(i)} has no {missing!r} in the checkpoint, which {rule!r} needs.")
+        if steps:
+            return self._migrated(i, rule, slots, stored, entry, step, used)
+        loaded: dict[str, Tensor] = {}
+        for slot in slots:
+            if slot.name in stored:
+                loaded.update(self._recoded(slot, param, stored[slot.name]))
+        return loaded
+
+    def _saved_parts(self, slot: Logical, param: Tensor) -> dict[str, torch.dtype]:
+        exact = slot.codec is not self.optimizer.settings.codec  # exact slots are stored alike under every codec
+        return slot.parts(param) if exact else self.codec.parts(slot.name, compute_dtype(param.dtype))
+
+    def _recoded(self, slot: Logical, param: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A slot as the running codec stores it. The running codec wins; a change is said."""
+        wanted = slot.parts(param)
+        if {name: t.dtype for name, t in stored.items()} == wanted:
+            return dict(stored)
+        exact = slot.codec is not self.optimizer.settings.codec
+        dtype = compute_dtype(param.dtype)
+        found = ", ".join(sorted({str(t.dtype) for t in stored.values()}))
+        target = ", ".join(sorted({str(d) for d in wanted.values()}))
+        warnings.warn(
+            f"state {slot.name!r} was saved as {found} and is converted to {target}, which this optimizer's storage asks for.",
+            StateWarning,
+            stacklevel=7,
+        )
+        first = next(iter(stored.values()))
+        parts = {name: local(t) for name, t in stored.items()}
+        value = (slot.codec if exact else self.codec).read(parts, slot.name, dtype)
+        return {name: spread_as(t, first, param) for name, t in self._written(slot, param, value).items()}
+
+    def _written(self, slot: Logical, param: Tensor, value: Tensor) -> dict[str, Tensor]:
+        blank = {name: torch.empty_like(value, dtype=d) for name, d in slot.parts(param).items()}
+        return {name: t.clone() for name, t in slot.codec.write(blank, slot.name, value).items()}
+
+    def _migrated(
+        self, i: int, rule: str, slots: list[Logical], stored: Mapping[str, Mapping[str, Tensor]],
+        entry: Mapping[str, Any], step: float, used: set[str],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """A rule's slots as its installed version has them."""
+        param = self.optimizer.param_groups[self.g]["params"][i]
+        dtype = compute_dtype(param.dtype)
+        values = {name: self.codec.read({k: local(t) for k, t in parts.items()}, name, dtype) for name, parts in stored.items()}
+        claimed = {
+            s.name for s in self.optimizer.structure.expected(self.optimizer.param_groups[self.g], param) if s.rule != rule
+        }
+        for name, value in entry.items():  # slots that the old version had and the new one has not
+            if name not in used and "#" not in name and name not in claimed and isinstance(value, Tensor):
+                used.update(self.codec.parts(name, dtype))
+                values[name] = self.codec.read({k: local(v) for k, v in entry.items() if isinstance(v, Tensor)}, name, dtype)
+        for migration in self.migrations[rule]:
+            values = migration.convert(dict(values), step, self.theirs)
+        loaded: dict[str, Tensor] = {}
+        for slot in slots:
+            if slot.name not in values:
+                raise CheckpointError(f"{self._who(i)}: the migrations of {rule!r} leave it without {slot.name!r}.")
+            written = self._written(slot, param, values[slot.name].to(dtype))
+            loaded.update({name: spread_like(t, param) for name, t in written.items()})
+        return loaded
+
+    def _unexpected(self, i: int, name: Any, value: Any, loaded: dict[str, Any]) -> None:
+        """An entry that no rule asks for: left out if its rule is not in the chain any more, refused otherwise."""
+        running = self.optimizer.structure.versions(self.optimizer.param_groups[self.g])
+        gone = sorted(rule for rule in self.saved if rule not in running)
+        if not self.strict or gone:
+            why = f"of {' or '.join(gone)}, which this optimizer does not run," if gone else "which no rule here asks for,"
+            warnings.warn(f"state {name!r} {why} is left out.", StateWarning, stacklevel=7)
+        elif self.record is not None or isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{self._who(i)} has state {name!r} in the checkpoint, which no rule here asks for; "
+                "pass strict=False to leave it out."
+            )
+        else:
+            loaded[name] = copy.deepcopy(value)
+
+    def _step(self, i: int, entry: Mapping[str, Any]) -> float:
+        if "step" not in entry:
+            return 1.0  # torch.optim.SGD does not count; it has begun
+        value = entry["step"]
+        try:
+            step = float(local(value)) if isinstance(value, Tensor) else float(value)
+        except (TypeError, ValueError, RuntimeError):
+            step = -1.0
+        if not 0 <= step < 2**53:
+            raise CheckpointError(f"{self._who(i)} has step {value!r:.60} in the checkpoint; it is a count.")
+        return step
+
+    def _tensor(self, i: int, slot: Logical, part: str, value: Any) -> Tensor:
+        """A saved tensor as it will be held: on the parameter's device, in its memory order, spread as it is spread."""
+        param: Tensor = self.optimizer.param_groups[self.g]["params"][i]
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{self._who(i)} has {value!r:.80} for state {part!r} in the checkpoint; it is a tensor.")
+        saved: Tensor = local(value) if value.is_complex() and param.is_complex() else value  # torch keeps complex state
+        if saved.shape != slot.shape:
+            raise CheckpointError(
+                f"{self._who(i)} has state {part!r} of shape {tuple(saved.shape)} in the checkpoint, and {tuple(slot.shape)} "
+                "here; load it into the model it was saved from, with the same options."
+            )
+        if saved.is_floating_point() != slot.parts(param).get(part, saved.dtype).is_floating_point or saved.is_complex():
+            raise CheckpointError(f"{self._who(i)} has state {part!r} of {saved.dtype} in the checkpoint, which it cannot be.")
+        if is_dtensor(saved):
+            return saved.detach().clone()
+        if slot.matrix:
+            return saved.detach().to(param.device, copy=True)
+        shards = shards_of(param)
+        if shards is not None:
+            from torch.distributed.tensor import distribute_tensor
+
+            return distribute_tensor(saved.detach().to(local(param).device), shards.mesh, shards.placements)
+        return torch.empty_like(local(param.detach()), dtype=saved.dtype, requires_grad=False).copy_(saved)
+
+    def _who(self, i: int) -> str:
+        return self.optimizer._name_of(self.g, i)
+
+
+def spread_as(part: Tensor, like: Tensor, param: Tensor) -> Tensor:
+    """``part`` spread as ``like``, of which it is this rank's part."""
+    if not is_dtensor(like):
+        return part
+    if like.shape == param.shape:
+        return spread_like(part, param)
+    from torch.distributed.tensor import DTensor
+
+    spread: Any = like
+    return DTensor.from_local(
+        part, spread.device_mesh, spread.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )

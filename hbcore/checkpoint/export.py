@@ -1,0 +1,56 @@
+"""State dicts for others: plain float tensors under torch's names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hbcore.checkpoint import schema
+from hbcore.checkpoint.entries import spread_as
+from hbcore.distributed.placement import local
+from hbcore.errors import CheckpointError
+from hbcore.rules.numerics import compute_dtype
+
+if TYPE_CHECKING:
+    from hbcore.optimizer import Optimizer
+
+FORMATS = ("torch",)
+
+
+def export(optimizer: Optimizer, format: str = "torch") -> dict[str, Any]:
+    """A state dict that other libraries' optimizers can load: every codec decoded, hbcore's own entries left out.
+
+    Where torch.optim has the rule (AdamW, SGD), its optimizer goes on from it: ``torch.optim.AdamW(...)`` divides by
+    ``sqrt(v) + eps``, so hbcore's does the same steps with ``division_backend="eps_add"``.
+
+    Args:
+        optimizer: any of hbcore's.
+        format: ``"torch"``.
+
+    Returns:
+        ``{"state": {index: {slot: tensor}}, "param_groups": [...]}``, slots in float32, or float64 for float64 parameters.
+
+    Raises:
+        CheckpointError: there is no such format.
+    """
+    if format not in FORMATS:
+        raise CheckpointError(f"format={format!r} is not one of {', '.join(FORMATS)}.")
+    whole = optimizer.state_dict()
+    exported: dict[int, dict[str, Any]] = {}
+    index = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if index in whole["state"]:
+                entry = whole["state"][index]
+                exported[index] = {"step": entry["step"]}
+                for slot in optimizer.structure.expected(group, p):
+                    if slot.rule != "param_ecc":
+                        first = entry[next(iter(slot.parts(p)))]
+                        parts = {name: local(entry[name]) for name in slot.parts(p)}
+                        value = slot.codec.read(parts, slot.name, compute_dtype(p.dtype))
+                        value = torch.view_as_complex(value) if p.is_complex() else value
+                        exported[index][slot.name] = spread_as(value, first, p)
+            index += 1
+    groups = [{k: v for k, v in group.items() if k != schema.KEY} for group in whole["param_groups"]]
+    return {"state": exported, "param_groups": groups}

@@ -1,0 +1,1 @@
+"""What runs a program: generated Triton kernels, torch.compile or plain torch."""

@@ -1,0 +1,105 @@
+"""What a backend is: it compiles a program, and runs its phases over a batch of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hbcore.engine.backends.memory_order import flat
+from hbcore.engine.graph.program import Program
+from hbcore.rules.noise import philox4x32
+
+
+@dataclass
+class Batch:
+    """The parameters of one lane that have a gradient this step, column by column.
+
+    Attributes:
+        tensors: stored tensor -> one tensor for each parameter; ``param`` and ``grad`` among them.
+        rows: for each parameter, which row of ``values`` is its own.
+        values: one row for each distinct (group, step): the program's scalar inputs, as numbers, or as 0-d tensors where
+            they live on a device (``capturable=True``).
+        sums: reduction -> one 0-d tensor for each parameter; the phases fill it.
+        keys: noise input -> each parameter's key for this step.
+        dense: whether every tensor is dense in memory, in whatever order of dimensions.
+        model: reduction over the whole model -> its 0-d result, once every lane has contributed.
+        moves: how often tensors that a slab lends were found to lie elsewhere.
+        numels, starts: where the tensors are parts of larger ones, how many elements those have, and how many come before.
+    """
+
+    tensors: Mapping[str, list[Tensor]]
+    rows: list[int]
+    values: Sequence[Sequence[float | Tensor]]
+    sums: dict[str, list[Tensor]] = field(default_factory=dict)
+    model: dict[str, Tensor] = field(default_factory=dict)
+    dense: bool = True
+    keys: dict[str, list[int]] = field(default_factory=dict)
+    moves: int = 0
+    numels: list[float] | None = None
+    starts: list[int] | None = None
+    _flat: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tensors["param"])
+
+    def noise(self, name: str, i: int, start: int, length: int) -> Tensor:
+        """Bits for elements ``start`` to ``start + length`` of parameter ``i``, in memory order: int32 in [0, 2^16)."""
+        start += self.starts[i] if self.starts else 0
+        index = torch.arange(start, start + length, device=self.tensors["param"][i].device)
+        return (philox4x32(self.keys[name][i], index)[0] & 0xFFFF).to(torch.int32)
+
+    def flat(self, name: str) -> list[Tensor]:
+        """A column's tensors, one dimension each, in memory order. All but gradients are kept from step to step."""
+        if name == "grad":
+            return [g.view(-1) if g.is_contiguous() else flat(g) for g in self.tensors[name]]
+        if name not in self._flat:
+            self._flat[name] = [flat(t) for t in self.tensors[name]]
+        return self._flat[name]
+
+    def numel(self, i: int) -> Tensor:
+        """``c.numel`` for parameter ``i``: 0-d float64 on the host."""
+        numel = self.numels[i] if self.numels else float(self.tensors["param"][i].numel())
+        return torch.tensor(numel, dtype=torch.float64, device="cpu")
+
+    def summed(self, name: str, i: int) -> Tensor:
+        """The result of a reduction for parameter ``i``: its own, or the whole model's."""
+        return self.model[name] if name in self.model else self.sums[name][i]
+
+
+class Executable(Protocol):
+    """A compiled program."""
+
+    def prepare(self, batch: Batch) -> int:
+        """Make ready for ``batch`` without writing to its tensors: compile what it lacks, lay out tables, hoist scalars.
+
+        Returns:
+            The number of kernels or graphs compiled so far.
+        """
+
+    def run(self, phase: int, batch: Batch) -> int:
+        """Run one phase over the batch: writes its tensors in place, adds its reductions to ``batch.sums``.
+
+        Returns:
+            The number of kernels launched, 0 where that is not counted.
+        """
+
+
+class Backend(Protocol):
+    """A way to run programs. Stateless; a machine that cannot run it raises :class:`hbcore.errors.CompileError`."""
+
+    name: str
+
+    def compile(self, program: Program, batch: Batch) -> Executable:
+        """Compile every phase before anything is written.
+
+        Args:
+            program: what to run.
+            batch: an example, which is only looked at.
+
+        Raises:
+            CompileError: this machine or this program is not for this backend; the message says why.
+        """

@@ -1,0 +1,173 @@
+"""torch.compile over the traced graph: C++ on a CPU, and on a GPU where the Triton backend cannot run.
+
+Two dynamic graphs for each phase serve every shape, one compiled for large tensors and one for small ones: Inductor decides
+from its first example whether a loop is worth several threads, and a graph made for an embedding wastes them on a bias. Its
+cache keeps what it made of that example for every size, so the examples, and an option, tell the two apart.
+Tensors are passed flat, in their own memory order, so a shape never makes a graph.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from hbcore.engine.backends.base import Batch, Executable
+from hbcore.engine.backends.chunking import SMALL, Piece, columns_of, pieces
+from hbcore.engine.graph.program import Phase, Program
+from hbcore.errors import CompileError
+from hbcore.rules.numerics import compute_dtype
+
+Flat = Callable[..., tuple[Tensor, ...]]
+
+EXAMPLE = {False: 1 << 20, True: SMALL // 2}
+"""Whether small -> the number of elements to compile with. Large enough for every core to be worth its thread."""
+
+
+class InductorBackend:
+    """Compiles each phase twice with ``torch.compile(dynamic=True)``."""
+
+    name = "inductor"
+
+    def compile(self, program: Program, batch: Batch) -> Executable:
+        """Compile for the sizes in ``batch`` by running each graph on throwaway copies of two of its parameters.
+
+        Raises:
+            CompileError: there is no C++ compiler, or Inductor does not know an operation.
+        """
+        if batch.tensors["param"][0].device.type == "cpu" and not compiler_on_path():
+            raise CompileError("there is no C++ compiler on PATH (g++, clang++ or cl); install one to compile")
+        executable = InductorExecutable(program)
+        executable.prepare(batch)
+        return executable
+
+
+class InductorExecutable:
+    """Each phase as two compiled functions of flat tensors."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._functions = [(_compiled(p, small=False), _compiled(p, small=True)) for p in program.phases]
+        self._single = [_in_place(p) for p in program.phases]
+        self._scalars: list[tuple[Tensor, ...]] = []
+        self._warm: set[tuple[int, bool]] = set()
+        self._seen: dict[int, Batch] = {}
+
+    def prepare(self, batch: Batch) -> int:
+        self._scalars = [self._hoisted(values) for values in batch.values]
+        try:
+            for k, phase in enumerate(self.program.phases):
+                self._warm_up(k, phase, batch)
+        except Exception as error:  # torch.compile wraps whatever went wrong in one of many private classes
+            raise CompileError(f"torch.compile failed: {type(error).__name__}: {first_line(error)}") from error
+        return len(self._warm)
+
+    def _warm_up(self, k: int, phase: Phase, batch: Batch) -> None:
+        """Compile what ``batch`` needs and is not compiled yet, writing to throwaway tensors only."""
+        if {(k, False), (k, True)} <= self._warm or self._seen.get(k) is batch:
+            return
+        for piece in pieces(phase, batch):
+            size = piece.columns["param" if "param" in piece.columns else phase.tensors[0]].numel()
+            small = size < SMALL
+            if size > 1 and (k, small) not in self._warm:
+                self._warm.add((k, small))
+                blank = [t.new_zeros(EXAMPLE[small]) for t in piece.columns.values()]
+                ones = torch.ones((), dtype=compute_dtype(self.program.dtypes["param"]))
+                numbers = [self._scalars[piece.row][j] for j in phase.scalars]
+                numbers += [ones] * (len(phase.sums) + phase.needs_numel)
+                self._functions[k][small](*blank, *numbers)
+        self._seen[k] = batch
+
+    def run(self, phase: int, batch: Batch) -> int:
+        p = self.program.phases[phase]
+        for r in p.reduces:
+            batch.sums[r.name] = []
+        for piece in pieces(p, batch):
+            columns = list(piece.columns.values())
+            # a length of one would be a graph of its own, and is not worth it
+            size = columns[0].numel()
+            function = self._functions[phase][size < SMALL] if size > 1 else self._single[phase]
+            results = function(*columns, *self._numbers(p, batch, piece))
+            piece.scatter()
+            for r, value in zip(p.reduces, results, strict=True):
+                batch.sums[r.name].append(value)
+        return 0
+
+    def _hoisted(self, values: Sequence[float | Tensor]) -> tuple[Tensor, ...]:
+        """The scalars in the compute dtype: beside float32 elements a float64 one would keep C++ loops from vectorising."""
+        dtype = compute_dtype(self.program.dtypes["param"])
+        return tuple(s.to(dtype) if s.is_floating_point() else s for s in self.program.scalars(values))
+
+    def _numbers(self, p: Phase, batch: Batch, piece: Piece) -> list[Tensor]:
+        row = self._scalars[piece.row]
+        numbers = [row[j] for j in p.scalars] + [batch.summed(name, piece.index) for name in p.sums]
+        return [*numbers, batch.numel(piece.index)] if p.needs_numel else numbers
+
+
+def _in_place(phase: Phase) -> Flat:
+    """The phase as a function of its columns and numbers that writes the columns and returns the reductions.
+
+    The writes become nodes of the graph, so that each module has code of its own: torch.compile counts recompiles for each
+    code object, and one function around all graphs would use up its limit after a few optimizers.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    old = phase.graph.graph
+    inputs = [n for n in old.nodes if n.op == "placeholder"]
+    columns = dict(zip(phase.tensors, inputs, strict=False))
+    targets: dict[str, fx.Node] = {}
+    for name in columns_of(phase):
+        targets[name] = graph.placeholder(f"column_{len(targets)}")
+        if name in columns:
+            copies[columns[name]] = targets[name]
+    for node in inputs[len(phase.tensors) :]:
+        copies[node] = graph.placeholder(node.name)
+    for node in old.nodes:
+        if node.op == "call_function":
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    results = [copies[n] for n in cast("tuple[fx.Node, ...]", old.output_node().args[0])]
+    for name, result in zip(phase.writes, results, strict=False):
+        graph.call_function(torch.ops.aten.copy_.default, (targets[name], result))
+    graph.output(tuple(results[len(phase.writes) :]))
+    forward: Flat = fx.GraphModule(torch.nn.Module(), graph).forward
+    return forward
+
+
+def _compiled(phase: Phase, small: bool) -> Flat:
+    compiled: Flat = torch.compile(_in_place(phase), dynamic=True, fullgraph=True, options=_options(small))
+    return compiled
+
+
+def _options(small: bool) -> dict[str, Any]:
+    """One thread for small tensors, and nothing compiled but the graph: the rest took most of a first step.
+
+    Inductor compiles a test of each vector instruction set of the CPU, unless told that they are usable. All that the tests can
+    find is a C++ compiler too old for the instructions, and one that old does not compile torch's headers either. And it
+    precompiles those headers, which pays from about the fifth graph on; most trainings need one or two.
+    """
+    from torch._inductor import config  # takes long, and only who compiles needs it
+
+    known = config.get_config_copy()
+    options: dict[str, Any] = {"cpp.threads": 1} if small else {}
+    if known.get("cpp.vec_isa_ok", False) is None:  # neither the user nor the environment has said
+        options["cpp.vec_isa_ok"] = True
+    if "cpp_cache_precompile_headers" in known:  # not in every version of torch
+        options["cpp_cache_precompile_headers"] = False
+    return options
+
+
+def compiler_on_path() -> bool:
+    """Whether a C++ compiler that Inductor would use is there. Asking first keeps torch.compile from failing halfway."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
+    return any(shutil.which(name) for name in names) or (sys.platform == "darwin" and shutil.which("clang") is not None)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines and lines[0].endswith("raised:") else next(iter(lines), "no message")

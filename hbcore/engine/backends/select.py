@@ -1,0 +1,58 @@
+"""Which backend runs a program, and what is said when the preferred one is not to be had."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from hbcore.engine.backends.base import Backend, Batch, Executable
+from hbcore.engine.backends.eager import EagerBackend
+from hbcore.engine.backends.inductor import InductorBackend
+from hbcore.engine.backends.triton.backend import TritonBackend
+from hbcore.engine.graph.program import Program
+from hbcore.engine.report import Report
+from hbcore.errors import CompileError, FallbackWarning, OptionError
+
+WORTH_COMPILING = 4_000_000
+"""Elements from which ``compile="auto"`` compiles on a CPU: below, the seconds of compiling outlast a short training."""
+
+BACKENDS: tuple[type[Backend], ...] = (TritonBackend, InductorBackend, EagerBackend)
+"""Fastest first; each falls back to the next."""
+
+CHOICES = ("auto", *(backend.name for backend in BACKENDS))
+
+
+def candidates(choice: str, device: torch.device, numel: int) -> list[Backend]:
+    """The backends to try, in order, for a model of ``numel`` elements on ``device``.
+
+    Raises:
+        OptionError: ``choice`` is not one of :data:`CHOICES`.
+    """
+    if choice not in CHOICES:
+        raise OptionError(f"compile={choice!r} does not exist; pass one of {', '.join(CHOICES)}.")
+    if choice == "auto":
+        choice = "triton" if device.type == "cuda" else "inductor" if numel >= WORTH_COMPILING else "eager"
+    names = [backend.name for backend in BACKENDS]
+    return [backend() for backend in BACKENDS[names.index(choice) :]]
+
+
+def compile_first(backends: list[Backend], program: Program, batch: Batch, report: Report) -> tuple[str, Executable]:
+    """Compile with the first backend that can; warn once about each that cannot."""
+    for backend, following in zip(backends, [*backends[1:], None], strict=True):
+        try:
+            executable = backend.compile(program, batch)
+        except CompileError as error:
+            if following is None:
+                raise
+            fell_back(report, f"{backend.name} does not run here: {error}. {following.name} runs instead")
+            continue
+        return backend.name, executable
+    raise CompileError("no backend is left to try")
+
+
+def fell_back(report: Report, reason: str) -> None:
+    """Record a reason in the report and warn about it, once for each optimizer."""
+    if reason not in report.reasons:
+        report.reasons.append(reason)
+        warnings.warn(f"{reason}, with the same results.", FallbackWarning, stacklevel=2)

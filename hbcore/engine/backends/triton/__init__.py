@@ -1,0 +1,1 @@
+"""One generated kernel for all tensors of all groups."""

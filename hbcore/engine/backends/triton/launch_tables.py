@@ -1,0 +1,242 @@
+"""What the device reads of a batch: where its tensors are, how they are cut into chunks, and the numbers of this step.
+
+The first two change when parameters come, go or move. The numbers change every step, and gradient pointers in most; both lie
+in one small buffer that a step fills with one asynchronous copy from pinned memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbcore.engine.backends.base import Batch
+from hbcore.engine.backends.triton.codegen import Layout
+from hbcore.errors import CompileError
+
+WORD = 8
+"""Bytes of a scalar (float64), of a pointer and of a row number (int64)."""
+
+ALIGNED = bytes(range(0, 256, 16))
+"""The lowest bytes of the addresses that 16 divides."""
+
+LOWEST = 0 if sys.byteorder == "little" else WORD - 1
+
+
+@dataclass
+class Launch:
+    """The tensors of one batch that share a kernel variant, as the device sees them.
+
+    Attributes:
+        members: their places in the batch.
+        aligned: whether every pointer is a multiple of 16 bytes.
+        table: int64 ``[tensors, columns + 3]``: pointers, element count, first chunk, number of chunks.
+        chunks: int64 ``[chunks, 2]``: tensor, offset of the chunk's first element.
+        moving: int64, part of the shared buffer: each tensor's gradient pointer, then scalar rows, then keys of noise.
+        partials: float64 ``[reductions, chunks]``.
+    """
+
+    members: list[int]
+    aligned: bool
+    table: Tensor
+    chunks: Tensor
+    moving: Tensor
+    partials: Tensor
+
+
+class Tables:
+    """The tables of one batch, in one launch for aligned tensors and one for the rest."""
+
+    def __init__(self, batch: Batch, layout: Layout, chunk: int, rows: int) -> None:
+        self.layout, self.chunk, self.capacity = layout, chunk, rows
+        self.batch = batch
+        self.device = batch.tensors["param"][0].device
+        self.loose = loose_pointers(batch.tensors["grad"])
+        self.moves = batch.moves
+        columns = self._columns()
+        loose = {i for column in columns for i, p in enumerate(column) if p & 15} | self.loose
+        classes = {True: [i for i in range(len(batch)) if i not in loose], False: sorted(loose)}
+        self.words = 2 + len(layout.noise)
+        scalars = rows * max(layout.scalars, 1)
+        self.buffer = torch.zeros((scalars + self.words * len(batch)) * WORD, dtype=torch.uint8, device=self.device)
+        self.rows = self.buffer[: scalars * WORD].view(torch.float64)
+        self.model = torch.zeros(max(len(layout.reductions), 1), dtype=torch.float64, device=self.device)
+        moving = self.buffer[scalars * WORD :].view(torch.int64)
+        self.launches: list[Launch] = []
+        for aligned, members in classes.items():
+            if members:
+                length = self.words * len(members)
+                part, moving = moving[:length], moving[length:]
+                self.launches.append(self._launch(members, aligned, columns, part))
+        self._start = scalars * WORD
+        self._sender = Sender(self.buffer)
+        self._sent = array("q")
+        self._sent_rows: list[int] = []
+
+    def fits(self, batch: Batch, pointers: array[int]) -> bool:
+        """Whether the tables still describe ``batch``, whose gradients are now at ``pointers``."""
+        return (
+            batch is self.batch
+            and len(batch.values) <= self.capacity
+            and (self.loose == loose_pointers(batch.tensors["grad"]) if self.loose else all_aligned(pointers))
+        )
+
+    def follow(self) -> None:
+        """Write down where the columns lie now, if some of them moved. They are as well aligned as before."""
+        if self.moves == self.batch.moves:
+            return
+        self.moves = self.batch.moves
+        columns = self._columns()
+        for launch in self.launches:
+            pointers = torch.tensor(
+                [[column[i] for column in columns] for i in launch.members], dtype=torch.int64, device="cpu"
+            )
+            if self.device.type == "cuda":  # else the copy would wait for the device
+                pointers = pointers.pin_memory()
+            launch.table[:, : len(columns)].copy_(pointers, non_blocking=True)
+
+    def _columns(self) -> list[list[int]]:
+        """The addresses in each column but the gradients'."""
+        return [[t.data_ptr() for t in self.batch.tensors[name]] for name in self.layout.columns]
+
+    def send(self, pointers: array[int], numbers: Sequence[Sequence[float]]) -> None:
+        """Send the step's scalars, one row for each of ``numbers``, and pointers and row numbers if they changed."""
+        parts: list[tuple[int, array[Any]]] = [(0, array("d", chain.from_iterable(numbers)))]
+        alone = len(self.launches) == 1 and self.batch.rows is self._sent_rows and not self.layout.noise
+        if pointers != self._sent or not alone:
+            # pointers come first: where nothing else changed, nothing else is sent
+            parts.append((self._start, pointers if alone else self._moving(pointers)))
+            self._sent, self._sent_rows = pointers, self.batch.rows
+        self._sender.send(parts)
+
+    def send_device(self, pointers: array[int], rows: Sequence[Tensor], capture: bool) -> None:
+        """The same with scalars that are on the device, in one 1-d tensor for each row.
+
+        In a capture the rest is copied from a host buffer that only the capture's replays read.
+        """
+        width = self.layout.scalars
+        for i, row in enumerate(rows):
+            self.rows[i * width : (i + 1) * width] = row
+        if not capture:
+            self._sender.spare()
+        self._sent = array("q")  # a replay overwrites what later steps send
+        moving = [(self._start, self._moving(pointers))]
+        if capture:
+            self._sender.record(moving)
+        else:
+            self._sender.send(moving)
+
+    def _moving(self, pointers: array[int]) -> array[int]:
+        """Gradient pointers, row numbers and noise keys, launch by launch."""
+        columns = [pointers, self.batch.rows, *(self.batch.keys[name] for name in self.layout.noise)]
+        if len(self.launches) == 1:
+            return array("q", chain.from_iterable(columns))
+        return array("q", (column[i] for launch in self.launches for column in columns for i in launch.members))
+
+    def _launch(self, members: list[int], aligned: bool, columns: list[list[int]], moving: Tensor) -> Launch:
+        numels = torch.tensor([self.batch.tensors["param"][i].numel() for i in members], device="cpu")
+        of, start, first, counts = tile(numels, self.chunk)
+        pointers = torch.tensor([[column[i] for i in members] for column in columns], dtype=torch.int64, device="cpu")
+        table = torch.cat([pointers, numels[None], first[None], counts[None]]).T.contiguous()
+        partials = torch.zeros(max(len(self.layout.reductions), 1), len(of), dtype=torch.float64, device=self.device)
+        chunks = torch.stack([of, start], 1).to(self.device)
+        return Launch(members, aligned, table.to(self.device), chunks, moving, partials)
+
+
+def tile(numels: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cut tensors into chunks.
+
+    Args:
+        numels: int64 ``[tensors]``.
+        chunk: elements of a chunk; the last one of a tensor may be shorter.
+
+    Returns:
+        Of each chunk, its tensor and the offset of its first element; of each tensor, its first chunk and their number.
+    """
+    counts = (numels + chunk - 1) // chunk
+    first = counts.cumsum(0) - counts
+    of = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
+    start = (torch.arange(int(counts.sum()), device="cpu") - first[of]) * chunk
+    return of, start, first, counts
+
+
+def all_aligned(pointers: array[int]) -> bool:
+    """Whether 16 divides all of them, in a tenth of the time that looking at each takes."""
+    return not pointers.tobytes()[LOWEST::WORD].translate(None, ALIGNED)
+
+
+def loose_pointers(tensors: Sequence[Tensor]) -> set[int]:
+    """The places of the tensors that do not start at a multiple of 16 bytes."""
+    return {i for i, t in enumerate(tensors) if t.data_ptr() & 15}
+
+
+class Sender:
+    """Copies host numbers into a device buffer without waiting for the device, through a ring of pinned buffers."""
+
+    SLOTS = 64
+    HALF = SLOTS // 2
+
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
+        self._cuda = target.device.type == "cuda"
+        # one allocation for all: pinning memory takes the driver milliseconds each time
+        self._ring = pinned(target, self.SLOTS) if self._cuda else []
+        self._events: list[Any] = [torch.cuda.Event(), torch.cuda.Event()] if self._cuda else []  # type: ignore[no-untyped-call]
+        self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self._spare: list[Tensor] = []
+        self._kept: list[Tensor] = []
+        self._next = 0
+
+    def spare(self, count: int = 4) -> None:
+        """Have buffers ready for captures, which allow no allocation; ``count`` of them between two ordinary steps."""
+        if self._cuda and len(self._spare) < count:
+            self._spare += pinned(self._target, count - len(self._spare))
+
+    def send(self, parts: Sequence[tuple[int, array[Any]]]) -> None:
+        """Copy each array to its byte offset; the parts follow each other."""
+        if not self._cuda:
+            fill(self._target, parts)
+            return
+        half, place = divmod(self._next, self.HALF)
+        if place == 0:
+            self._events[half].synchronize()  # the copies from this half of the ring; as a rule they ended long since
+        buffer = self._ring[self._next]
+        fill(buffer, parts)
+        start, end = parts[0][0], parts[-1][0] + len(parts[-1][1]) * WORD
+        key = (self._next, start, end)  # views are kept: making two of them takes longer than the copy
+        if key not in self._views:
+            self._views[key] = (self._target[start:end], buffer[start:end])
+        target, source = self._views[key]
+        target.copy_(source, non_blocking=True)
+        if place == self.HALF - 1:
+            self._events[half].record()
+        self._next = (self._next + 1) % self.SLOTS
+
+    def record(self, parts: Sequence[tuple[int, array[Any]]]) -> None:
+        """Copy from a buffer that is used for nothing else, so that each replay of the copy finds it as it was."""
+        if not self._spare:
+            raise CompileError("more captures in a row than buffers; run an ordinary step between them")
+        buffer = self._spare.pop()
+        self._kept.append(buffer)
+        fill(buffer, parts)
+        start = parts[0][0]
+        self._target[start:].copy_(buffer[start:], non_blocking=True)
+
+
+def pinned(like: Tensor, count: int = 1) -> list[Tensor]:
+    """``count`` pinned host buffers as large as ``like``."""
+    return list(torch.zeros(count, like.numel(), dtype=torch.uint8, pin_memory=True).unbind())
+
+
+def fill(buffer: Tensor, parts: Sequence[tuple[int, array[Any]]]) -> None:
+    """Write arrays into a host buffer at byte offsets."""
+    for offset, values in parts:
+        address, length = values.buffer_info()
+        ctypes.memmove(buffer.data_ptr() + offset, address, length * WORD)

@@ -1,0 +1,151 @@
+"""What the groups of one optimizer are made of: chains, and everything that follows from a chain without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbcore.distributed.placement import local
+from hbcore.engine.graph.segment_spec import Recipe, length_of
+from hbcore.engine.options import SCHEDULED, Settings
+from hbcore.engine.planning.segments import Group
+from hbcore.errors import HyperparameterError, ParameterError
+from hbcore.rules import palm, route
+from hbcore.rules.transform import Domain, Transform
+from hbcore.state.expected import Logical, expected
+
+Rule = Callable[[Any], tuple[Transform, ...]]
+
+
+class Structure:
+    """A class's rule with its options' stages around it. Compares equal to itself only, so that optimizers share no lanes.
+
+    Args:
+        rule: hyperparameters of a group -> the rule's transforms, forks unresolved.
+        settings: the options.
+        defaults: the group's entries and their defaults.
+        hyper: which of them some transform declares with ``hyper``; :meth:`check` adds to them.
+    """
+
+    def __init__(self, rule: Rule, settings: Settings, defaults: Mapping[str, Any], hyper: Iterable[str] = ()) -> None:
+        self.rule, self.settings, self.defaults = rule, settings, dict(defaults)
+        self.keys, self.hyper = tuple(self.defaults), set(hyper)
+
+    def __call__(self, h: Any, branches: tuple[bool, ...], step: Tensor | None = None) -> tuple[Transform, ...]:
+        """The whole chain, for hyperparameters ``h``, of the parameters that take ``branches`` at its forks.
+
+        With ``palm=True`` a chain is one step's; without ``step`` it has a constant second decay, and is to be looked at only.
+        """
+        rule = route.resolve(self.rule(h), branches)
+        if self.settings.palm and step is not None:
+            rule = palm.raised(rule, step, h.beta2_scale)
+        return self.settings.stages(h, rule)
+
+    def forked(self, group: Group) -> tuple[Transform, ...]:
+        """The group's chain, its forks unresolved. Its numbers are the defaults: whatever a scheduler wrote, it has a chain."""
+        return self._stages(self._usual(group))
+
+    def chain(self, group: Group, p: Tensor) -> tuple[Transform, ...]:
+        """The chain of one parameter of the group, with default numbers."""
+        return self(SimpleNamespace(**self._usual(group)), route.branches(self.forked(group), p))
+
+    def bound(self, group: Group, p: Tensor) -> tuple[Transform, ...]:
+        """The chain of one parameter with the group's present numbers as tensors, as rules have them."""
+        values = {k: _tensors(group[k]) if k in self.hyper and group[k] is not None else group[k] for k in self.keys}
+        return self(SimpleNamespace(**values), route.branches(self.forked(group), p))
+
+    def every(self, group: Group) -> tuple[Transform, ...]:
+        """What some parameter of the group may meet."""
+        return tuple(route.every(self.forked(group)))
+
+    def refuse_complex(self, group: Group, where: str) -> None:
+        """Look whether the group's complex parameters have elementwise rules, which see them as pairs of real numbers.
+
+        Raises:
+            ParameterError: a matrix rule would get one; the message begins with ``where``.
+        """
+        for p in (p for p in group["params"] if p.is_complex()):
+            if rules := [t.name for t in self.chain(group, p) if t.domain == Domain.MATRIX]:
+                raise ParameterError(
+                    f"{where} has a complex parameter of shape {tuple(p.shape)}, which {rules[0]!r} would take for a real "
+                    "matrix; give complex parameters an elementwise optimizer, such as AdamW."
+                )
+
+    def versions(self, group: Group) -> dict[str, int]:
+        """The group's rules by name, with their versions."""
+        packed = {"param_ecc": 1} if self.settings.param_codec is not None else {}
+        return {**packed, **{t.name: t.version for t in self.every(group)}}
+
+    def expected(self, group: Group, p: Tensor) -> list[Logical]:
+        """The slots of one parameter of the group."""
+        seen = local(p.detach()) if p.is_complex() else p
+        return expected(self.chain(group, p), seen, self.settings.codec, self.settings.param_codec)
+
+    def dynamic(self, group: Group) -> dict[str, int | None]:
+        """The entries that may change every step, and how many numbers each is; None for a plain number."""
+        names = {n for t in self.forked(group) for n, _, _ in t.hypers()} | {*SCHEDULED}
+        return {k: length_of(group[k]) for k in self.keys if k in names and group[k] is not None}
+
+    def recipe(self, group: Group) -> Recipe:
+        """The static description of a group; equal for groups that differ only in numbers."""
+        dynamic = self.dynamic(group)
+        return Recipe(
+            chain=self,
+            static=tuple((k, _fixed(group[k])) for k in self.keys if k not in dynamic and k != "maximize"),
+            dynamic=tuple(dynamic.items()),
+            divide=self.settings.divide,
+            codec=self.settings.codec,
+            maximize=bool(group["maximize"]),
+            param_codec=self.settings.param_codec,
+            scaled=self.settings.capturable,
+            stochastic=self.settings.stochastic_rounding,
+        )
+
+    def check(self, group: Group, where: str) -> None:
+        """Look at the group's numbers.
+
+        Raises:
+            HyperparameterError: one is outside its bounds, or is no number; the message begins with ``where``.
+        """
+        for key in self.keys:
+            value = group[key]
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise HyperparameterError(f"{where}: {key} is a tensor of shape {tuple(value.shape)}; pass one element.")
+        try:
+            checked = self._stages({k: _plain(group[k]) for k in self.keys})
+        except HyperparameterError as error:
+            raise HyperparameterError(f"{where}: {error}") from None
+        self.hyper |= ({name for t in checked for name, _, _ in t.hypers()} | {*SCHEDULED}) & set(self.keys)
+
+    def _usual(self, group: Group) -> dict[str, Any]:
+        """The group's entries, with the defaults for its numbers."""
+        fixed = {k for k, v in self.defaults.items() if v is None} | set(self.keys) - self.hyper
+        return {k: group[k] if k in fixed or group[k] is None else self.defaults[k] for k in self.keys}
+
+    def _stages(self, values: Mapping[str, Any]) -> tuple[Transform, ...]:
+        h = SimpleNamespace(**values)
+        rule = self.rule(h)
+        if self.settings.palm:
+            palm.check(rule, h.beta2_scale)  # of the whole fork: one branch may have no second moment
+        return self.settings.stages(h, rule)
+
+
+def _fixed(value: Any) -> Any:
+    """A structural entry as something that can be compared and hashed."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _tensors(value: Any) -> Any:
+    """Numbers as 0-d float64 tensors."""
+    return tuple(map(_tensors, value)) if isinstance(value, tuple) else torch.as_tensor(value, dtype=torch.float64)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as the numbers they hold."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, Tensor) else value

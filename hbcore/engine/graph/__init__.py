@@ -1,0 +1,1 @@
+"""A chain of pure functions as one elementwise graph, cut into passes."""

@@ -1,0 +1,188 @@
+"""One elementwise graph -> the host's scalar arithmetic and as many passes as its reductions ask for.
+
+A reduction's result is known only after a pass over the whole tensor, so whatever depends on it belongs to a later pass. A
+later pass may compute an intermediate again from its inputs, or read it back if an earlier pass stored it. New slot values
+must be stored anyway, so storing them early is free scratch space; :func:`split` counts the bytes of both plans and takes the
+smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import fx
+
+from hbcore.engine.graph.program import CARRIED, NOISE, REDUCERS, Phase, Program, Reduction
+from hbcore.errors import TraceError
+from hbcore.rules.transform import Domain
+
+
+def split(
+    graph: fx.Graph, results: Mapping[str, fx.Node], dtypes: Mapping[str, torch.dtype], scalar_names: Sequence[str], label: str
+) -> Program:
+    """Cut ``graph`` into a :class:`Program`.
+
+    Args:
+        graph: as recorded; each node's ``meta["kind"]`` says what it is.
+        results: stored tensor -> the node that is its new value.
+        dtypes: stored tensor -> its dtype.
+        scalar_names: the 0-d inputs, in order.
+        label: the chain in words, for generated sources and reports.
+    """
+    carries = {name: node for name, node in results.items() if name.startswith(CARRIED)}
+    results = {name: node for name, node in results.items() if name not in carries}
+    for name, node in results.items():
+        if node.meta["kind"] != "element":
+            raise TraceError(f"{node.meta['where']}: the new value of {name!r} is one number; it must be a whole tensor.")
+    for name, node in carries.items():
+        if node.meta["kind"] != "host":
+            raise TraceError(
+                f"{node.meta['where']}: {name.removeprefix(CARRIED)!r} is carried by the group and may not depend on a tensor."
+            )
+    stores = {name: node for name, node in results.items() if node.meta.get("input") != name}
+    live = _live(graph, stores.values())
+    hoisted = [n for n in _varying(live) if any(u.meta["kind"] != "host" for u in n.users if u in live)]
+    level = _levels(live)
+    candidates = (_plan(live, stores, hoisted, level, early) for early in (False, True))
+    phases = min(candidates, key=lambda plan: _traffic(plan, dtypes))
+    return Program(
+        label,
+        dict(dtypes),
+        tuple(scalar_names),
+        _host(graph, live, hoisted, scalar_names),
+        tuple(n.meta["dtype"] for n in hoisted),
+        phases,
+        tuple(name.removeprefix(CARRIED) for name in carries),
+        _host(graph, _live(graph, carries.values()), list(carries.values()), scalar_names) if carries else None,
+    )
+
+
+def _live(graph: fx.Graph, roots: Iterable[fx.Node]) -> dict[fx.Node, None]:
+    wanted, stack = set(), list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in wanted:
+            wanted.add(node)
+            stack.extend(node.all_input_nodes)
+    return {n: None for n in graph.nodes if n in wanted}
+
+
+def _varying(live: Iterable[fx.Node]) -> list[fx.Node]:
+    """The host values made of hyperparameters or the step; constants stay where they are used."""
+    varying: dict[fx.Node, None] = {}
+    for n in live:
+        if n.meta["kind"] == "host" and (n.op == "placeholder" or any(i in varying for i in n.all_input_nodes)):
+            varying[n] = None
+    return list(varying)
+
+
+def _is_reduction(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in REDUCERS.values()
+
+
+def _levels(live: Iterable[fx.Node]) -> dict[fx.Node, int]:
+    """The first pass in which each node can be computed."""
+    level: dict[fx.Node, int] = {}
+    for n in live:
+        level[n] = max((level[i] + _is_reduction(i) for i in n.all_input_nodes), default=0)
+    return level
+
+
+def _host(graph: fx.Graph, live: Iterable[fx.Node], hoisted: Sequence[fx.Node], names: Sequence[str]) -> fx.GraphModule:
+    host, copies = fx.Graph(), {}
+    inputs = {n.meta.get("input"): n for n in graph.nodes if n.op == "placeholder"}
+    for name in names:  # all of them, used or not: the backends pass a full row
+        copies[inputs[name]] = host.placeholder(inputs[name].name)
+    for n in live:
+        if n.meta["kind"] == "host" and n.op == "call_function":
+            copies[n] = host.node_copy(n, lambda i: copies[i])
+            if n.target is torch.ops.aten.scalar_tensor.default:  # a fill, which a captured step can hold
+                copies[n].target, copies[n].args = torch.ops.aten.full.default, ([], n.args[0])
+            copies[n].kwargs = {k: v for k, v in n.kwargs.items() if k != "device"}  # Program.scalars says which
+    host.output(tuple(copies[n] for n in hoisted))
+    return fx.GraphModule(torch.nn.Module(), host)
+
+
+def _plan(
+    live: Mapping[fx.Node, None],
+    stores: Mapping[str, fx.Node],
+    hoisted: Sequence[fx.Node],
+    level: Mapping[fx.Node, int],
+    early: bool,
+) -> tuple[Phase, ...]:
+    """Lay out the passes; with ``early``, each slot is stored by the first pass that knows it, where that is harmless."""
+    last = max(level[n] for n in stores.values())
+    when = {name: level[node] if early and name != "param" else last for name, node in stores.items()}
+    while True:
+        phases, clash = [], None
+        for k in range(last + 1):
+            known = {stores[n]: n for n, w in when.items() if w < k and stores[n].op != "placeholder"}
+            targets = {name: node for name, node in stores.items() if when[name] == k}
+            reduces = {n: str(n.meta["reduction"]) for n in live if _is_reduction(n)}
+            phase, read = _phase(live, targets, {n: r for n, r in reduces.items() if level[n] == k},
+                                 {n: r for n, r in reduces.items() if level[n] < k}, hoisted, known)  # fmt: skip
+            gone = {name for name, w in when.items() if w < k}
+            clash = next((n for n in read if n in gone), clash)
+            phases.append(phase)
+        if clash is None:
+            return tuple(phases)
+        when[clash] = last  # a later pass needs the old value, so it may not be overwritten before
+
+
+def _phase(
+    live: Mapping[fx.Node, None],
+    targets: Mapping[str, fx.Node],
+    reduces: Mapping[fx.Node, str],
+    summed: Mapping[fx.Node, str],
+    hoisted: Sequence[fx.Node],
+    known: Mapping[fx.Node, str],
+) -> tuple[Phase, set[str]]:
+    """Build one pass; also return the tensors whose *old* value it reads."""
+    scalars = {n: i for i, n in enumerate(hoisted)}
+    wanted, stack = set(), [*targets.values(), *reduces]
+    while stack:
+        n = stack.pop()
+        if n not in wanted:
+            wanted.add(n)
+            if n not in scalars and n not in summed and n not in known:
+                stack.extend(n.all_input_nodes)
+    given = [n for n in live if n in wanted]
+    fresh = {n: str(n.meta["input"]) for n in given if n.op == "placeholder" and n.meta["kind"] == "element"}
+    tensors = {**fresh, **{n: s for n, s in known.items() if n in wanted}}
+    inputs = [*tensors, *(n for n in given if n in scalars), *(n for n in given if n in summed)]
+    inputs += [n for n in given if n.op == "placeholder" and n not in inputs]  # numel
+    graph, copies = fx.Graph(), {}
+    for n in inputs:
+        copies[n] = graph.placeholder(n.name)
+        copies[n].meta.update(n.meta)
+    for n in given:
+        if n not in copies:
+            copies[n] = graph.node_copy(n, lambda i: copies[i])
+    outputs = [copies[n] for n in [*targets.values(), *reduces]]
+    for i, (name, n) in enumerate(targets.items()):
+        if n in tensors and tensors[n] != name and tensors[n] in targets:  # another write would overwrite it first
+            outputs[i] = graph.call_function(torch.ops.aten.clone.default, (copies[n],))
+    graph.output(tuple(outputs))
+    phase = Phase(
+        graph=fx.GraphModule(torch.nn.Module(), graph),
+        tensors=tuple(tensors.values()),
+        scalars=tuple(scalars[n] for n in given if n in scalars),
+        sums=tuple(summed[n] for n in given if n in summed),
+        needs_numel=any(n.meta.get("input") == "numel" for n in inputs),
+        writes=tuple(targets),
+        reduces=tuple(_reduction(n, name) for n, name in reduces.items()),
+    )
+    return phase, set(fresh.values())
+
+
+def _reduction(node: fx.Node, name: str) -> Reduction:
+    how = next(how for how, function in REDUCERS.items() if function is node.target)
+    return Reduction(name, how, Domain(cast("int", node.args[1])), node.meta["dtype"])
+
+
+def _traffic(phases: Iterable[Phase], dtypes: Mapping[str, torch.dtype]) -> int:
+    """Bytes per element that the passes move together."""
+    names = (name for p in phases for name in (*p.tensors, *p.writes) if not name.startswith(NOISE))
+    return sum(dtypes[name].itemsize for name in names)

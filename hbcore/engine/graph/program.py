@@ -1,0 +1,131 @@
+"""What a traced recipe is: plain data that the backends read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hbcore.engine.graph.host_scalars import Numbers, as_python
+from hbcore.rules.transform import Domain
+
+
+def reduce_sum(x: Tensor, domain: int) -> Tensor:
+    """The reduction node ``c.sum`` leaves in a graph; called directly, it sums one whole tensor."""
+    return x.sum()
+
+
+def reduce_amax(x: Tensor, domain: int) -> Tensor:
+    """The reduction node ``c.amax`` leaves in a graph; called directly, it is one whole tensor's maximum."""
+    return x.amax()
+
+
+REDUCERS: dict[str, Callable[[Tensor, int], Tensor]] = {"sum": reduce_sum, "amax": reduce_amax}
+
+
+def direct_reduce(x: Tensor, how: str, domain: Domain, rule: str) -> Tensor:
+    """``reduce`` for calling a recipe without tracing it, on one whole tensor."""
+    return REDUCERS[how](x, domain)
+
+
+NOISE = "noise."
+"""Prefix of the graph inputs that are random bits: drawn from a key and the element's index, stored nowhere."""
+
+
+STACK = "stack."
+"""Prefix of what a lane writes for the matrix rule that follows it: ``stack.update``, ``stack.grad``, ``stack.param``."""
+
+CARRIED = "carried."
+"""Prefix of the numbers that a param group carries from one step to the next."""
+
+
+def as_scalars(values: Sequence[float | Tensor]) -> Sequence[Tensor]:
+    """Numbers as 0-d float64 tensors; tensors stay what and where they are."""
+    if any(isinstance(v, Tensor) for v in values):
+        return [v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64, device="cpu") for v in values]
+    return torch.tensor(values, dtype=torch.float64, device="cpu").unbind()
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One number that a phase makes of each tensor, and that later phases read."""
+
+    name: str
+    how: str
+    domain: Domain
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One pass over the parameters.
+
+    ``graph`` takes ``tensors + scalars + sums`` (and ``numel`` last, if ``needs_numel``) and returns ``writes + reduces``.
+    """
+
+    graph: fx.GraphModule
+    tensors: tuple[str, ...]
+    scalars: tuple[int, ...]
+    sums: tuple[str, ...]
+    needs_numel: bool
+    writes: tuple[str, ...]
+    reduces: tuple[Reduction, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the backends run: the host's scalar arithmetic, then one or more passes over the parameters."""
+
+    label: str
+    dtypes: Mapping[str, torch.dtype]
+    scalar_names: tuple[str, ...]
+    host: fx.GraphModule
+    hoisted: tuple[torch.dtype, ...]
+    phases: tuple[Phase, ...]
+    carries: tuple[str, ...] = ()
+    carry: fx.GraphModule | None = None
+
+    def carried(self, values: Sequence[float | Tensor]) -> dict[str, float]:
+        """The new values of the numbers that a group carries, from the present ones among ``values``."""
+        if self.carry is None:
+            return {}
+        try:
+            if self._python_carry is not None:
+                return dict(zip(self.carries, self._python_carry(values), strict=True))  # type: ignore[arg-type]
+        except (ArithmeticError, ValueError):
+            pass  # where Python raises, tensors have inf or nan
+        return {name: float(value) for name, value in zip(self.carries, self.carry(*as_scalars(values)), strict=True)}
+
+    def scalars(self, values: Sequence[float | Tensor]) -> tuple[Tensor, ...]:
+        """The hoisted scalars as 0-d tensors, from one number or 0-d tensor for each of :attr:`scalar_names`."""
+        if self._python is not None and not any(isinstance(v, Tensor) for v in values):
+            try:  # the same numbers in a tenth of the time
+                made = torch.tensor(self._python(values), dtype=torch.float64, device="cpu").unbind()  # type: ignore[arg-type]
+                return tuple(t.to(dtype) for t, dtype in zip(made, self.hoisted, strict=True))
+            except (ArithmeticError, ValueError):
+                pass  # where Python raises, tensors have inf or nan
+        inputs = as_scalars(values)
+        with inputs[-1].device:  # where the graph's constants are to be, whatever the user's default device
+            result: tuple[Tensor, ...] = self.host(*inputs)
+        return result
+
+    def numbers(self, values: Sequence[Any]) -> tuple[float, ...]:
+        """The same as plain floats, computed without tensors where that is possible."""
+        try:
+            if self._python is not None:
+                return self._python(values)
+        except (ArithmeticError, ValueError):
+            pass  # where Python raises, tensors have inf or nan
+        return tuple(float(s) for s in self.scalars(values))
+
+    @cached_property
+    def _python_carry(self) -> Numbers | None:
+        return None if self.carry is None else as_python(self.carry)
+
+    @cached_property
+    def _python(self) -> Numbers | None:
+        return as_python(self.host)

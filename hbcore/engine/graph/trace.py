@@ -1,0 +1,190 @@
+"""A recipe -> one elementwise graph, with scalar arithmetic hoisted out and reductions cut into phases.
+
+The recipe runs once on meta tensors under a dispatch mode that writes down every ATen call. It runs twice, with two lengths:
+what differs between the two graphs is a length that leaked into the rule, and an error. Each value falls in one of three kinds:
+
+* ``host``: 0-d, made of hyperparameters and the step alone. Hoisted: computed once for each (group, step), in float64.
+* ``scalar``: 0-d, but made of a tensor: a reduction, ``c.numel``, and what is computed from them. One for each tensor.
+* ``element``: as long as the parameter.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_any, tree_map
+
+from hbcore.engine.graph import segment_spec as recipe_module
+from hbcore.engine.graph.phases import split
+from hbcore.engine.graph.program import REDUCERS, Program
+from hbcore.engine.graph.segment_spec import Recipe
+from hbcore.errors import TraceError
+from hbcore.rules import transform as transform_module
+from hbcore.rules.transform import Domain
+
+Kind = Literal["host", "scalar", "element"]
+LENGTHS = (7, 5_000_011)
+"""Two lengths that no formula contains by accident: both graphs must agree."""
+
+REDUCTIONS = {
+    torch.ops.aten.sum.default, torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.default, torch.ops.aten.mean.dim,
+    torch.ops.aten.max.default, torch.ops.aten.min.default, torch.ops.aten.amax.default, torch.ops.aten.amin.default,
+    torch.ops.aten.linalg_vector_norm.default, torch.ops.aten.norm.Scalar, torch.ops.aten.dot.default,
+    torch.ops.aten.any.default, torch.ops.aten.all.default, torch.ops.aten.prod.default, torch.ops.aten.std.correction,
+    torch.ops.aten.var.correction, torch.ops.aten.argmax.default, torch.ops.aten.count_nonzero.default,
+}  # fmt: skip
+
+
+HARMLESS = {
+    torch.ops.aten._to_copy.default, torch.ops.aten.expand.default, torch.ops.aten.zeros_like.default,
+    torch.ops.aten.ones_like.default, torch.ops.aten.full_like.default, torch.ops.aten.full.default,
+    torch.ops.aten.scalar_tensor.default, torch.ops.aten.zeros.default, torch.ops.aten.ones.default,
+    torch.ops.aten.view.dtype, torch.ops.aten.clone.default,
+}  # fmt: skip
+"""Not tagged pointwise by torch, and elementwise all the same."""
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes each ATen call into an fx graph, and refuses the ones that are not elementwise, at the line that made them."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.length = length
+        self.graph = fx.Graph()
+        self._nodes: dict[int, fx.Node] = {}
+        self._alive: list[Tensor] = []  # ids are only unique while the tensor lives
+        self._known: dict[Any, Tensor] = {}
+
+    def placeholder(self, name: str, value: Tensor, kind: Kind) -> Tensor:
+        """Declare a graph input; its plain name goes into ``node.meta["input"]``."""
+        node = self.graph.placeholder(name.replace(".", "_").replace("#", "_"))
+        node.meta.update(input=name)
+        return self._remember(value, node, kind)
+
+    def reduce(self, x: Tensor, how: str, domain: Domain, rule: str) -> Tensor:
+        """Record a reduction asked for through the context."""
+        if domain < Domain.TENSOR:
+            raise TraceError(
+                f"{where()}: c.{how} (or c.mean, c.norm) in a rule whose domain is ELEMENTWISE; declare "
+                "`domain = Domain.TENSOR`, or Domain.MODEL to reduce over the whole model."
+            )
+        key = (how, id(x), domain)
+        if key not in self._known:
+            node = self.graph.call_function(REDUCERS[how], (self._nodes[id(x)], int(domain)))
+            stem = f"{rule}_{how}"  # counted within the rule: lanes with other rules must agree on the name
+            node.meta["reduction"] = f"{stem}{sum(n.meta.get('reduction', '').startswith(stem) for n in self.graph.nodes)}"
+            self._known[key] = self._remember(torch.empty((), dtype=x.dtype, device="meta"), node, "scalar")
+        return self._known[key]
+
+    def node(self, value: Tensor) -> fx.Node:
+        """The node that made ``value``."""
+        return self._nodes[id(value)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default):
+            return args[0]
+        if func is torch.ops.aten.empty.memory_format:  # only the reductions below ask for one; each is a value of its own
+            return func(*args, **kwargs)
+        self._refuse(func, args)
+        key = (func, *self._key(args), *self._key(tuple(sorted(kwargs.items()))))
+        if key in self._known:  # the same call twice is the same value: rules are pure
+            return self._known[key]
+        value = func(*args, **kwargs)
+        if not isinstance(value, Tensor) or tuple(value.shape) not in {(), (self.length,)}:
+            raise TraceError(f"{where()}: {func} is not elementwise; a rule maps each element by itself.")
+        kind: Kind = "element" if value.ndim else "host"
+        if kind == "host" and tree_any(lambda a: isinstance(a, Tensor) and self._kind(a) != "host", (args, kwargs)):
+            kind = "scalar"
+        kept = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}  # the trace's own: meta
+        if not value.ndim and "device" in kwargs and func in HARMLESS and func is not torch.ops.aten._to_copy.default:
+            kept["device"] = torch.device("cpu")  # a 0-d constant meets any tensor there; the default device may be another
+        target = self.graph.call_function(func, *tree_map(self._argument, (args, kept)))
+        self._known[key] = self._remember(value, target, kind)
+        return value
+
+    def _remember(self, value: Tensor, node: fx.Node, kind: Kind) -> Tensor:
+        node.meta.update(kind=kind, dtype=value.dtype, where=where())
+        self._nodes[id(value)] = node
+        self._alive.append(value)
+        return value
+
+    def _kind(self, value: Tensor) -> Kind:
+        node = self._nodes.get(id(value))
+        return node.meta["kind"] if node else "host"
+
+    def _argument(self, a: Any) -> Any:
+        if not isinstance(a, Tensor):
+            return a
+        if id(a) in self._nodes:
+            return self._nodes[id(a)]
+        if a.ndim == 0 and a.device.type != "meta":
+            return a.item()  # a constant such as torch.tensor(0.5)
+        raise TraceError(f"{where()}: a tensor from outside the rule; rules read their arguments and nothing else.")
+
+    def _key(self, a: Any) -> tuple[Any, ...]:
+        self._alive.extend(x for x in a if isinstance(x, Tensor))
+        return tuple(id(x) if isinstance(x, Tensor) else (type(x), repr(x)) for x in a)
+
+    def _refuse(self, func: Any, args: Any) -> None:
+        if func in REDUCTIONS and tree_any(lambda a: isinstance(a, Tensor) and a.ndim > 0, args):
+            raise TraceError(
+                f"{where()}: {func} reduces a tensor behind the engine's back, which is wrong on shards; "
+                "use c.sum, c.mean, c.norm or c.amax."
+            )
+        if func is torch.ops.aten._local_scalar_dense.default:
+            node = self._nodes.get(id(args[0]))
+            what = repr(node.meta["input"]) if node is not None and "input" in node.meta else "a tensor"
+            raise TraceError(
+                f"{where()}: {what} is turned into a Python number (an `if`, float(), max() or math function); "
+                "hyperparameters are tensors inside a rule: use torch.where, torch.maximum or tensor methods."
+            )
+        if func is torch.ops.aten.lift_fresh.default:
+            return
+        if func._schema.is_mutable:
+            raise TraceError(f"{where()}: {func} mutates its argument; rules are pure, use the out-of-place form.")
+        if torch.Tag.pointwise not in func.tags and func not in HARMLESS:
+            raise TraceError(f"{where()}: {func} is not elementwise; a rule maps each element by itself.")
+
+
+def where() -> str:
+    """``file:line`` of the innermost frame that is a rule's, for error messages."""
+    frame = sys._getframe(1)
+    skip = (f"{torch.__path__[0]}{os.sep}", __file__, recipe_module.__file__, transform_module.__file__)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(skip):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def record(recipe: Recipe, dtypes: Mapping[str, torch.dtype], length: int) -> tuple[fx.Graph, dict[str, fx.Node]]:
+    """Run ``recipe`` once on meta tensors of ``length`` elements; return the graph and the node of each stored result."""
+    recorder = Recorder(length)
+    meta = torch.device("meta")
+    with torch.no_grad():
+        tensors = {n: recorder.placeholder(n, torch.empty(length, dtype=d, device=meta), "element") for n, d in dtypes.items()}
+        scalars = {
+            n: recorder.placeholder(n, torch.empty((), dtype=torch.float64, device=meta), "host") for n in recipe.scalar_names
+        }
+        numel = recorder.placeholder("numel", torch.empty((), dtype=torch.float64, device=meta), "scalar")
+        with recorder:
+            results = recipe.update(tensors, scalars, numel, recorder.reduce)
+    return recorder.graph, {name: recorder.node(value) for name, value in results.items()}
+
+
+def trace(recipe: Recipe, dtypes: Mapping[str, torch.dtype], label: str = "") -> Program:
+    """Trace ``recipe`` for parameters whose tensors have ``dtypes``.
+
+    Raises:
+        TraceError: the rule broke the tracing contract; the message names the line.
+    """
+    (graph, results), (other, _) = (record(recipe, dtypes, n) for n in LENGTHS)
+    for a, b in zip(graph.nodes, other.nodes, strict=False):
+        if a.target != b.target or repr(a.args) != repr(b.args) or repr(a.kwargs) != repr(b.kwargs):
+            raise TraceError(f"{a.meta['where']}: the tensor's length became part of the rule; use c.numel.")
+    return split(graph, results, dtypes, recipe.scalar_names, label)

@@ -1,0 +1,45 @@
+"""``param_ecc``: parameters that are stored in fewer bits, with what is missing kept in the state."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hbcore.distributed.placement import is_dtensor
+from hbcore.errors import OptionError, StateWarning
+
+if TYPE_CHECKING:
+    from hbcore.optimizer import Optimizer
+
+
+@torch.no_grad()
+def pack(optimizer: Optimizer, params: list[Tensor]) -> None:
+    """Store float32 parameters as ``param_ecc`` says: the tensor itself becomes narrower, the rest goes to the state.
+
+    Raises:
+        OptionError: one is spread over ranks.
+    """
+    codec = optimizer.settings.param_codec
+    wide = [p for p in params if codec is not None and p.dtype == torch.float32]
+    if codec is None or not wide:
+        return
+    if any(map(is_dtensor, wide)):
+        raise OptionError(f"param_ecc={codec.name!r} changes the parameters' dtype, which FSDP fixes; pass it no sharded ones.")
+    for p in wide:
+        parts = {name: torch.empty_like(p, dtype=dtype) for name, dtype in codec.parts("param", p.dtype).items()}
+        for name, value in codec.write(parts, "param", p.detach()).items():
+            parts[name].copy_(value)
+        grad, p.grad = p.grad, None  # torch holds a gradient to its parameter's dtype, before the change and after it
+        p.data = parts.pop("param")
+        p.grad = None if grad is None else grad.to(p.dtype)
+        optimizer.state[p].update(parts)
+    optimizer.report.note(f"param_ecc={codec.name!r} stores float32 parameters as {wide[0].dtype}")
+    warnings.warn(
+        f"{type(optimizer).__name__}: param_ecc turned {len(wide)} float32 parameters into {wide[0].dtype}; the model now "
+        "computes in that dtype, and the optimizer keeps the bits that are missing.",
+        StateWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,140 @@
+"""Steps on sparse gradients: the rows that have one are gathered, updated as parameters of their own, and written back.
+
+For optimizers that say ``sparse_gradients = True``. A step costs what its rows cost, whatever the size of the table, and leaves
+every other row of the parameter and of its state as it was: nothing decays there. Their chains are the ordinary elementwise
+ones. What a rule sums over a tensor is summed over the gathered rows, and a parameter's count of steps is the same for all of
+them. The noise of stochastic rounding is drawn by a row's place among them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hbcore.distributed.placement import is_dtensor, local
+from hbcore.engine.graph.scalar_inputs import NO_AMP, Amp
+from hbcore.engine.options import Settings
+from hbcore.engine.planning.plan import Plan
+from hbcore.engine.planning.segments import Entry, Work
+from hbcore.engine.surroundings import Surroundings
+from hbcore.errors import OptionError, RuleError, SparseGradientError
+from hbcore.rules import route
+from hbcore.rules.transform import Domain
+
+Index = tuple[Tensor, ...]
+"""Where gathered rows lie: one int64 tensor for each sparse dimension."""
+
+
+class SparsePlan(Plan):
+    """A plan whose gradients are sparse. Lays its rows out anew at every step.
+
+    Raises:
+        RuleError: a rule of the chain sees matrices, or two sets of weights.
+    """
+
+    def __init__(self, around: Surroundings) -> None:
+        super().__init__(around)
+        self.numel = 0  # of a table a step takes a few rows: compile="auto" compiles nothing on a CPU
+        self._rows: list[Rows] = []
+        for t in (t for group in around.groups for t in route.every(around.chain(group))):
+            if t.domain == Domain.MATRIX or t.owns_apply or t.scalars():
+                raise RuleError(f"rule {t.name!r} needs whole parameters, and sparse_gradients=True gives it single rows.")
+
+    def step(self, amp: Amp = NO_AMP) -> list[Tensor]:
+        try:
+            return super().step(amp)
+        finally:  # the next step has other rows; a backend may hold these until then, but not their gradients
+            for rows in self._rows:
+                rows.entry.param.grad = None
+            self._works, self._active, self._rows = None, [], []
+
+    def _gradient(self, p: Tensor, g: int, i: int) -> Tensor:
+        grad = p.grad
+        assert grad is not None
+        if is_dtensor(p) or is_dtensor(grad):
+            raise SparseGradientError(f"{self.around.name_of(g, i)} is spread over ranks; keep a table of sparse rows whole.")
+        if grad.layout != torch.sparse_coo:
+            raise SparseGradientError(
+                f"{self.around.name_of(g, i)} has a dense gradient ({grad.layout}), and this optimizer takes sparse ones only; "
+                "use Adam for it, or make the layer sparse (nn.Embedding(..., sparse=True))."
+            )
+        return grad._values()
+
+    def _lay_out(self) -> list[Work]:
+        whole = self._active
+        self._rows = [gathered(e) for e in whole]
+        self._active = [rows.entry for rows in self._rows]
+        works = super()._lay_out()
+        self._params = [e.param for e in whole]
+        return works
+
+    def _step(self, works: list[Work], amp: Amp) -> None:
+        super()._step(works, amp)
+        for rows in self._rows:
+            rows.write_back()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one parameter that have a gradient.
+
+    Attributes:
+        whole: the parameter's entry.
+        entry: an entry of the gathered rows, ``[rows, *dense dimensions]``, as if they were a parameter.
+        index: where they lie in the parameter.
+    """
+
+    whole: Entry
+    entry: Entry
+    index: Index
+
+    def write_back(self) -> None:
+        """Put the rows, and their state, where they were gathered from."""
+        if not self.entry.local.numel():
+            return
+        put(self.whole.local, self.index, self.entry.local)
+        for name, rows in self.entry.stored.items():
+            if name != "step":
+                put(self.whole.stored[name], self.index, rows)
+
+
+def gathered(e: Entry) -> Rows:
+    """Copies of the rows of ``e`` that its parameter's gradient has; rows that come twice have the sum of their gradients."""
+    assert e.param.grad is not None
+    grad = e.param.grad.coalesce()
+    index: Index = grad.indices().unbind(0)
+    values = local(grad.values())
+    param = take(e.local, index)[: len(values)]
+    param.grad = values
+    stored = {name: t if name == "step" else take(t, index)[: len(values)] for name, t in e.stored.items()}
+    return Rows(e, replace(e, param=param, local=param, stored=stored, held={}), index)
+
+
+def take(table: Tensor, index: Index) -> Tensor:
+    """``table[index]``, a copy; of a 0-d table, which has no sparse dimension, its one element."""
+    return table[index] if index else table.clone().unsqueeze(0)
+
+
+def put(table: Tensor, index: Index, rows: Tensor) -> None:
+    """Write ``rows`` where :func:`take` took them from."""
+    if index:
+        table.index_put_(index, rows)
+    else:
+        table.copy_(rows[0])
+
+
+def check(optimizer: str, settings: Settings) -> None:
+    """Look whether options go with sparse gradients.
+
+    Raises:
+        OptionError: one does not.
+    """
+    if settings.capturable:
+        raise OptionError(f"{optimizer}: capturable=True needs gradients of one size, and sparse ones have any; pass False.")
+    if settings.use_ema:
+        raise OptionError(
+            f"{optimizer}: use_ema=True averages over all steps, and a row is seen in those alone that have a gradient for it; "
+            "pass use_ema=False."
+        )

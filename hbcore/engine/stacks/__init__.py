@@ -1,0 +1,1 @@
+"""Matrix rules: stacks of equally shaped blocks, and the calls on them."""

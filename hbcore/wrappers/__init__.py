@@ -1,0 +1,1 @@
+"""Optimizers made of optimizers, and gradient release."""

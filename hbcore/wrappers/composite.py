@@ -1,0 +1,229 @@
+"""Optimizers that are made of optimizers: one object, one list of param groups, one state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from hbcore.checkpoint import checkpoint
+from hbcore.engine.report import Report
+from hbcore.errors import CheckpointError, OptionError
+from hbcore.optimizer import Optimizer
+
+
+class Composite(torch.optim.Optimizer):
+    """Several optimizers as one.
+
+    ``param_groups`` are the very dicts of the optimizers inside, so that schedulers, ``zero_grad`` and loggers see and change
+    what those read. A state dict has torch's layout, groups in the order of ``param_groups``.
+
+    Args:
+        children: hbcore optimizers that share no parameter.
+
+    Attributes:
+        children: the same.
+    """
+
+    requires_closure: ClassVar[bool] = False
+    """Whether ``step`` has to compute gradients by itself."""
+
+    def __init__(self, children: Iterable[Optimizer]) -> None:
+        self.children = list(children)
+        defaults = [child.defaults for child in self.children]
+        shared = {k: v for k, v in defaults[0].items() if all(k in d and _equal(d[k], v) for d in defaults)}
+        super().__init__([group for child in self.children for group in child.param_groups], shared)
+
+    @property  # type: ignore[override]
+    def state(self) -> MutableMapping[Tensor, dict[str, Any]]:
+        """Parameter -> its state, in whichever optimizer has it."""
+        return States(self)
+
+    @state.setter
+    def state(self, content: Mapping[Tensor, dict[str, Any]]) -> None:
+        for param, slots in content.items():
+            self.state[param] = slots
+
+    @property
+    def report(self) -> Report:
+        """How the last step ran, all optimizers together."""
+        reports = [child.report for child in self.children]
+        return Report(
+            backend="+".join(sorted({part for r in reports for part in r.backend.split("+")})),
+            reasons=list(dict.fromkeys(reason for r in reports for reason in r.reasons)),
+            notes=list(dict.fromkeys(note for r in reports for note in r.notes)),
+            programs=sum(r.programs for r in reports),
+            compiles=sum(r.compiles for r in reports),
+            launches=sum(r.launches for r in reports),
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every optimizer; ``closure`` computes the loss anew and is called once."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._hand_down()
+        for child in self.children:
+            child.step()
+        return loss
+
+    def train(self, mode: bool = True) -> Self:
+        """As of an optimizer, for all of them."""
+        for child in self.children:
+            child.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """``train(False)``."""
+        return self.train(False)
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """As of an optimizer, for those that were built with ``use_ema=True``.
+
+        Raises:
+            OptionError: none was.
+        """
+        keeping = [child for child in self.children if child.settings.use_ema]
+        if not keeping:
+            raise OptionError(f"{type(self).__name__} keeps no average of the parameters; pass use_ema=True.")
+        with ExitStack() as stack:
+            for child in keeping:
+                stack.enter_context(child.ema_weights())
+            yield
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the optimizer that :meth:`child_for` names.
+
+        Raises:
+            as of an optimizer.
+        """
+        if any(group is param_group for child in self.children for group in child.param_groups):
+            self.param_groups.append(param_group)  # torch's constructor, handing over what the children have
+            return
+        self._hand_over(self.child_for(param_group), param_group)
+
+    def _hand_over(self, child: Optimizer, param_group: dict[str, Any]) -> None:
+        """Add a group to one of the optimizers, which may make several of it."""
+        before = len(child.param_groups)
+        child.add_param_group(param_group)
+        self.param_groups.extend(child.param_groups[before:])
+
+    def child_for(self, param_group: Mapping[str, Any]) -> Optimizer:
+        """The optimizer that takes a new group: the last one."""
+        return self.children[-1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of an optimizer: whole, plain data, in torch's layout."""
+        return checkpoint.with_save_hooks(self, self._merged)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """As of an optimizer: exactly, matched by name within each group, all or nothing.
+
+        Raises:
+            CheckpointError: it does not fit; nothing was changed.
+        """
+        with checkpoint.load_hooks(self, state_dict) as given:
+            contents = [checkpoint.read(child, part, strict) for child, part in self._parts(given)]
+            for child, content in zip(self.children, contents, strict=True):
+                checkpoint.put(child, content)
+
+    def _merged(self) -> dict[str, Any]:
+        self._hand_down()
+        state: dict[int, Any] = {}
+        groups: dict[int, dict[str, Any]] = {}
+        for child in self.children:
+            saved = child.state_dict()
+            for own, group in zip(child.param_groups, saved["param_groups"], strict=True):
+                groups[id(own)] = {**group, "entries": [saved["state"].get(i) for i in group["params"]]}
+        merged: list[dict[str, Any]] = []
+        for own in self.param_groups:
+            group = groups[id(own)]
+            entries, start = group.pop("entries"), sum(len(done["params"]) for done in merged)
+            merged.append({**group, "params": list(range(start, start + len(entries)))})
+            state.update({start + i: entry for i, entry in enumerate(entries) if entry})
+        return {"state": state, "param_groups": merged}
+
+    def _parts(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Optimizer, dict[str, Any]]]:
+        """Each optimizer and its part of a state dict."""
+        self._hand_down()
+        saved, state = state_dict.get("param_groups"), state_dict.get("state")
+        if not isinstance(saved, (list, tuple)) or not isinstance(state, Mapping) or len(saved) != len(self.param_groups):
+            count = len(saved) if isinstance(saved, (list, tuple)) else "no"
+            raise CheckpointError(
+                f"{type(self).__name__}: the checkpoint has {count} param groups, the optimizer {len(self.param_groups)}; "
+                "build the optimizer with the same groups."
+            )
+        listed = {key for group in saved for key in group.get("params", ())}
+        strangers = {key: entry for key, entry in state.items() if key not in listed}
+        for child in self.children:
+            mine = {id(group) for group in child.param_groups}
+            groups = [theirs for own, theirs in zip(self.param_groups, saved, strict=True) if id(own) in mine]
+            keys = {key for group in groups for key in group.get("params", ())}
+            yield child, {"state": {**{k: v for k, v in state.items() if k in keys}, **strangers}, "param_groups": groups}
+
+    def _hand_down(self) -> None:
+        """Give the optimizers the group dicts that a wrapper may have put in the place of theirs."""
+        known = {id(group) for child in self.children for group in child.param_groups}
+        if len(known) == len(self.param_groups) and all(id(group) in known for group in self.param_groups):
+            return
+        groups = iter(self.param_groups)
+        for child in self.children:
+            child.param_groups = [next(groups) for _ in child.param_groups]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"children": self.children, "defaults": self.defaults}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.children = state["children"]
+        groups = [group for child in self.children for group in child.param_groups]
+        super().__setstate__({**state, "param_groups": groups})
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of\n" + "\n".join(map(repr, self.children))
+
+
+class States(MutableMapping[Tensor, dict[str, Any]]):
+    """The states of several optimizers as one mapping, which writes to the optimizer that has the parameter."""
+
+    def __init__(self, composite: Composite) -> None:
+        self._children = composite.children
+
+    def __getitem__(self, param: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self._owner(param).state[param]
+        return state
+
+    def __setitem__(self, param: Tensor, slots: dict[str, Any]) -> None:
+        self._owner(param).state[param] = slots
+
+    def __delitem__(self, param: Tensor) -> None:
+        del self._owner(param).state[param]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (param for child in self._children for param in child.state)
+
+    def __len__(self) -> int:
+        return sum(len(child.state) for child in self._children)
+
+    def __contains__(self, param: object) -> bool:
+        return any(param in child.state for child in self._children)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def _owner(self, param: Tensor) -> Optimizer:
+        for child in self._children:
+            if param in child.state or any(p is param for group in child.param_groups for p in group["params"]):
+                return child
+        raise KeyError(param)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
