@@ -11,6 +11,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hbcore._version import __version__
+
 if TYPE_CHECKING:
     from hbcore.checkpoint.export import export
     from hbcore.errors import (
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
     from hbcore.wrappers.gradient_release import hook_into_backward
     from hbcore.wrappers.split import SplitOpt
 
-__version__ = "0.1.0"
 
 __all__ = [
     "AmbiguousNameError",

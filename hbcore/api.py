@@ -27,11 +27,11 @@ if TYPE_CHECKING:
         ScaleByLaProp,
         ScaleByNAdam,
     )
-    from hbcore.rules.numerics import compute_dtype, debiased, ema
+    from hbcore.rules.numerics import Scalar, compute_dtype, debiased, ema
     from hbcore.rules.parallel import Parallel, graft
     from hbcore.rules.route import Route, is_matrix
     from hbcore.rules.stages import CoupleDecay
-    from hbcore.rules.transform import Context, Domain, Role, Scalar, Slot, State, Transform, hyper, zeros
+    from hbcore.rules.transform import Context, Domain, Role, Slot, State, Transform, hyper, zeros
     from hbcore.rules.views import Block, matrix_view
     from hbcore.wrappers.composite import Composite
 
@@ -88,7 +88,7 @@ _LAZY = {
     "Parallel": "hbcore.rules.parallel:Parallel",
     "Role": "hbcore.rules.transform:Role",
     "Route": "hbcore.rules.route:Route",
-    "Scalar": "hbcore.rules.transform:Scalar",
+    "Scalar": "hbcore.rules.numerics:Scalar",
     "ScaleByAdEMAMix": "hbcore.rules.moments:ScaleByAdEMAMix",
     "ScaleByAdam": "hbcore.rules.moments:ScaleByAdam",
     "ScaleByLaProp": "hbcore.rules.moments:ScaleByLaProp",

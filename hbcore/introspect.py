@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-import hbcore
+from hbcore._version import __version__
 from hbcore.engine.backends.triton.codegen import module_source
 from hbcore.engine.graph.trace import trace
 from hbcore.engine.options import OPTIONS
@@ -31,11 +31,11 @@ def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]
     built = build([torch.nn.Parameter(torch.zeros(32, 32))], **options)
     optimizer = built.children[0] if isinstance(built, Composite) else built
     own = [n for n, p in signature.parameters.items() if n != "params" and n not in OPTIONS and p.kind is not p.VAR_KEYWORD]
-    own += [n for n in OPTIONS if n in getattr(cls, "own", ())]
+    own += [n for n in OPTIONS if n in getattr(cls, "_own", ())]
     [group] = optimizer.param_groups
     param = group["params"][0]
-    transforms = optimizer.structure.chain(group, param)
-    bounds = {name: str(b) for t in optimizer.structure.forked(group) for name, _, b in t.hypers()}
+    transforms = optimizer.core.chain.chain(group, param)
+    bounds = {name: str(b) for t in optimizer.core.chain.forked(group) for name, _, b in t.hypers()}
     slots = [
         {
             "name": part,
@@ -77,12 +77,12 @@ def kernels(cls: type[Optimizer | Composite]) -> list[str]:
     built = build([param])
     optimizer = built.children[0] if isinstance(built, Composite) else built
     [group] = optimizer.param_groups
-    recipe = replace(optimizer.structure.recipe(group), branches=route.branches(optimizer.structure.forked(group), param))
+    recipe = replace(optimizer.core.chain.recipe(group), branches=route.branches(optimizer.core.chain.forked(group), param))
     sources = []
     for lane in course(recipe, group, param).lanes:
         transforms = lane.transforms(example(lane, group))
         slots = {name: slot for t in transforms for name, slot in t.slots(param).items()}
         label = " -> ".join(t.name for t in transforms) or "nothing but copies"
         program = trace(lane, lane.dtypes(param, param.dtype, slots), label)
-        sources.append(module_source(program, label, hbcore.__version__))
+        sources.append(module_source(program, label, __version__))
     return sources

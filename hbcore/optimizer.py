@@ -8,23 +8,21 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.optim import optimizer as hooks
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
-from hbcore.checkpoint import checkpoint
-from hbcore.engine.chain_spec import Structure
+from hbcore.checkpoint import dry_step, load, save
+from hbcore.engine import weight_modes
+from hbcore.engine.chain_spec import ChainSpec
+from hbcore.engine.core import Group, OptimizerCore
 from hbcore.engine.graph.scalar_inputs import Amp, capturing
 from hbcore.engine.options import OPTIONS, Settings, resolve
-from hbcore.engine.param_codec import pack
-from hbcore.engine.params import check_params, describe_param
+from hbcore.engine.param_codec import narrow
+from hbcore.engine.params import check_params
 from hbcore.engine.planning.plan import Plan
 from hbcore.engine.planning.sparse_plan import SparsePlan, check
-from hbcore.engine.progress import Progress
 from hbcore.engine.report import Report
-from hbcore.engine.surroundings import Surroundings
-from hbcore.engine.weight_modes import Modes, averaged
 from hbcore.errors import OptionError, ParameterTypeError, RuleError
 from hbcore.rules.transform import Transform
 from hbcore.state.slots import StateMap, own
@@ -49,8 +47,8 @@ class Optimizer(torch.optim.Optimizer):
 
     Attributes:
         report: how the last step ran: backend, reasons for falling back, compiles, launches.
-        structure: what its chains are, and what follows from them.
-        modes: which set of weights the parameters hold.
+        settings: the shared options, resolved.
+        core: the engine's side of it: groups, state, chain and plan. Not part of the API.
 
     Raises:
         HyperparameterError: a hyperparameter is outside its bounds.
@@ -64,27 +62,47 @@ class Optimizer(torch.optim.Optimizer):
     sparse_gradients: ClassVar[bool] = False
     """Whether it takes sparse gradients, and only those; its rules are elementwise then."""
 
-    own: ClassVar[tuple[str, ...]] = ()
+    _own: ClassVar[tuple[str, ...]] = ()
     """The names of the class's own constructor parameters."""
+
+    core: OptimizerCore
 
     def __init__(self, params: ParamsT, hyperparameters: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         name = type(self).__name__
-        settings, scheduled = resolve(name, self.own, {**self.option_defaults, **options})
+        settings, scheduled = resolve(name, self._own, {**self.option_defaults, **options})
         if self.sparse_gradients:
             check(name, settings)
-        self.report = Report()
-        self.modes = Modes()
-        self._plan: Plan | None = None
-        self._progress: list[Progress] = []
         defaults = {k: _tupled(v) for k, v in {**scheduled, **hyperparameters}.items()}
-        self.structure = Structure(type(self).chain, settings, defaults)
+        self.core = OptimizerCore(name, ChainSpec(type(self).chain, settings, defaults))
         super().__init__(check_params(name, params), defaults)
-        self.state: Any = StateMap(self.state)
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The param groups: dicts of parameters and hyperparameters, which schedulers and users may write to."""
+        return self.core.groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        self.core.replace_groups(groups)
+
+    @property  # type: ignore[override]
+    def state(self) -> StateMap:
+        """Parameter -> its state tensors by name, torch's names where torch has the slot."""
+        return self.core.state
+
+    @state.setter
+    def state(self, state: Mapping[Any, Any]) -> None:
+        self.core.replace_state(state)
 
     @property
     def settings(self) -> Settings:
         """The options, resolved."""
-        return self.structure.settings
+        return self.core.settings
+
+    @property
+    def report(self) -> Report:
+        """How the last step ran, and why so."""
+        return self.core.report
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -97,7 +115,7 @@ class Optimizer(torch.optim.Optimizer):
                 for n, option in OPTIONS.items()
                 if n not in taken
             ]
-            cls.own = tuple(p.name for p in named if p.name != "params")
+            cls._own = tuple(p.name for p in named if p.name != "params")
             cls.__signature__ = inspect.Signature([*named, *shared])  # type: ignore[attr-defined]
 
     @staticmethod
@@ -122,23 +140,22 @@ class Optimizer(torch.optim.Optimizer):
     step.hooked = True  # type: ignore[attr-defined]  # torch then leaves it unwrapped: _observed_step is what it would make
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
+        core, loss = self.core, None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.modes.training:
-            raise RuleError(f"{type(self).__name__}.step() with the weights to evaluate with; call optimizer.train() first.")
-        if self.modes.averaging:
-            raise RuleError(f"{type(self).__name__}.step() within ema_weights(); step outside.")
-        if not self.state and checkpoint.is_dry(self):
-            checkpoint.allocate(self)
+        if not core.modes.training:
+            raise RuleError(f"{core.name}.step() with the weights to evaluate with; call optimizer.train() first.")
+        if core.modes.averaging:
+            raise RuleError(f"{core.name}.step() within ema_weights(); step outside.")
+        if not core.state and dry_step.is_dry(core):
+            dry_step.allocate(core)
             return loss
-        plan = self._plan
-        if plan is None or plan.groups is not self.param_groups or plan.state is not self.state:  # wrappers assign both
-            plan = self._plan = self._new_plan()
-        self.modes.forget(training=True)
-        stepped = plan.step(Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
-        if self.settings.consume_grad and not capturing():
+        if core.plan is None:
+            core.plan = self.new_plan(core)
+        core.modes.reset(training=True)
+        stepped = core.plan.step(Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
+        if core.settings.consume_grad and not capturing():
             for p in stepped:
                 p.grad = None
         return loss
@@ -152,7 +169,7 @@ class Optimizer(torch.optim.Optimizer):
         Schedule-free rules have two sets; other optimizers have one, and nothing happens. Call it as you call
         ``model.train()``. Coming back to training restores the weights bit for bit.
         """
-        self.modes.switch(self, bool(mode))
+        weight_modes.switch(self.core, bool(mode))
         return self
 
     def eval(self) -> Self:
@@ -165,7 +182,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             OptionError: the optimizer keeps none.
         """
-        return averaged(self)
+        return weight_modes.averaged(self.core)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at any time. Its hyperparameters default to the constructor's.
@@ -174,26 +191,27 @@ class Optimizer(torch.optim.Optimizer):
             HyperparameterError: one of its hyperparameters is outside its bounds.
             ParameterError: a parameter is a duplicate, or no floating-point tensor.
         """
-        name, index = type(self).__name__, len(self.param_groups)
+        core, index = self.core, len(self.param_groups)
+        name, chain = core.name, core.chain
         if not isinstance(param_group, dict):
             raise ParameterTypeError(f"{name}: a param group must be a dict, not a {type(param_group).__name__}.")
         group = dict(param_group)
-        if misplaced := sorted(k for k in group if k in OPTIONS and k not in self.structure.keys):
+        if misplaced := sorted(k for k in group if k in OPTIONS and k not in chain.keys):
             raise OptionError(
                 f"{name}, parameter group {index}: {', '.join(misplaced)} holds for the whole optimizer and cannot be set "
                 f"for one group; pass it to {name}(...)."
             )
         [group["params"]] = [g["params"] for g in check_params(name, [group], self.param_groups)]
-        for key in self.structure.keys:
+        for key in chain.keys:
             group[key] = _tupled(group.get(key, self.defaults[key]))
-        self.structure.check(group, f"{name}, parameter group {index}")
+        chain.admit(group, f"{name}, parameter group {index}")
         members = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
-        self.structure.refuse_complex({**group, "params": members}, f"{name}, parameter group {index}")
+        chain.refuse_complex({**group, "params": members}, f"{name}, parameter group {index}")
         super().add_param_group(group)
         added = self.param_groups[-1]
-        added["hbcore"] = checkpoint.record_of(self, index).dump()
-        pack(self, added["params"])
-        self._plan = None
+        added["hbcore"] = save.record_of(core, index).dump()
+        narrow(core, added["params"])
+        core.invalidate()
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -202,7 +220,7 @@ class Optimizer(torch.optim.Optimizer):
         Every trained parameter has all of its slots, zeros and step 0 before its first step. With parameters that are spread
         over ranks this is collective.
         """
-        return checkpoint.save(self)
+        return save.with_hooks(self, lambda: save.state_dict(self.core))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
@@ -220,63 +238,36 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: it does not fit; the message names the parameter, and nothing was changed.
         """
-        checkpoint.load(self, state_dict, strict)
+        with load.hooks(self, state_dict) as given:
+            load.put(self.core, load.read(self.core, given, strict))
+
+    def new_plan(self, core: OptimizerCore) -> Plan:
+        """A plan for gradients of the kind that this optimizer takes. Not part of the API."""
+        return (SparsePlan if self.sparse_gradients else Plan)(core)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """torch.amp.GradScaler then hands over its scale and lets the step itself skip infinite gradients."""
         return self.settings.capturable
 
-    def _new_plan(self) -> Plan:
-        return self.plan_of(self.surroundings())
-
-    def plan_of(self, around: Surroundings) -> Plan:
-        """A plan for the gradients that this optimizer takes."""
-        return (SparsePlan if self.sparse_gradients else Plan)(around)
-
-    def surroundings(self) -> Surroundings:
-        """What a plan is to know of this optimizer."""
-        self._progress += [{} for _ in self.param_groups[len(self._progress) :]]
-        return Surroundings(
-            groups=self.param_groups,
-            state=self.state,
-            progress=self._progress,
-            recipe=self.structure.recipe,
-            chain=self.structure.forked,
-            name_of=self._name_of,
-            identity=self._identity,
-            report=self.report,
-            settings=self.settings,
-        )
-
-    def _name_of(self, group: int, index: int) -> str:
-        return f"{type(self).__name__}: {describe_param(self.param_groups, group, index)}"
-
-    def _identity(self, group: int, param: Tensor) -> str:
-        """What a parameter's noise is drawn by: the seed, and its name, or its place where it has none."""
-        index = next(i for i, p in enumerate(self.param_groups[group]["params"]) if p is param)
-        names = self.param_groups[group].get("param_names")
-        return f"{self.settings.seed}/{names[index] if names else f'{group}.{index}'}"
-
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle carry: no plan, no compiled code, and each step counter on its own."""
-        state = {p: {k: own(v) for k, v in s.items()} for p, s in self.state.items()}
+        core = self.core
         return {
-            "_progress": self._progress,
-            "_training": self.modes.training,
+            "_progress": core.group_scalars,  # the keys are those of 0.1.0, whose pickles load
+            "_training": core.modes.training,
+            "_structure": (core.settings, core.chain.defaults, core.chain.hyper),
             "defaults": self.defaults,
-            "state": state,
-            "param_groups": self.param_groups,
-            "_structure": (self.settings, self.structure.defaults, self.structure.hyper),
+            "state": {p: {k: own(v) for k, v in s.items()} for p, s in core.state.items()},
+            "param_groups": core.groups,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "state": StateMap(state["state"])})
-        self.structure = Structure(type(self).chain, *self.__dict__.pop("_structure"))
-        self.report = Report()
-        self.modes = Modes()
-        self.modes.forget(self.__dict__.pop("_training", True))
-        self._plan = None
+        rest = dict(state)
+        core = self.core = OptimizerCore(type(self).__name__, ChainSpec(type(self).chain, *rest.pop("_structure")))
+        core.state, core.groups = StateMap(rest.pop("state")), rest.pop("param_groups")
+        core.group_scalars, core.modes.training = rest.pop("_progress"), rest.pop("_training", True)
+        super().__setstate__(rest)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.report}"

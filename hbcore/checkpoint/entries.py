@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,20 +13,19 @@ from hbcore import registry
 from hbcore.checkpoint.migrations import Migration, path
 from hbcore.checkpoint.schema import Record
 from hbcore.distributed.placement import is_dtensor, local, shards_of, spread_like
+from hbcore.engine.core import OptimizerCore
 from hbcore.errors import CheckpointError, HbcoreError, StateWarning
 from hbcore.rules.numerics import compute_dtype
 from hbcore.state.codec import Cast, StateCodec, cast_codec
 from hbcore.state.expected import Logical
-
-if TYPE_CHECKING:
-    from hbcore.optimizer import Optimizer
+from hbcore.warn import warn_at_caller
 
 
 class Reader:
     """Reads the entries of one param group.
 
     Args:
-        optimizer: what the state is for.
+        core: the optimizer that the state is for.
         g: the group's index.
         record: what the checkpoint says of the group; None if torch wrote it.
         theirs: the group as saved.
@@ -37,10 +35,10 @@ class Reader:
         CheckpointError: no migration leads from a saved version to the installed one, or the saved codec is not installed.
     """
 
-    def __init__(self, optimizer: Optimizer, g: int, record: Record | None, theirs: Mapping[str, Any], strict: bool) -> None:
-        self.optimizer, self.g, self.record, self.theirs, self.strict = optimizer, g, record, theirs, strict
+    def __init__(self, core: OptimizerCore, g: int, record: Record | None, theirs: Mapping[str, Any], strict: bool) -> None:
+        self.core, self.g, self.record, self.theirs, self.strict = core, g, record, theirs, strict
         self.saved = record.rules if record else {}
-        installed = optimizer.structure.versions(optimizer.param_groups[g])
+        installed = core.chain.versions(core.groups[g])
         known = registry.migrations() if any(self.saved.get(n, v) != v for n, v in installed.items()) else []
         self.migrations: dict[str, list[Migration]] = {
             name: path(name, self.saved.get(name, version), version, known, g) for name, version in installed.items()
@@ -49,7 +47,7 @@ class Reader:
 
     def _codec(self) -> StateCodec:
         """The codec that the slots were saved with."""
-        ours = self.optimizer.settings.codec
+        ours = self.core.settings.codec
         if self.record is None or self.record.codec == ours.name:
             return ours if self.record is not None else Cast()
         name = self.record.codec
@@ -63,7 +61,7 @@ class Reader:
 
     def read(self, i: int, entry: Any) -> dict[str, Any]:
         """What parameter ``i`` will hold; nothing where the checkpoint has nothing, so that it starts afresh."""
-        group = self.optimizer.param_groups[self.g]
+        group = self.core.groups[self.g]
         param = group["params"][i]
         if entry is None and self.record is not None and self.strict and param.requires_grad:
             raise CheckpointError(f"{self._who(i)} has no state in the checkpoint; pass strict=False to start it afresh.")
@@ -75,7 +73,7 @@ class Reader:
         loaded: dict[str, Any] = {}
         used = {"step"}
         step = self._step(i, entry)
-        slots = self.optimizer.structure.expected(group, param)
+        slots = self.core.chain.expected(group, param)
         for rule in dict.fromkeys(slot.rule for slot in slots):
             mine = [slot for slot in slots if slot.rule == rule]
             values = self._rule(i, rule, mine, entry, step, used)
@@ -91,7 +89,7 @@ class Reader:
         self, i: int, rule: str, slots: list[Logical], entry: Mapping[str, Any], step: float, used: set[str]
     ) -> dict[str, Tensor]:
         """All slots of one rule; nothing where the checkpoint has none of them and the rule is new to it."""
-        param = self.optimizer.param_groups[self.g]["params"][i]
+        param = self.core.groups[self.g]["params"][i]
         steps = self.migrations.get(rule, [])
         stored: dict[str, dict[str, Tensor]] = {}
         for slot in slots:
@@ -112,7 +110,7 @@ class Reader:
         return loaded
 
     def _saved_parts(self, slot: Logical, param: Tensor) -> dict[str, torch.dtype]:
-        exact = slot.codec is not self.optimizer.settings.codec  # exact slots are stored alike under every codec
+        exact = slot.codec is not self.core.settings.codec  # exact slots are stored alike under every codec
         return slot.parts(param) if exact else self.codec.parts(slot.name, compute_dtype(param.dtype))
 
     def _recoded(self, slot: Logical, param: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -120,14 +118,13 @@ class Reader:
         wanted = slot.parts(param)
         if {name: t.dtype for name, t in stored.items()} == wanted:
             return dict(stored)
-        exact = slot.codec is not self.optimizer.settings.codec
+        exact = slot.codec is not self.core.settings.codec
         dtype = compute_dtype(param.dtype)
         found = ", ".join(sorted({str(t.dtype) for t in stored.values()}))
         target = ", ".join(sorted({str(d) for d in wanted.values()}))
-        warnings.warn(
+        warn_at_caller(
             f"state {slot.name!r} was saved as {found} and is converted to {target}, which this optimizer's storage asks for.",
             StateWarning,
-            stacklevel=7,
         )
         first = next(iter(stored.values()))
         parts = {name: local(t) for name, t in stored.items()}
@@ -143,12 +140,10 @@ class Reader:
         entry: Mapping[str, Any], step: float, used: set[str],
     ) -> dict[str, Tensor]:  # fmt: skip
         """A rule's slots as its installed version has them."""
-        param = self.optimizer.param_groups[self.g]["params"][i]
+        param = self.core.groups[self.g]["params"][i]
         dtype = compute_dtype(param.dtype)
         values = {name: self.codec.read({k: local(t) for k, t in parts.items()}, name, dtype) for name, parts in stored.items()}
-        claimed = {
-            s.name for s in self.optimizer.structure.expected(self.optimizer.param_groups[self.g], param) if s.rule != rule
-        }
+        claimed = {s.name for s in self.core.chain.expected(self.core.groups[self.g], param) if s.rule != rule}
         for name, value in entry.items():  # slots that the old version had and the new one has not
             if name not in used and "#" not in name and name not in claimed and isinstance(value, Tensor):
                 used.update(self.codec.parts(name, dtype))
@@ -165,11 +160,11 @@ class Reader:
 
     def _unexpected(self, i: int, name: Any, value: Any, loaded: dict[str, Any]) -> None:
         """An entry that no rule asks for: left out if its rule is not in the chain any more, refused otherwise."""
-        running = self.optimizer.structure.versions(self.optimizer.param_groups[self.g])
+        running = self.core.chain.versions(self.core.groups[self.g])
         gone = sorted(rule for rule in self.saved if rule not in running)
         if not self.strict or gone:
             why = f"of {' or '.join(gone)}, which this optimizer does not run," if gone else "which no rule here asks for,"
-            warnings.warn(f"state {name!r} {why} is left out.", StateWarning, stacklevel=7)
+            warn_at_caller(f"state {name!r} {why} is left out.", StateWarning)
         elif self.record is not None or isinstance(value, Tensor):
             raise CheckpointError(
                 f"{self._who(i)} has state {name!r} in the checkpoint, which no rule here asks for; "
@@ -192,7 +187,7 @@ class Reader:
 
     def _tensor(self, i: int, slot: Logical, part: str, value: Any) -> Tensor:
         """A saved tensor as it will be held: on the parameter's device, in its memory order, spread as it is spread."""
-        param: Tensor = self.optimizer.param_groups[self.g]["params"][i]
+        param: Tensor = self.core.groups[self.g]["params"][i]
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{self._who(i)} has {value!r:.80} for state {part!r} in the checkpoint; it is a tensor.")
         saved: Tensor = local(value) if value.is_complex() and param.is_complex() else value  # torch keeps complex state
@@ -215,7 +210,7 @@ class Reader:
         return torch.empty_like(local(param.detach()), dtype=saved.dtype, requires_grad=False).copy_(saved)
 
     def _who(self, i: int) -> str:
-        return self.optimizer._name_of(self.g, i)
+        return self.core.name_of(self.g, i)
 
 
 def spread_as(part: Tensor, like: Tensor, param: Tensor) -> Tensor:

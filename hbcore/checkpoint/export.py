@@ -44,7 +44,7 @@ def export(optimizer: Optimizer, format: str = "torch") -> dict[str, Any]:
             if index in whole["state"]:
                 entry = whole["state"][index]
                 exported[index] = {"step": entry["step"]}
-                for slot in optimizer.structure.expected(group, p):
+                for slot in optimizer.core.chain.expected(group, p):
                     if slot.rule != "param_ecc":
                         first = entry[next(iter(slot.parts(p)))]
                         parts = {name: local(entry[name]) for name in slot.parts(p)}

@@ -12,23 +12,23 @@ from torch import Tensor
 from hbcore.distributed.placement import local
 from hbcore.engine.graph.segment_spec import Recipe, length_of
 from hbcore.engine.options import SCHEDULED, Settings
-from hbcore.engine.planning.segments import Group
 from hbcore.errors import HyperparameterError, ParameterError
 from hbcore.rules import palm, route
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.expected import Logical, expected
 
+Group = dict[str, Any]
 Rule = Callable[[Any], tuple[Transform, ...]]
 
 
-class Structure:
+class ChainSpec:
     """A class's rule with its options' stages around it. Compares equal to itself only, so that optimizers share no lanes.
 
     Args:
         rule: hyperparameters of a group -> the rule's transforms, forks unresolved.
         settings: the options.
         defaults: the group's entries and their defaults.
-        hyper: which of them some transform declares with ``hyper``; :meth:`check` adds to them.
+        hyper: which of them some transform declares with ``hyper``; :meth:`admit` adds to them.
     """
 
     def __init__(self, rule: Rule, settings: Settings, defaults: Mapping[str, Any], hyper: Iterable[str] = ()) -> None:
@@ -105,21 +105,29 @@ class Structure:
             stochastic=self.settings.stochastic_rounding,
         )
 
-    def check(self, group: Group, where: str) -> None:
-        """Look at the group's numbers.
+    def admit(self, group: Group, where: str) -> None:
+        """Check a new group, and note which of its entries are hyperparameters.
 
         Raises:
-            HyperparameterError: one is outside its bounds, or is no number; the message begins with ``where``.
+            HyperparameterError: as :meth:`check` does.
+        """
+        declared = {name for t in self.check(group, where) for name, _, _ in t.hypers()}
+        self.hyper |= (declared | {*SCHEDULED}) & set(self.keys)
+
+    def check(self, group: Group, where: str) -> tuple[Transform, ...]:
+        """Check a group's numbers; return its chain with them, forks unresolved.
+
+        Raises:
+            HyperparameterError: one is outside its bounds, or not a number; the message begins with ``where``.
         """
         for key in self.keys:
             value = group[key]
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise HyperparameterError(f"{where}: {key} is a tensor of shape {tuple(value.shape)}; pass one element.")
         try:
-            checked = self._stages({k: _plain(group[k]) for k in self.keys})
+            return self._stages({k: _plain(group[k]) for k in self.keys})
         except HyperparameterError as error:
             raise HyperparameterError(f"{where}: {error}") from None
-        self.hyper |= ({name for t in checked for name, _, _ in t.hypers()} | {*SCHEDULED}) & set(self.keys)
 
     def _usual(self, group: Group) -> dict[str, Any]:
         """The group's entries, with the defaults for its numbers."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from hbcore.rules import clipping, division, roles, route, stages
 from hbcore.rules.mars import Mars
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.codec import StateCodec, cast_codec
+from hbcore.warn import warn_at_caller
 
 
 class Options(TypedDict, total=False):
@@ -203,11 +203,10 @@ def _translate(optimizer: str, values: dict[str, Any]) -> None:
     for spelling in ("foreach", "fused"):
         if values[spelling] is not None:
             values["multi_tensor"] = bool(values[spelling])
-            warnings.warn(
+            warn_at_caller(
                 f"{optimizer}: {spelling}={values[spelling]} is torch's spelling; pass multi_tensor="
                 f"{bool(values[spelling])}. Kernels are always fused where a backend can.",
                 FutureWarning,
-                stacklevel=5,
             )
     if values["compile_step"]:
         values["compile"] = "inductor"

@@ -1,33 +1,31 @@
-"""``param_ecc``: parameters that are stored in fewer bits, with what is missing kept in the state."""
+"""``param_ecc``: parameters that are stored in fewer bits, with the missing bits kept in the state."""
 
 from __future__ import annotations
-
-import warnings
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hbcore.distributed.placement import is_dtensor
+from hbcore.engine.core import OptimizerCore
 from hbcore.errors import OptionError, StateWarning
-
-if TYPE_CHECKING:
-    from hbcore.optimizer import Optimizer
+from hbcore.warn import warn_at_caller
 
 
 @torch.no_grad()
-def pack(optimizer: Optimizer, params: list[Tensor]) -> None:
-    """Store float32 parameters as ``param_ecc`` says: the tensor itself becomes narrower, the rest goes to the state.
+def narrow(core: OptimizerCore, params: list[Tensor]) -> None:
+    """Store float32 parameters as ``param_ecc`` says: the tensor itself becomes narrower, the missing bits go to the state.
 
     Raises:
-        OptionError: one is spread over ranks.
+        OptionError: a parameter is sharded.
     """
-    codec = optimizer.settings.param_codec
+    codec = core.settings.param_codec
     wide = [p for p in params if codec is not None and p.dtype == torch.float32]
     if codec is None or not wide:
         return
     if any(map(is_dtensor, wide)):
-        raise OptionError(f"param_ecc={codec.name!r} changes the parameters' dtype, which FSDP fixes; pass it no sharded ones.")
+        raise OptionError(
+            f"param_ecc={codec.name!r} changes the parameters' dtype, which FSDP fixes; it does not support sharded parameters."
+        )
     for p in wide:
         parts = {name: torch.empty_like(p, dtype=dtype) for name, dtype in codec.parts("param", p.dtype).items()}
         for name, value in codec.write(parts, "param", p.detach()).items():
@@ -35,11 +33,10 @@ def pack(optimizer: Optimizer, params: list[Tensor]) -> None:
         grad, p.grad = p.grad, None  # torch holds a gradient to its parameter's dtype, before the change and after it
         p.data = parts.pop("param")
         p.grad = None if grad is None else grad.to(p.dtype)
-        optimizer.state[p].update(parts)
-    optimizer.report.note(f"param_ecc={codec.name!r} stores float32 parameters as {wide[0].dtype}")
-    warnings.warn(
-        f"{type(optimizer).__name__}: param_ecc turned {len(wide)} float32 parameters into {wide[0].dtype}; the model now "
-        "computes in that dtype, and the optimizer keeps the bits that are missing.",
+        core.state[p].update(parts)
+    core.report.note(f"param_ecc={codec.name!r} stores float32 parameters as {wide[0].dtype}")
+    warn_at_caller(
+        f"{core.name}: param_ecc turned {len(wide)} float32 parameters into {wide[0].dtype}; the model now computes in that "
+        "dtype, and the optimizer keeps the bits that are missing.",
         StateWarning,
-        stacklevel=4,
     )

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from hbcore.errors import AmbiguousNameError, PluginError, PluginWarning, UnknownOptimizerError
-from hbcore.presets import subclass
 from hbcore.registry import blocks, notices
 from hbcore.registry.discovery import BlockedPlugin, Discovery, installed
 from hbcore.registry.hookspecs import API_VERSION, Api, DoctorReport
 from hbcore.registry.index import Claim, Conflict, Index
 from hbcore.registry.loading import Plugin, PluginFailure, import_target
+from hbcore.registry.presets import subclass
 from hbcore.registry.spec import CodecSpec, OptimizerInfo, OptimizerSpec
+from hbcore.warn import warn_at_caller
 
 if TYPE_CHECKING:
     from importlib_metadata import EntryPoint
@@ -211,7 +212,7 @@ class Registry:
 
     def _warn_once(self, key: object, message: str, category: type[Warning]) -> None:
         if key not in self._warned:
-            notices.warn_at_caller(message, category)
+            warn_at_caller(message, category)
             self._warned.add(key)  # after the warning: turned into an error by a filter, it stays one
 
     def _find(self, name: str) -> Claim:

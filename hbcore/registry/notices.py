@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
-import warnings
 from collections.abc import Iterable
 
 from hbcore.errors import PluginError, RegistryError, UnknownOptimizerError
@@ -123,26 +121,3 @@ def alias_text(alias: Alias, canonical: str) -> str:
     ends = f" and will be removed in {alias.removed_in}" if alias.removed_in else ""
     text = f"{alias.name} is another name for {instead} since {alias.since}{ends}; write {instead}"
     return f"{text}. {alias.message}" if alias.message else text
-
-
-def warn_at_caller(message: str, category: type[Warning]) -> None:
-    """Warn at the first line outside hbcore and the import system, however deep inside hbcore this was called.
-
-    ``stacklevel`` would have to be counted anew for each way in (``get``, ``create``, ``from hbcore import``), and
-    ``skip_file_prefixes`` is new in Python 3.12.
-    """
-    frame = sys._getframe(1)
-    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
-        frame = frame.f_back
-    warnings.warn_explicit(
-        message,
-        category,
-        filename=frame.f_code.co_filename,
-        lineno=frame.f_lineno,
-        module=frame.f_globals.get("__name__", "<unknown>"),
-        registry=frame.f_globals.setdefault("__warningregistry__", {}),
-    )
-
-
-def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in ("hbcore", "importlib", "_frozen_importlib")

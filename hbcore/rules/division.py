@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hbcore.errors import OptionError
-from hbcore.rules.transform import Scalar
+from hbcore.rules.numerics import Scalar
 
 Divide = Callable[[Tensor, Tensor, Scalar], Tensor]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbcore.rules.numerics import debiased, ema
+from hbcore.rules.numerics import Scalar, debiased, ema
 from hbcore.rules.stages import DecayWeights
-from hbcore.rules.transform import Context, Role, Scalar, Slot, State, Transform, hyper, zeros
+from hbcore.rules.transform import Context, Role, Slot, State, Transform, hyper, zeros
 
 MOMENTS: tuple[Role, Role] = ("first_moment", "second_moment")
 """The roles of ``betas``."""

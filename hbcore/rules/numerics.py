@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hbcore.rules.transform import Scalar
+Scalar: TypeAlias = "Tensor | float"
+"""A hyperparameter: a plain number where optimizers are built, a 0-d float64 tensor inside ``update``."""
 
 
 def ema(old: Tensor, new: Tensor, beta: Scalar) -> Tensor:

@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_map_only
 
 from hbcore.errors import OptionError
 from hbcore.rules import roles
-from hbcore.rules.transform import Bounds, Scalar, Transform, check_bounds
+from hbcore.rules.numerics import Scalar
+from hbcore.rules.transform import Bounds, Transform, check_bounds
 
 SCALE = Bounds(gt=0, le=1)
 """What ``beta2_scale`` may be: above 1 the average would stop following the gradients."""

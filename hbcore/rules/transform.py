@@ -12,18 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from numbers import Real
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from hbcore.errors import HyperparameterError, RuleError
-from hbcore.rules.numerics import compute_dtype
+from hbcore.rules.numerics import Scalar, compute_dtype
 from hbcore.rules.views import Block
 
 State = Mapping[str, Tensor]
-Scalar: TypeAlias = "Tensor | float"
-"""A hyperparameter: a plain number where optimizers are built, a 0-d float64 tensor inside ``update``."""
 
 
 class Domain(IntEnum):

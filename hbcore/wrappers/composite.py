@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from hbcore.checkpoint import checkpoint
+from hbcore.checkpoint import load, save
 from hbcore.engine.report import Report
 from hbcore.errors import CheckpointError, OptionError
 from hbcore.optimizer import Optimizer
@@ -121,7 +121,7 @@ class Composite(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of an optimizer: whole, plain data, in torch's layout."""
-        return checkpoint.with_save_hooks(self, self._merged)
+        return save.with_hooks(self, self._merged)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
@@ -130,10 +130,10 @@ class Composite(torch.optim.Optimizer):
         Raises:
             CheckpointError: it does not fit; nothing was changed.
         """
-        with checkpoint.load_hooks(self, state_dict) as given:
-            contents = [checkpoint.read(child, part, strict) for child, part in self._parts(given)]
+        with load.hooks(self, state_dict) as given:
+            contents = [load.read(child.core, part, strict) for child, part in self._parts(given)]
             for child, content in zip(self.children, contents, strict=True):
-                checkpoint.put(child, content)
+                load.put(child.core, content)
 
     def _merged(self) -> dict[str, Any]:
         self._hand_down()

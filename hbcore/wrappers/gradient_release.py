@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from hbcore.distributed.placement import is_dtensor
-from hbcore.engine.planning.plan import Plan
-from hbcore.engine.progress import Progress
+from hbcore.engine.core import OptimizerCore
+from hbcore.engine.graph.scalar_inputs import NO_AMP
+from hbcore.engine.group_scalars import GroupScalars
 from hbcore.errors import OptionError, ParameterError, RuleError
 from hbcore.optimizer import Optimizer
 from hbcore.rules.transform import Domain
@@ -54,41 +55,53 @@ def hook_into_backward(model: nn.Module | Iterable[Tensor], optimizer: Optimizer
     return release
 
 
+class ParameterCore(OptimizerCore):
+    """An optimizer's core, narrowed to one parameter, which steps by itself: it shares state, chain, report and modes.
+
+    Args:
+        core: the optimizer's.
+        g, i: the parameter's group, and its index there.
+    """
+
+    def __init__(self, core: OptimizerCore, g: int, i: int) -> None:
+        super().__init__(core.name, core.chain)
+        self.whole, self.g, self.i = core, g, i
+        self.report, self.modes, self.state = core.report, core.modes, core.state
+        param = core.groups[g]["params"][i]
+        view: Any = ChainMap({"params": [param]}, core.groups[g])  # its numbers stay the group's present ones
+        self.groups = [view]
+
+    def name_of(self, g: int, i: int) -> str:
+        return self.whole.name_of(self.g, self.i)
+
+    def seed_key(self, g: int, param: Tensor) -> str:
+        return self.whole.seed_key(self.g, param)
+
+
 @dataclass
 class Hooked:
-    """One parameter and how it is stepped by itself."""
+    """One parameter that steps by itself."""
 
     optimizer: Optimizer
     group: int
     index: int
-    plan: Plan | None = None
+    core: ParameterCore | None = None
 
-    def step(self, param: Tensor) -> Progress:
+    def step(self, param: Tensor) -> GroupScalars:
         """Step the parameter; return what its group then carries."""
-        optimizer = self.optimizer
-        if not optimizer.modes.training or optimizer.modes.averaging:
-            raise RuleError(f"{type(optimizer).__name__}: backward with the weights to evaluate with; call optimizer.train().")
-        if self.plan is None or self.plan.state is not optimizer.state:
-            self.plan = self._new_plan(param)
-        [carried] = self.plan.around.progress[:] = [dict(optimizer._progress[self.group])]
-        self.plan.step()
-        optimizer.modes.forget(training=True)
-        if optimizer.settings.consume_grad:
+        whole = self.optimizer.core
+        if not whole.modes.training or whole.modes.averaging:
+            raise RuleError(f"{whole.name}: backward with the weights to evaluate with; call optimizer.train().")
+        if self.core is None or self.core.state is not whole.state:
+            self.core = ParameterCore(whole, self.group, self.index)
+            self.core.plan = self.optimizer.new_plan(self.core)
+        assert self.core.plan is not None
+        self.core.group_scalars[:] = [dict(whole.scalars_of(self.group))]
+        self.core.plan.step(NO_AMP)
+        whole.modes.reset(training=True)
+        if whole.settings.consume_grad:
             param.grad = None
-        return carried
-
-    def _new_plan(self, param: Tensor) -> Plan:
-        optimizer, g, i = self.optimizer, self.group, self.index
-        view: Any = ChainMap({"params": [param]}, optimizer.param_groups[g])  # its numbers stay the group's present ones
-        return optimizer.plan_of(
-            replace(
-                optimizer.surroundings(),
-                groups=[view],
-                progress=[{}],
-                name_of=lambda *_: optimizer._name_of(g, i),
-                identity=lambda _, p: optimizer._identity(g, p),
-            )
-        )
+        return self.core.scalars_of(0)
 
 
 class Release:
@@ -102,13 +115,15 @@ class Release:
         self.hooked: dict[Tensor, Hooked] = {}
         self._optimizer = optimizer
         self._stepped: set[Tensor] = set()
-        self._carried: dict[tuple[Optimizer, int], Progress] = {}
+        self._carried: dict[tuple[Optimizer, int], GroupScalars] = {}
         self._handles: list[Any] = [optimizer.register_step_pre_hook(lambda *_: self._end_round())]
 
     def hook(self, optimizer: Optimizer, group: int, index: int, param: Tensor) -> None:
         """Step ``param`` in every backward from now on."""
         if is_dtensor(param):
-            raise ParameterError(f"{optimizer._name_of(group, index)} is spread over ranks; gradient release needs whole ones.")
+            raise ParameterError(
+                f"{optimizer.core.name_of(group, index)} is spread over ranks; gradient release needs whole ones."
+            )
         self.hooked[param] = Hooked(optimizer, group, index)
         self._handles.append(param.register_post_accumulate_grad_hook(self._take))  # type: ignore[no-untyped-call]
 
@@ -118,7 +133,7 @@ class Release:
         for handle in self._handles:
             handle.remove()
         for hooked in self.hooked.values():
-            hooked.optimizer._plan = None
+            hooked.optimizer.core.invalidate()
         self.hooked.clear()
 
     def __enter__(self) -> Self:
@@ -136,16 +151,16 @@ class Release:
         self._stepped.add(param)
 
     def _end_round(self) -> None:
-        """All parameters of a round began with what their group carried; now it carries what came of it."""
-        for (optimizer, g), progress in self._carried.items():
-            optimizer._progress[g] = progress
+        """Commit what each group carries once for a backward, so that every parameter saw the same numbers."""
+        for (optimizer, g), scalars in self._carried.items():
+            optimizer.core.group_scalars[g] = dict(scalars)
         self._carried.clear()
         self._stepped.clear()
 
 
 def _check(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
-    seeing = [t.name for group in optimizer.param_groups for t in optimizer.structure.every(group) if t.domain == Domain.MODEL]
+    seeing = [t.name for group in optimizer.param_groups for t in optimizer.core.chain.every(group) if t.domain == Domain.MODEL]
     if seeing:
         raise OptionError(f"{name}: {seeing[0]} sees the whole model, of which backward has one gradient at a time.")
     if optimizer.settings.capturable:

@@ -155,7 +155,7 @@ def test_palm_is_taken_by_every_optimizer_with_a_second_moment_and_by_no_other(n
     if not issubclass(cls, Optimizer):
         pytest.skip("made of other optimizers")
     params = parameters(((4, 3),))
-    chain = cls(params).structure.every(cls(params).param_groups[0])
+    chain = cls(params).core.chain.every(cls(params).param_groups[0])
     second = any(slot.basis == "permute" for t in chain for slot in t.slots(params[0]).values())
     if second:
         assert cls(parameters(((4, 3),)), palm=True).settings.palm

@@ -384,7 +384,7 @@ def test_slabs_give_their_memory_back_between_steps(monkeypatch, family, backend
         optimizer = cls(params, lr=0.01, compile=backend, **options)
         for grads in steps:
             run(optimizer, params, [grads])
-            inputs = [t for level in optimizer._plan._levels for slab in level.members for t in slab.inputs.values()]
+            inputs = [t for level in optimizer.core.plan._levels for slab in level.members for t in slab.inputs.values()]
             assert inputs
             assert all((t.untyped_storage().size() == 0) == bool(lent) for t in inputs)
             # somebody else has the memory, and writes to it
@@ -402,7 +402,7 @@ def test_tables_follow_tensors_that_moved(monkeypatch):
     optimizer = Muon(params, compile="triton")
     for grads in steps:
         run(optimizer, params, [grads])
-        inputs = [t for level in optimizer._plan._levels for slab in level.members for t in slab.inputs.values()]
+        inputs = [t for level in optimizer.core.plan._levels for slab in level.members for t in slab.inputs.values()]
         held.append([torch.empty_like(t) for t in inputs])  # what was given back serves these, and is not to be had again
     assert optimizer.report.backend == "triton"
     assert any(followed)

@@ -234,7 +234,7 @@ BROKEN: dict[str, type[Any] | Subject | tuple[type[Any], ...]] = {
     "copies_train_on": broken(__setstate__=forgets_its_state),
     "every_hook_runs_once": broken(step=hooks_twice),
     "schedules_apply_and_compile_nothing": (
-        stepping(lambda o: setattr(o, "_plan", None)),
+        stepping(lambda o: o.core.invalidate()),
         stepping(ignores_schedules, late=False),
     ),
     "a_tensor_is_as_good_a_rate_as_a_number": built(

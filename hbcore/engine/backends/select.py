@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
 from hbcore.engine.backends.base import Backend, Batch, Executable
@@ -13,6 +11,7 @@ from hbcore.engine.backends.triton.backend import TritonBackend
 from hbcore.engine.graph.program import Program
 from hbcore.engine.report import Report
 from hbcore.errors import CompileError, FallbackWarning, OptionError
+from hbcore.warn import warn_at_caller
 
 WORTH_COMPILING = 4_000_000
 """Elements from which ``compile="auto"`` compiles on a CPU: below, the seconds of compiling outlast a short training."""
@@ -55,4 +54,4 @@ def fell_back(report: Report, reason: str) -> None:
     """Record a reason in the report and warn about it, once for each optimizer."""
     if reason not in report.reasons:
         report.reasons.append(reason)
-        warnings.warn(f"{reason}, with the same results.", FallbackWarning, stacklevel=2)
+        warn_at_caller(f"{reason}, with the same results.", FallbackWarning)

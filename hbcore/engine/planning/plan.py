@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
@@ -16,29 +15,28 @@ from hbcore.engine.backends.base import Backend
 from hbcore.engine.backends.eager import DirectExecutable
 from hbcore.engine.backends.memory_order import is_dense
 from hbcore.engine.backends.select import candidates, compile_first, fell_back
+from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.scalar_inputs import NO_AMP, Amp, capturing, device_values, numbers
 from hbcore.engine.graph.segment_spec import Recipe
 from hbcore.engine.graph.trace import trace
+from hbcore.engine.group_scalars import GroupScalars, advanced, carried
 from hbcore.engine.planning import operations as schedule
 from hbcore.engine.planning.partition import Course, course, example
 from hbcore.engine.planning.segments import Entry, Group, Lane, LaneKey, Work, by_lane
 from hbcore.engine.planning.state_init import Adopter
-from hbcore.engine.progress import Progress, advanced, carried
 from hbcore.engine.stacks.level import Level, levels_of
-from hbcore.engine.surroundings import Surroundings
 from hbcore.errors import CompileError, SparseGradientError, TraceError
 from hbcore.rules import route
 from hbcore.rules.transform import Domain, Transform
-from hbcore.state.slots import StateMap
 from hbcore.state.steps import StepCounters
 
 
 class Plan:
     """Built as parameters first show a gradient; dropped when groups are added or a checkpoint does not fit in place."""
 
-    def __init__(self, around: Surroundings) -> None:
-        self.around = around
-        self.groups, self.state, self.report, self.settings = around.groups, around.state, around.report, around.settings
+    def __init__(self, core: OptimizerCore) -> None:
+        self.core = core
+        self.groups, self.state, self.report, self.settings = core.groups, core.state, core.report, core.settings
         self.entries: dict[Tensor, Entry] = {}
         self.lanes: dict[LaneKey, Lane] = {}
         self.counters = StepCounters()
@@ -103,17 +101,17 @@ class Plan:
         self.report.launches = schedule.run(works, len(self._levels), run_level)
         self._selection.advance(1 if amp.found_inf is None else (amp.found_inf == 0).float())  # while the device is at work
         for g, carries in progress.items():
-            self.around.progress[g].update(carries)
+            self.core.scalars_of(g).update(carries)
 
     def reread(self) -> None:
         """Somebody wrote to the state tensors in place: what is known of the counters is not true any more."""
         self._selection.forget()
 
-    def _progress(self) -> tuple[dict[int, Progress], dict[int, dict[str, bool]]]:
+    def _progress(self) -> tuple[dict[int, GroupScalars], dict[int, dict[str, bool]]]:
         """What each active group will carry, as far as its count decides, and which of its rules refresh."""
         progress, refreshes = {}, {}
         for g, transforms in self._transforms.items():
-            progress[g], refreshes[g] = advanced(self.around.progress[g], transforms)
+            progress[g], refreshes[g] = advanced(self.core.scalars_of(g), transforms)
         return progress, refreshes
 
     def _unchanged(self) -> bool:
@@ -130,13 +128,13 @@ class Plan:
         )
 
     def _revised(self) -> float:
-        """What changes when somebody replaces state; never twice the same where a wrapper put a mapping of its own there."""
-        return self.state.revision.count if isinstance(self.state, StateMap) else math.nan
+        """What changes when somebody replaces state."""
+        return self.state.revision.count
 
     def _replan(self) -> list[Work]:
         """Find the parameters with a gradient; new ones get their state and a step counter at zero."""
         self._works = None  # should this fail, the next step begins anew
-        adopter = Adopter(self.around, self.counters)
+        adopter = Adopter(self.core, self.counters)
         active: list[Tensor] = []
         self._idle, self._empty = [], []
         self._everyone = [p for group in self.groups for p in group["params"]]
@@ -145,7 +143,7 @@ class Plan:
         self.entries = {p: e for p, e in self.entries.items() if p in known}
         for g, group in enumerate(self.groups):
             if g not in self._recipes or not self._recipes[g].fits(group):
-                self._recipes[g], self._forks[g] = self.around.recipe(group), self.around.chain(group)
+                self._recipes[g], self._forks[g] = self.core.chain.recipe(group), self.core.chain.forked(group)
                 self._courses = {key: c for key, c in self._courses.items() if key[0] != g}
             for i, p in enumerate(group["params"]):
                 if p.numel() == 0:
@@ -201,7 +199,7 @@ class Plan:
         assert grad is not None
         if grad.layout != torch.strided:
             raise SparseGradientError(
-                f"{self.around.name_of(g, i)} has a sparse gradient ({grad.layout}); use an optimizer for sparse gradients "
+                f"{self.core.name_of(g, i)} has a sparse gradient ({grad.layout}); use an optimizer for sparse gradients "
                 "(SparseAdam), or make the layer dense (nn.Embedding(..., sparse=False))."
             )
         return grad
@@ -220,7 +218,7 @@ class Plan:
             self.lanes[key] = Lane(key, level, slots, recipe.dtypes(part, received, slots), transforms)
         return self.lanes[key]
 
-    def _fill(self, work: Work, rows: list[tuple[int, float]], amp: Amp, progress: dict[int, Progress]) -> None:
+    def _fill(self, work: Work, rows: list[tuple[int, float]], amp: Amp, progress: dict[int, GroupScalars]) -> None:
         """Write down the numbers of each distinct (group, step), and what the group will carry."""
         self._trace(work.lane)
         recipe = work.lane.key.recipe
@@ -231,7 +229,7 @@ class Plan:
                 for (g, _), step in zip(rows, steps, strict=True)
             ]
             return
-        carries = {g: carried(self.around.progress[g], self._transforms[g]) if recipe.carried else {} for g, _ in rows}
+        carries = {g: carried(self.core.scalars_of(g), self._transforms[g]) if recipe.carried else {} for g, _ in rows}
         work.batch.values = [[*numbers(recipe, self.groups[g], carries[g]), count, self._model_numel] for g, count in rows]
         if work.lane.program is not None and work.lane.program.carries:
             for (g, _), values in zip(rows, work.batch.values, strict=True):
@@ -282,17 +280,17 @@ class Plan:
         return backends
 
     def _runner(
-        self, ahead: int, progress: dict[int, Progress], refreshes: dict[int, dict[str, bool]]
+        self, ahead: int, progress: dict[int, GroupScalars], refreshes: dict[int, dict[str, bool]]
     ) -> Callable[[int], None]:
         """What runs one level of matrix rules."""
 
         def scalars(g: int, recipe: Recipe) -> dict[str, Tensor]:
-            carries = carried(self.around.progress[g], self._transforms[g])
+            carries = carried(self.core.scalars_of(g), self._transforms[g])
             values = [*numbers(recipe, self.groups[g], carries), *[1.0] * 4]
             return {n: torch.tensor(v, dtype=torch.float64) for n, v in zip(recipe.scalar_names, values, strict=False)}
 
         def run_level(level: int) -> None:
-            self._levels[level].run(ahead, scalars, refreshes, self.around.progress, progress)
+            self._levels[level].run(ahead, scalars, refreshes, self.core.group_scalars, progress)
             if self._levels[level].partial:
                 self.report.note("some matrices of a slab sat a step out: the others were gathered and scattered back")
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from hbcore.distributed.placement import is_dtensor, local
+from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.scalar_inputs import NO_AMP, Amp
 from hbcore.engine.options import Settings
 from hbcore.engine.planning.plan import Plan
 from hbcore.engine.planning.segments import Entry, Work
-from hbcore.engine.surroundings import Surroundings
 from hbcore.errors import OptionError, RuleError, SparseGradientError
 from hbcore.rules import route
 from hbcore.rules.transform import Domain
@@ -34,11 +34,11 @@ class SparsePlan(Plan):
         RuleError: a rule of the chain sees matrices, or two sets of weights.
     """
 
-    def __init__(self, around: Surroundings) -> None:
-        super().__init__(around)
+    def __init__(self, core: OptimizerCore) -> None:
+        super().__init__(core)
         self.numel = 0  # of a table a step takes a few rows: compile="auto" compiles nothing on a CPU
         self._rows: list[Rows] = []
-        for t in (t for group in around.groups for t in route.every(around.chain(group))):
+        for t in (t for group in core.groups for t in route.every(core.chain.forked(group))):
             if t.domain == Domain.MATRIX or t.owns_apply or t.scalars():
                 raise RuleError(f"rule {t.name!r} needs whole parameters, and sparse_gradients=True gives it single rows.")
 
@@ -54,10 +54,10 @@ class SparsePlan(Plan):
         grad = p.grad
         assert grad is not None
         if is_dtensor(p) or is_dtensor(grad):
-            raise SparseGradientError(f"{self.around.name_of(g, i)} is spread over ranks; keep a table of sparse rows whole.")
+            raise SparseGradientError(f"{self.core.name_of(g, i)} is spread over ranks; keep a table of sparse rows whole.")
         if grad.layout != torch.sparse_coo:
             raise SparseGradientError(
-                f"{self.around.name_of(g, i)} has a dense gradient ({grad.layout}), and this optimizer takes sparse ones only; "
+                f"{self.core.name_of(g, i)} has a dense gradient ({grad.layout}), and this optimizer takes sparse ones only; "
                 "use Adam for it, or make the layer sparse (nn.Embedding(..., sparse=True))."
             )
         return grad._values()

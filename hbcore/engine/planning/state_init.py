@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -10,15 +9,16 @@ from torch import Tensor
 
 from hbcore.distributed.exchange import owners
 from hbcore.distributed.placement import gathered, local, shards_of, spread_like
+from hbcore.engine.core import OptimizerCore
 from hbcore.engine.planning.partition import Course
 from hbcore.engine.planning.segments import Entry, Lane, aligned, initial_state, is_transient
 from hbcore.engine.stacks.stack import Seat, Slab, SlabKey, SpreadSeat
-from hbcore.engine.surroundings import Surroundings
 from hbcore.errors import RuleError, StateWarning
 from hbcore.rules.transform import Transform
 from hbcore.rules.views import Block
 from hbcore.state.expected import expected
 from hbcore.state.steps import Address, StepCounters
+from hbcore.warn import warn_at_caller
 
 
 class Newcomer(NamedTuple):
@@ -33,8 +33,8 @@ class Newcomer(NamedTuple):
 class Adopter:
     """Collects newcomers, then takes them in together: one counter slab, and one slab for all blocks of one kind."""
 
-    def __init__(self, around: Surroundings, counters: StepCounters) -> None:
-        self.around, self.counters = around, counters
+    def __init__(self, core: OptimizerCore, counters: StepCounters) -> None:
+        self.core, self.counters = core, counters
         self._new: list[Newcomer] = []
 
     def want(self, group: int, param: Tensor, course: Course, lanes: tuple[Lane, ...]) -> None:
@@ -43,7 +43,7 @@ class Adopter:
 
     def holds(self, entry: Entry) -> bool:
         """Whether the optimizer's state still holds the very tensors that were planned for."""
-        state = self.around.state[entry.param]
+        state = self.core.state[entry.param]
         walked = {name for lane in entry.lanes for name in lane.dtypes if not is_transient(name)}
         part = local(entry.param.detach())
         same = part.data_ptr() == entry.local.data_ptr() and part.stride() == entry.local.stride()
@@ -62,7 +62,7 @@ class Adopter:
         return {n.param: self._entry(n, addresses[n.param], tuple(seats[n.param])) for n in self._new}
 
     def _entry(self, n: Newcomer, address: Address, seats: tuple[Seat | SpreadSeat, ...]) -> Entry:
-        p, state, part = n.param, self.around.state[n.param], local(n.param.detach())
+        p, state, part = n.param, self.core.state[n.param], local(n.param.detach())
         names = ["step"]
         for lane in n.lanes:
             state.update({name: spread_like(t, p) for name, t in initial_state(lane, part, state).items()})
@@ -91,7 +91,7 @@ class Adopter:
             lanes=n.lanes,
             counter=address,
             state=state,
-            identity=self.around.identity(n.group, p),
+            identity=self.core.seed_key(n.group, p),
             seats=seats,
             held=held,
             stored={name: local(t) for name, t in held.items()},
@@ -111,10 +111,9 @@ class Adopter:
             whole = gathered(state[name])
             blank = slots[name].blank(whole)[name]
             if whole.shape != blank.shape:
-                warnings.warn(
+                warn_at_caller(
                     f"state {name!r} of shape {tuple(whole.shape)} starts afresh with {tuple(blank.shape)}, as now asked for.",
                     StateWarning,
-                    stacklevel=8,
                 )
             else:
                 touched = touched or not torch.equal(blank, whole.to(blank.dtype))
@@ -127,12 +126,12 @@ class Adopter:
 
     def _addresses(self) -> dict[Tensor, Address]:
         """A counter for each newcomer, which goes on from where its state says."""
-        capturable = self.around.settings.capturable
+        capturable = self.core.settings.capturable
         devices = {n.param: n.param.device if capturable else torch.device("cpu") for n in self._new}
         addresses: dict[Tensor, Address] = {}
         for device in set(devices.values()):
             there = [p for p, d in devices.items() if d == device]
-            opened = self.counters.open([float(self.around.state[p].get("step", 0.0)) for p in there], device)
+            opened = self.counters.open([float(self.core.state[p].get("step", 0.0)) for p in there], device)
             addresses.update(zip(there, opened, strict=True))
         return addresses
 
@@ -141,7 +140,7 @@ class Adopter:
         rows: dict[SlabKey, list[str]] = {}
         rules: dict[SlabKey, tuple[Transform, dict[str, torch.dtype]]] = {}
         plans: list[tuple[Newcomer, list[list[tuple[Block, SlabKey, int]]]]] = []
-        dealt = owners(p for group in self.around.groups for p in group["params"])
+        dealt = owners(p for group in self.core.groups for p in group["params"])
         for n in self._new:
             shards = shards_of(n.param)
             levels: list[list[tuple[Block, SlabKey, int]]] = []
@@ -153,7 +152,7 @@ class Adopter:
                     rules[key] = (rule, dict(lane.key.recipe.feeds))
                     names = rows.setdefault(key, [])
                     level.append((block, key, len(names)))
-                    identity = self.around.identity(n.group, n.param)
+                    identity = self.core.seed_key(n.group, n.param)
                     names += [f"{identity}/{k}.{j}" for j in range(block.batch)]
                 levels.append(level)
             plans.append((n, levels))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hbcore.distributed.exchange import from_owners, to_owners
 from hbcore.engine.graph.segment_spec import Recipe
+from hbcore.engine.group_scalars import GroupScalars, carried
 from hbcore.engine.planning.segments import Entry, noise_key
-from hbcore.engine.progress import Progress, carried
 from hbcore.engine.stacks.rule_call import Part, Turn
 from hbcore.engine.stacks.stack import Seat, Slab, SpreadSeat
 
@@ -77,8 +77,8 @@ class Level:
         ahead: int,
         scalars: Callable[[int, Recipe], dict[str, Tensor]],
         refreshes: Mapping[int, Mapping[str, bool]],
-        before: Sequence[Progress],
-        after: Mapping[int, Progress],
+        before: Sequence[GroupScalars],
+        after: Mapping[int, GroupScalars],
     ) -> None:
         """Bring the rules' inputs to the slabs, run the rules, and bring the results back.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbcore._version import __version__
 from hbcore.engine.backends.base import Batch, Executable
 from hbcore.engine.backends.triton.codegen import Layout, module_source
 from hbcore.engine.backends.triton.launch_tables import Launch, Tables
@@ -46,7 +47,7 @@ class TritonBackend:
             raise CompileError("Triton runs on a GPU, and the parameters are not on one")
         from hbcore.engine.backends.triton import cache as triton_cache
 
-        module = triton_cache.load(module_source(program, program.label, _version()))
+        module = triton_cache.load(module_source(program, program.label, __version__))
         kernels = [getattr(module, f"phase_{i}") for i in range(len(program.phases))]
         executable = TritonExecutable(program, kernels, interpreted)
         executable.prepare(batch)
@@ -139,9 +140,3 @@ def _interpreted() -> bool:
     except ImportError as error:
         raise CompileError(f"Triton is not installed ({error})") from error
     return INTERPRETED
-
-
-def _version() -> str:
-    import hbcore
-
-    return hbcore.__version__

@@ -1,0 +1,38 @@
+"""The step that torch.distributed.checkpoint takes to make a fresh optimizer allocate state: it moves and counts nothing."""
+
+from __future__ import annotations
+
+import torch
+
+from hbcore.checkpoint.save import whole_entry
+from hbcore.distributed.exchange import owners, total
+from hbcore.distributed.placement import is_dtensor, local, shards_of
+from hbcore.engine.core import OptimizerCore
+
+
+def is_dry(core: OptimizerCore) -> bool:
+    """Whether this step is the one that torch.distributed.checkpoint takes to make an optimizer allocate its state.
+
+    It has no state yet, every learning rate is 0, and so is every gradient, on all ranks.
+    """
+    if core.state or any(float(group["lr"]) != 0 for group in core.groups):
+        return False
+    params = [p for group in core.groups for p in group["params"]]
+    grads = [p.grad for p in params if p.grad is not None]
+    flags = torch.tensor([bool(grads), any(bool(local(g).any()) for g in grads)], dtype=torch.float32)
+    spread = next((p for p in params if is_dtensor(p)), None)
+    if spread is not None:  # every rank asks, whatever gradients it has
+        flags = flags.to(local(spread).device)
+        shards = shards_of(spread)
+        assert shards is not None
+        total(flags, "amax", shards)
+    return bool(flags[0]) and not bool(flags[1])
+
+
+def allocate(core: OptimizerCore) -> None:
+    """Give every parameter that has a gradient its state of before the first step."""
+    owned = owners(p for group in core.groups for p in group["params"])
+    for group in core.groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                core.state[p] = whole_entry(core, group, p, owned)

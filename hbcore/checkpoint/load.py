@@ -1,0 +1,148 @@
+"""Loading a state dict exactly, or not at all.
+
+``torch.optim.Optimizer.load_state_dict`` casts every state tensor to the parameter's dtype (pytorch issue 43706) and matches
+by position. This one validates everything first, then keeps every value as it was saved, and matches by name where it can.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hbcore.checkpoint import schema
+from hbcore.checkpoint.entries import Reader
+from hbcore.distributed.placement import is_dtensor, local
+from hbcore.engine.core import OptimizerCore
+from hbcore.errors import CheckpointError, HyperparameterError
+
+
+class Content(NamedTuple):
+    """What a checkpoint holds for an optimizer, looked at and found to fit: group entries, records, each parameter's state."""
+
+    groups: list[dict[str, Any]]
+    records: list[schema.Record | None]
+    state: dict[Tensor, dict[str, Any]]
+
+
+@contextmanager
+def hooks(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """torch's hooks around a load: the block gets the state dict that the hooks before it leave."""
+    state_dict = dict(state_dict)
+    for pre in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        replaced = pre(optimizer, state_dict)
+        state_dict = state_dict if replaced is None else dict(replaced)
+    yield state_dict
+    for post in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post(optimizer)
+
+
+def put(core: OptimizerCore, content: Content) -> None:
+    """Make what :func:`read` found the optimizer's own. Raises nothing."""
+    for group, values in zip(core.groups, content.groups, strict=True):
+        group.update(values)
+    core.modes.reset(all(record.training for record in content.records if record))
+    core.group_scalars[:] = [dict(record.progress) if record else {} for record in content.records]
+    _place(core, content.state)
+
+
+def _place(core: OptimizerCore, state: dict[Tensor, dict[str, Any]]) -> None:
+    """Put loaded tensors where the old ones were, so that captured graphs find them; elsewhere if they do not fit there."""
+    fits = core.plan is not None and set(state) == set(core.state) and not _primes(core)
+    fits = fits and all(_alike(core.state[p], entry) for p, entry in state.items())
+    if not fits:
+        core.state.clear()
+        core.state.update(state)
+        core.invalidate()
+        return
+    for p, entry in state.items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor):
+                local(core.state[p][name]).copy_(local(value))
+    assert core.plan is not None
+    core.plan.reread()
+
+
+def _primes(core: OptimizerCore) -> bool:
+    """Whether some rule's first gradient only prepares the state: what was loaded decides whether that is still to come."""
+    return any(t.primes for group in core.groups for t in core.chain.every(group))
+
+
+def _alike(held: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    return set(held) == set(entry) and all(
+        isinstance(v, Tensor)
+        and isinstance(held[k], Tensor)
+        and (v.shape, v.dtype, is_dtensor(v)) == (held[k].shape, held[k].dtype, is_dtensor(held[k]))
+        for k, v in entry.items()
+    )
+
+
+def read(core: OptimizerCore, state_dict: Mapping[str, Any], strict: bool) -> Content:
+    """What each group and each parameter will hold. Mutates nothing.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
+    name = core.name
+    if not isinstance(state_dict.get("state"), Mapping) or not isinstance(state_dict.get("param_groups"), (list, tuple)):
+        raise CheckpointError(f"{name}: a state dict has 'state' and 'param_groups'; got {sorted(map(str, state_dict))}.")
+    saved = state_dict["param_groups"]
+    if len(saved) != len(core.groups):
+        raise CheckpointError(
+            f"{name}: the checkpoint has {len(saved)} param groups, the optimizer {len(core.groups)}; "
+            "build the optimizer with the same groups."
+        )
+    for g, theirs in enumerate(saved):
+        if not isinstance(theirs, Mapping) or not isinstance(theirs.get("params"), (list, tuple)):
+            raise CheckpointError(f"{name}: param group {g} of the checkpoint has no list of 'params'.")
+    known = {key for theirs in saved for key in theirs["params"]}
+    groups, records, state = [], [], {}
+    for g, (theirs, ours) in enumerate(zip(saved, core.groups, strict=True)):
+        records.append(schema.read(theirs.get(schema.KEY), g))
+        groups.append(_numbers(core, theirs, ours, g))
+        reader = Reader(core, g, records[-1], theirs, strict)
+        for i, key in enumerate(_match(core, theirs, ours, g, strict)):
+            entry = None if key is None else state_dict["state"].get(key)
+            loaded = reader.read(i, entry)
+            if loaded:
+                state[ours["params"][i]] = loaded
+    if strict and (strangers := [k for k in state_dict["state"] if k not in known]):
+        raise CheckpointError(f"{name}: the checkpoint has state for {strangers[:5]}, which none of its param groups lists.")
+    return Content(groups, records, state)
+
+
+def _match(core: OptimizerCore, theirs: Mapping[str, Any], ours: Mapping[str, Any], g: int, strict: bool) -> list[Any]:
+    """For each of our parameters, the key of its state in the checkpoint; None for one that it does not know."""
+    keys, names, wanted = list(theirs["params"]), theirs.get("param_names"), ours.get("param_names")
+    by_name = dict(zip(names, keys, strict=False)) if names and wanted else None
+    if (by_name is None or strict) and len(keys) != len(ours["params"]):
+        raise CheckpointError(
+            f"{core.name}: param group {g} has {len(keys)} parameters in the checkpoint and "
+            f"{len(ours['params'])} here; load it into the model it was saved from"
+            + (", or by name, with strict=False." if by_name else ".")
+        )
+    if by_name is None:
+        return keys
+    missing = [n for n in wanted or () if n not in by_name]
+    if missing and strict:
+        raise CheckpointError(
+            f"{core.name}: param group {g} of the checkpoint has no {', '.join(map(repr, missing[:5]))}; "
+            f"it has {', '.join(map(repr, list(by_name)[:5]))}, ... Pass strict=False to start those afresh."
+        )
+    return [by_name.get(n) for n in wanted or ()]
+
+
+def _numbers(core: OptimizerCore, theirs: Mapping[str, Any], ours: dict[str, Any], g: int) -> dict[str, Any]:
+    """The group entries that the checkpoint decides: numbers, and whatever schedulers or users put there."""
+    keep = {"params", "param_names", schema.KEY}
+    structural = {k for k in core.chain.keys if k not in core.chain.dynamic(ours)}
+    values = {k: copy.deepcopy(v) for k, v in theirs.items() if k not in keep and k not in structural}
+    try:
+        core.chain.check({**ours, **values}, f"{core.name}, parameter group {g}")
+    except HyperparameterError as error:
+        raise CheckpointError(f"the checkpoint's numbers do not fit: {error}") from None
+    return values

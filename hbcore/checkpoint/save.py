@@ -1,0 +1,113 @@
+"""Saving a state dict that is whole: every trained parameter, with every slot, stepped or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbcore.checkpoint import schema
+from hbcore.distributed.exchange import broadcast, owners
+from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like
+from hbcore.engine.core import OptimizerCore
+from hbcore.state.expected import Logical
+from hbcore.state.slots import own
+
+PLAIN = (bool, int, float, str, type(None), Tensor)
+"""What a group's entry may be made of and still load with ``weights_only=True``."""
+
+
+def record_of(core: OptimizerCore, g: int) -> schema.Record:
+    """What a checkpoint says of one group."""
+    settings = core.settings
+    carried = dict(core.scalars_of(g))
+    return schema.Record(
+        core.chain.versions(core.groups[g]),
+        settings.codec.name,
+        settings.seed,
+        carried,
+        core.modes.training,
+    )
+
+
+def with_hooks(optimizer: torch.optim.Optimizer, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The state dict that ``make`` returns, with torch's hooks around."""
+    for pre in optimizer._optimizer_state_dict_pre_hooks.values():
+        pre(optimizer)
+    result = make()
+    for post in optimizer._optimizer_state_dict_post_hooks.values():
+        replaced = post(optimizer, result)
+        result = result if replaced is None else replaced
+    return result
+
+
+def state_dict(core: OptimizerCore) -> dict[str, Any]:
+    """See :meth:`hbcore.optimizer.Optimizer.state_dict`."""
+    groups: list[dict[str, Any]] = []
+    state: dict[Any, dict[str, Any]] = {}
+    owned = owners(p for group in core.groups for p in group["params"])
+    for g, group in enumerate(core.groups):
+        start = sum(len(done["params"]) for done in groups)
+        packed = {k: _number(v) for k, v in group.items() if k != "params"}
+        packed = {k: v for k, v in packed.items() if _is_plain(v)}
+        packed[schema.KEY] = record_of(core, g).dump()
+        groups.append({**packed, "params": list(range(start, start + len(group["params"])))})
+        for i, p in enumerate(group["params"], start=start):
+            entry = whole_entry(core, group, p, owned)
+            if entry:
+                state[i] = entry
+    return {"state": state, "param_groups": groups}
+
+
+def whole_entry(core: OptimizerCore, group: dict[str, Any], p: Tensor, owned: Mapping[Tensor, int]) -> dict[str, Any]:
+    """One parameter's state, zeros for what it does not have yet; nothing for a parameter that is not trained."""
+    held: Mapping[str, Any] = core.state.get(p, {})
+    if not held and not p.requires_grad:
+        return {}
+    entry: dict[str, Any] = {"step": own(held.get("step", torch.zeros((), dtype=torch.float32, device="cpu")))}
+    for slot in core.chain.expected(group, p):
+        parts = slot.parts(p)
+        if slot.matrix:
+            entry.update(_matrix_slot(slot, p, held, owned))
+        elif all(name in held for name in parts):
+            entry.update({name: held[name] for name in parts})
+        else:
+            entry.update({name: spread_like(t, p) for name, t in blank_local(slot, p).items()})
+    entry.update({k: v for k, v in held.items() if k not in entry})
+    return entry
+
+
+def _matrix_slot(slot: Logical, p: Tensor, held: Mapping[str, Any], owned: Mapping[Tensor, int]) -> dict[str, Tensor]:
+    """A matrix rule's slot, whole; of a spread parameter sharded along its rows, so that every rank has the same entries."""
+    shards = shards_of(p)
+    parts = slot.parts(p)
+    if all(name in held and (shards is None or is_dtensor(held[name])) for name in parts):
+        return {name: own(held[name]) for name in parts}
+    whole = slot.blank(local(p))
+    if shards is None:
+        return whole
+    for name, tensor in whole.items():
+        if name in held:
+            tensor.copy_(held[name])
+        if "step" in held:  # this parameter was stepped, and its owner alone has what the rule remembers
+            broadcast(tensor, owned[p], shards)
+    return {name: share_out(tensor, shards) for name, tensor in whole.items()}
+
+
+def blank_local(slot: Logical, p: Tensor) -> dict[str, Tensor]:
+    """An elementwise slot of this rank's part of ``p`` before the first step, in its memory order."""
+    part = local(p.detach())
+    values = slot._replace(shape=part.shape).blank(part)
+    return {name: torch.empty_like(part, dtype=t.dtype, requires_grad=False).copy_(t) for name, t in values.items()}
+
+
+def _number(value: Any) -> Any:
+    """NumPy's numbers as Python's."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, (bool, int, float)) else value
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, (tuple, list)) else isinstance(value, PLAIN)

@@ -1,0 +1,111 @@
+"""What the engine knows of one optimizer, and owns: the one object that plans, checkpoints and wrappers are handed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from hbcore.engine.chain_spec import ChainSpec
+from hbcore.engine.graph.scalar_inputs import Amp
+from hbcore.engine.group_scalars import GroupScalars
+from hbcore.engine.options import Settings
+from hbcore.engine.params import describe_param
+from hbcore.engine.report import Report
+from hbcore.state.slots import StateMap
+
+Group = dict[str, Any]
+
+
+class StepPlan(Protocol):
+    """What runs a step; :class:`hbcore.engine.planning.plan.Plan` and its subclass."""
+
+    def step(self, amp: Amp) -> list[Tensor]:
+        """Run one step for every parameter that has a gradient; return those parameters."""
+
+    def reread(self) -> None:
+        """State tensors were written to in place: read the step counters again."""
+
+
+@dataclass
+class Modes:
+    """Which weights the parameters hold; :mod:`hbcore.engine.weight_modes` changes them.
+
+    Attributes:
+        training: those to train with, of rules that have a second set to evaluate with.
+        averaging: their moving averages, within ``ema_weights()``.
+        kept: after a switch, each parameter's weights from before it, so that switching back restores them bit for bit.
+    """
+
+    training: bool = True
+    averaging: bool = False
+    kept: dict[Tensor, dict[str, Tensor]] = field(default_factory=dict)
+
+    def reset(self, training: bool) -> None:
+        """The parameters now hold the weights of this kind, newly stepped or loaded."""
+        self.training = training
+        if self.kept:
+            self.kept = {}
+
+
+class OptimizerCore:
+    """One optimizer's groups, state and chain, and the plan made of them.
+
+    Args:
+        name: the optimizer's class name, for messages.
+        chain: its rule with its options' stages around it.
+
+    Attributes:
+        groups: the param groups, the very list that the optimizer shows.
+        state: parameter -> its slots.
+        group_scalars: what each group carries from step to step, by the group's index.
+        report: how steps ran.
+        modes: which weights the parameters hold.
+        plan: what runs a step; None before the first one, and after :meth:`invalidate`.
+    """
+
+    def __init__(self, name: str, chain: ChainSpec) -> None:
+        self.name, self.chain = name, chain
+        self.groups: list[Group] = []
+        self.state = StateMap({})
+        self.group_scalars: list[GroupScalars] = []
+        self.report, self.modes = Report(), Modes()
+        self.plan: StepPlan | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """The options, resolved."""
+        return self.chain.settings
+
+    def invalidate(self) -> None:
+        """Groups, or where their tensors lie, changed: the next step plans anew."""
+        self.plan = None
+
+    def replace_groups(self, groups: list[Group]) -> None:
+        """Use another list of groups, as wrappers of optimizers assign."""
+        if groups is not self.groups:
+            self.groups = groups
+            self.invalidate()
+
+    def replace_state(self, state: Mapping[Tensor, Any]) -> None:
+        """Use another state."""
+        if state is not self.state:
+            self.state = state if isinstance(state, StateMap) else StateMap(state)
+            self.invalidate()
+
+    def scalars_of(self, g: int) -> GroupScalars:
+        """What group ``g`` carries from step to step."""
+        self.group_scalars += [{} for _ in range(len(self.group_scalars), g + 1)]
+        return self.group_scalars[g]
+
+    def name_of(self, g: int, i: int) -> str:
+        """What messages call parameter ``i`` of group ``g``."""
+        return f"{self.name}: {describe_param(self.groups, g, i)}"
+
+    def seed_key(self, g: int, param: Tensor) -> str:
+        """What a parameter's noise is drawn by: the seed, and its name, or its position where it has none."""
+        index = next(i for i, p in enumerate(self.groups[g]["params"]) if p is param)
+        names = self.groups[g].get("param_names")
+        return f"{self.settings.seed}/{names[index] if names else f'{g}.{index}'}"
