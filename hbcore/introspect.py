@@ -13,7 +13,7 @@ from hbcore._version import __version__
 from hbcore.engine.backends.triton.codegen import module_source
 from hbcore.engine.graph.trace import trace
 from hbcore.engine.options import OPTIONS
-from hbcore.engine.planning.partition import course, example
+from hbcore.engine.planning.partition import example, partition
 from hbcore.optimizer import Optimizer
 from hbcore.rules import route
 from hbcore.state.expected import expected
@@ -66,7 +66,7 @@ def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]
 
 
 def kernels(cls: type[Optimizer | Composite]) -> list[str]:
-    """The source of the Triton kernels that an optimizer's lanes become for a float32 matrix, at the class's defaults.
+    """The source of the Triton kernels that an optimizer's segments become for a float32 matrix, at the class's defaults.
 
     Raises:
         TraceError: a rule broke the tracing contract.
@@ -77,12 +77,12 @@ def kernels(cls: type[Optimizer | Composite]) -> list[str]:
     built = build([param])
     optimizer = built.children[0] if isinstance(built, Composite) else built
     [group] = optimizer.param_groups
-    recipe = replace(optimizer.core.chain.recipe(group), branches=route.branches(optimizer.core.chain.forked(group), param))
+    spec = replace(optimizer.core.chain.spec(group), branches=route.branches(optimizer.core.chain.forked(group), param))
     sources = []
-    for lane in course(recipe, group, param).lanes:
-        transforms = lane.transforms(example(lane, group))
+    for segment in partition(spec, group, param).segments:
+        transforms = segment.transforms(example(segment, group))
         slots = {name: slot for t in transforms for name, slot in t.slots(param).items()}
         label = " -> ".join(t.name for t in transforms) or "nothing but copies"
-        program = trace(lane, lane.dtypes(param, param.dtype, slots), label)
+        program = trace(segment, segment.dtypes(param, param.dtype, slots), label)
         sources.append(module_source(program, label, __version__))
     return sources

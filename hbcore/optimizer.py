@@ -134,8 +134,12 @@ class Optimizer(torch.optim.Optimizer):
         """
         if _observed(self):
             return self._observed_step(closure)
-        with torch.no_grad():
+        before = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        try:
             return self._step(closure)
+        finally:
+            torch.set_grad_enabled(before)
 
     step.hooked = True  # type: ignore[attr-defined]  # torch then leaves it unwrapped: _observed_step is what it would make
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hbcore.checkpoint.save import whole_entry
-from hbcore.distributed.exchange import owners, total
+from hbcore.distributed.exchange import all_reduce, owners
 from hbcore.distributed.placement import is_dtensor, local, shards_of
 from hbcore.engine.core import OptimizerCore
 
@@ -25,7 +25,7 @@ def is_dry(core: OptimizerCore) -> bool:
         flags = flags.to(local(spread).device)
         shards = shards_of(spread)
         assert shards is not None
-        total(flags, "amax", shards)
+        all_reduce(flags, "amax", shards)
     return bool(flags[0]) and not bool(flags[1])
 
 

@@ -1,4 +1,4 @@
-"""Whole tensors for those who compute on them: every rank's rows to their owners, and the results back."""
+"""Exchanges between ranks: every rank's rows to the owner of a matrix, and the results back."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hbcore.distributed.placement import Shards, shards_of
 
 
 @dataclass
-class Parcel:
-    """One tensor on its way.
+class Transfer:
+    """One tensor on its way between the ranks that hold its rows and the rank that computes on it.
 
     Attributes:
         part: this rank's elements, flat; none for a rank without rows.
@@ -29,29 +29,29 @@ class Parcel:
     sizes: Sequence[int]
 
 
-def to_owners(parcels: Sequence[Parcel], shards: Shards) -> None:
-    """Fill each parcel's ``whole`` on its owner. Collective: all ranks pass the same parcels in the same order."""
-    mine, theirs = _mine(parcels, shards.rank), _by_owner(parcels, shards.ranks)
+def to_owners(transfers: Sequence[Transfer], shards: Shards) -> None:
+    """Fill each transfer's ``whole`` on its owner. Collective: all ranks pass the same transfers in the same order."""
+    mine, theirs = _mine(transfers, shards.rank), _by_owner(transfers, shards.ranks)
     leaving = [[p.part for p in group] for group in theirs]
     coming = [sum(p.sizes[r] for p in mine) for r in range(shards.ranks)]
-    for r, run in enumerate(_swap(leaving, coming, parcels[0].part, shards)):
+    for r, run in enumerate(_swap(leaving, coming, transfers[0].part, shards)):
         for p, piece in zip(mine, torch.split(run, [p.sizes[r] for p in mine]), strict=True):
             assert p.whole is not None
             p.whole[_rows(p, r)] = piece
 
 
-def from_owners(parcels: Sequence[Parcel], shards: Shards) -> None:
-    """Fill each parcel's ``part`` from its owner's ``whole``. Collective, as :func:`to_owners`."""
-    mine, theirs = _mine(parcels, shards.rank), _by_owner(parcels, shards.ranks)
+def from_owners(transfers: Sequence[Transfer], shards: Shards) -> None:
+    """Fill each transfer's ``part`` from its owner's ``whole``. Collective, as :func:`to_owners`."""
+    mine, theirs = _mine(transfers, shards.rank), _by_owner(transfers, shards.ranks)
     leaving = [[p.whole[_rows(p, r)] for p in mine if p.whole is not None] for r in range(shards.ranks)]
     coming = [sum(p.part.numel() for p in group) for group in theirs]
-    for group, run in zip(theirs, _swap(leaving, coming, parcels[0].part, shards), strict=True):
+    for group, run in zip(theirs, _swap(leaving, coming, transfers[0].part, shards), strict=True):
         for p, piece in zip(group, torch.split(run, [p.part.numel() for p in group]), strict=True):
             p.part.copy_(piece)
 
 
 def owners(params: Iterable[Tensor]) -> dict[Tensor, int]:
-    """The rank that computes on each spread parameter: balanced by size, and the same on every rank.
+    """The rank that computes on each sharded parameter: balanced by size, and the same on every rank.
 
     In order, each goes to the rank that has least so far, so that parameters added later change nobody's owner.
     """
@@ -66,7 +66,7 @@ def owners(params: Iterable[Tensor]) -> dict[Tensor, int]:
     return dealt
 
 
-def total(values: Tensor, how: str, shards: Shards) -> None:
+def all_reduce(values: Tensor, how: str, shards: Shards) -> None:
     """Reduce ``values`` over the ranks in place: ``"sum"`` or ``"amax"``. Collective."""
     dist.all_reduce(values, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=shards.group)
 
@@ -76,17 +76,17 @@ def broadcast(whole: Tensor, owner: int, shards: Shards) -> None:
     dist.broadcast(whole, dist.get_global_rank(shards.group, owner), group=shards.group)
 
 
-def _mine(parcels: Sequence[Parcel], rank: int) -> list[Parcel]:
-    return [p for p in parcels if p.owner == rank]
+def _mine(transfers: Sequence[Transfer], rank: int) -> list[Transfer]:
+    return [p for p in transfers if p.owner == rank]
 
 
-def _by_owner(parcels: Sequence[Parcel], ranks: int) -> list[list[Parcel]]:
-    return [[p for p in parcels if p.owner == r] for r in range(ranks)]
+def _by_owner(transfers: Sequence[Transfer], ranks: int) -> list[list[Transfer]]:
+    return [[p for p in transfers if p.owner == r] for r in range(ranks)]
 
 
-def _rows(parcel: Parcel, rank: int) -> slice:
-    start = sum(parcel.sizes[:rank])
-    return slice(start, start + parcel.sizes[rank])
+def _rows(transfer: Transfer, rank: int) -> slice:
+    start = sum(transfer.sizes[:rank])
+    return slice(start, start + transfer.sizes[rank])
 
 
 def _swap(leaving: Sequence[Sequence[Tensor]], coming: list[int], like: Tensor, shards: Shards) -> list[Tensor]:

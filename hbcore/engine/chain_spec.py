@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hbcore.distributed.placement import local
-from hbcore.engine.graph.segment_spec import Recipe, length_of
+from hbcore.engine.graph.segment_spec import SegmentSpec, fixed, length_of
 from hbcore.engine.options import SCHEDULED, Settings
 from hbcore.errors import HyperparameterError, ParameterError
 from hbcore.rules import palm, route
@@ -22,7 +22,7 @@ Rule = Callable[[Any], tuple[Transform, ...]]
 
 
 class ChainSpec:
-    """A class's rule with its options' stages around it. Compares equal to itself only, so that optimizers share no lanes.
+    """A class's rule with its options' stages around it. Compares equal to itself only, so that optimizers share no segments.
 
     Args:
         rule: hyperparameters of a group -> the rule's transforms, forks unresolved.
@@ -90,12 +90,12 @@ class ChainSpec:
         names = {n for t in self.forked(group) for n, _, _ in t.hypers()} | {*SCHEDULED}
         return {k: length_of(group[k]) for k in self.keys if k in names and group[k] is not None}
 
-    def recipe(self, group: Group) -> Recipe:
+    def spec(self, group: Group) -> SegmentSpec:
         """The static description of a group; equal for groups that differ only in numbers."""
         dynamic = self.dynamic(group)
-        return Recipe(
+        return SegmentSpec(
             chain=self,
-            static=tuple((k, _fixed(group[k])) for k in self.keys if k not in dynamic and k != "maximize"),
+            static=tuple((k, fixed(group[k])) for k in self.keys if k not in dynamic and k != "maximize"),
             dynamic=tuple(dynamic.items()),
             divide=self.settings.divide,
             codec=self.settings.codec,
@@ -140,11 +140,6 @@ class ChainSpec:
         if self.settings.palm:
             palm.check(rule, h.beta2_scale)  # of the whole fork: one branch may have no second moment
         return self.settings.stages(h, rule)
-
-
-def _fixed(value: Any) -> Any:
-    """A structural entry as something that can be compared and hashed."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _tensors(value: Any) -> Any:

@@ -97,7 +97,8 @@ class OptimizerCore:
 
     def scalars_of(self, g: int) -> GroupScalars:
         """What group ``g`` carries from step to step."""
-        self.group_scalars += [{} for _ in range(len(self.group_scalars), g + 1)]
+        while len(self.group_scalars) <= g:
+            self.group_scalars.append({})
         return self.group_scalars[g]
 
     def name_of(self, g: int, i: int) -> str:

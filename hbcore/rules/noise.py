@@ -6,6 +6,8 @@ element, and the global generators are never touched.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,12 @@ _LOW = 0xFFFFFFFF
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def noise_key(seed_key: str, name: str, step: int) -> int:
+    """63 bits from what tells one draw from another: seed and parameter, slot, step. The same on every rank."""
+    digest = hashlib.blake2b(f"{seed_key}/{name}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def philox4x32(seed: Tensor | int, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -29,7 +29,13 @@ class RisingDecay:
     """
 
     def __init__(self, step: Scalar, scale: Scalar) -> None:
-        self._gap: Any = step**-scale
+        self.inputs = (step, scale)
+
+    @property
+    def _gap(self) -> Any:
+        """Computed when it is used: the tensors may be filled anew for every step."""
+        step, scale = self.inputs
+        return step**-scale
 
     def plain(self) -> Any:
         """The number itself."""

@@ -62,7 +62,8 @@ class Selection:
             i: None if len(r) == slabs[i].shape[1] else torch.tensor(r, dtype=torch.int64, device=slabs[i].device)
             for i, r in rows.items()
         }
-        self._pairs = [(slab[0], slab[1]) for slab in self._slabs.values()]
+        self._counters = [slab[0] for slab in self._slabs.values()]
+        self._copies = [slab[1] for slab in self._slabs.values()]
         self._base: list[float] | None = None
         self._ahead = 0
 
@@ -74,8 +75,8 @@ class Selection:
         Args:
             trusted: do not look whether somebody else wrote to them, which waits for a slab on a device.
         """
-        if self._base is None or not (trusted or all(torch.equal(counters, copy) for counters, copy in self._pairs)):
-            for counters, copy in self._pairs:
+        if self._base is None or not (trusted or all(map(torch.equal, self._counters, self._copies))):
+            for counters, copy in zip(self._counters, self._copies, strict=True):
                 copy.copy_(counters)
             counts = {i: slab[0].tolist() for i, slab in self._slabs.items()}
             self._base, self._ahead = [counts[a.slab][a.row] for a in self._addresses], 0

@@ -19,7 +19,7 @@ from hb_soap import SOAP
 from hbcore.api import Block, Context, Domain, Optimizer, Route, Slot, State, Transform, hyper, is_matrix, matrix_view, zeros
 from hbcore.engine.backends.triton.launch_tables import Tables
 from hbcore.engine.stacks import stack as slabs
-from hbcore.engine.stacks.rule_call import Sight
+from hbcore.engine.stacks.rule_call import Arguments
 from hbcore.errors import OptionError, RuleError
 
 SHAPES = ((6, 6), (6, 6), (5, 6), (6, 6), (11, 3, 2, 2), (7,), (), (1, 2), (5, 6))
@@ -208,7 +208,7 @@ def test_a_rule_is_handed_all_stacks_that_take_the_same_step(monkeypatch, lazy):
 def test_each_result_is_written_before_the_next_is_computed(monkeypatch):
     """Else a rule that treats its stacks one by one would hold the results of all of them."""
     order: list[str] = []
-    update, keep = Averaged.update, Sight.keep
+    update, keep = Averaged.update, Arguments.keep
 
     def told(name, function):
         def wrapped(*args, **kwargs):
@@ -218,7 +218,7 @@ def test_each_result_is_written_before_the_next_is_computed(monkeypatch):
         return wrapped
 
     monkeypatch.setattr(Averaged, "update", told("update", update))
-    monkeypatch.setattr(Sight, "keep", told("keep", keep))
+    monkeypatch.setattr(Arguments, "keep", told("keep", keep))
     params, steps = parameters(), gradients(1)
     run(Averaging(params, compile="eager"), params, steps)
     assert order == ["update", "keep"] * 3
@@ -384,7 +384,7 @@ def test_slabs_give_their_memory_back_between_steps(monkeypatch, family, backend
         optimizer = cls(params, lr=0.01, compile=backend, **options)
         for grads in steps:
             run(optimizer, params, [grads])
-            inputs = [t for level in optimizer.core.plan._levels for slab in level.members for t in slab.inputs.values()]
+            inputs = [t for level in optimizer.core.plan.layout.levels for stack in level.stacks for t in stack.inputs.values()]
             assert inputs
             assert all((t.untyped_storage().size() == 0) == bool(lent) for t in inputs)
             # somebody else has the memory, and writes to it
@@ -402,7 +402,7 @@ def test_tables_follow_tensors_that_moved(monkeypatch):
     optimizer = Muon(params, compile="triton")
     for grads in steps:
         run(optimizer, params, [grads])
-        inputs = [t for level in optimizer.core.plan._levels for slab in level.members for t in slab.inputs.values()]
+        inputs = [t for level in optimizer.core.plan.layout.levels for stack in level.stacks for t in stack.inputs.values()]
         held.append([torch.empty_like(t) for t in inputs])  # what was given back serves these, and is not to be had again
     assert optimizer.report.backend == "triton"
     assert any(followed)

@@ -136,7 +136,7 @@ def traced(rule, **options):
     cls = optimizer_of(rule)
     [p] = parameters([(3, 4)])
     optimizer = cls([p], **options)
-    recipe = optimizer.core.chain.recipe(optimizer.param_groups[0])
+    recipe = optimizer.core.chain.spec(optimizer.param_groups[0])
     dtypes = {"param": torch.float32, "grad": torch.float32}
     dtypes |= dict.fromkeys(rule().slots(p), torch.float32)
     return trace(recipe, dtypes)

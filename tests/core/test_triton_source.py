@@ -57,7 +57,7 @@ def program_of(cls, dtype, options, **numbers):
     optimizer = cls([p], **options, **numbers, compile="eager")
     p.grad = torch.zeros(4, dtype=p.dtype)
     optimizer.step()
-    [lane] = optimizer.core.plan.lanes.values()
+    [lane] = optimizer.core.plan.segments.values()
     return lane.program
 
 

@@ -111,7 +111,7 @@ def test_traced_is_untraced(name):
     traced = parameters(SHAPES)
     optimizer = with_codec(AdamW(traced, compile="eager"), CODECS[name]())
     run(optimizer, traced, steps(1))
-    recipe = optimizer.core.chain.recipe(optimizer.param_groups[0])
+    recipe = optimizer.core.chain.spec(optimizer.param_groups[0])
     numbers = {"lr": 0.0025, "betas.0": 0.9, "betas.1": 0.99, "eps": 1e-8, "weight_decay": 0.0}
     numbers |= {"warmup_steps": 0.0, "step": 1.0, "model_numel": 0.0}
     scalars = {n: torch.tensor(numbers[n], dtype=torch.float64) for n in recipe.scalar_names}

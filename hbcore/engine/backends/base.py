@@ -1,4 +1,4 @@
-"""What a backend is: it compiles a program, and runs its phases over a batch of parameters."""
+"""What a backend does: it compiles a program, and runs its phases over a batch of parameters."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hbcore.engine.backends.memory_order import flat
 from hbcore.engine.graph.program import Program
 from hbcore.rules.noise import philox4x32
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
-    """The parameters of one lane that have a gradient this step, column by column.
+    """The parameters of one segment that have a gradient this step, column by column.
 
     Attributes:
         tensors: stored tensor -> one tensor for each parameter; ``param`` and ``grad`` among them.
@@ -26,8 +25,8 @@ class Batch:
         sums: reduction -> one 0-d tensor for each parameter; the phases fill it.
         keys: noise input -> each parameter's key for this step.
         dense: whether every tensor is dense in memory, in whatever order of dimensions.
-        model: reduction over the whole model -> its 0-d result, once every lane has contributed.
-        moves: how often tensors that a slab lends were found to lie elsewhere.
+        model: reduction over the whole model -> its 0-d result, once every segment has contributed.
+        moves: how often the memory of stack inputs was found to lie elsewhere than in the step before.
         numels, starts: where the tensors are parts of larger ones, how many elements those have, and how many come before.
     """
 
@@ -71,13 +70,22 @@ class Batch:
 
 
 class Executable(Protocol):
-    """A compiled program."""
+    """A compiled program.
 
-    def prepare(self, batch: Batch) -> int:
-        """Make ready for ``batch`` without writing to its tensors: compile what it lacks, lay out tables, hoist scalars.
+    Attributes:
+        compiles: how many kernels or graphs were compiled so far.
+    """
 
-        Returns:
-            The number of kernels or graphs compiled so far.
+    compiles: int
+
+    def prepare(self, batch: Batch) -> None:
+        """Make ready for this step's numbers and gradients without writing to the batch's tensors.
+
+        Hoists the scalars, lays out what is kept while the batch is the same object, sends addresses that moved, and compiles
+        what is lacking.
+
+        Raises:
+            CompileError: a size or an alignment that did not occur before does not run here.
         """
 
     def run(self, phase: int, batch: Batch) -> int:
@@ -103,3 +111,24 @@ class Backend(Protocol):
         Raises:
             CompileError: this machine or this program is not for this backend; the message says why.
         """
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A dense tensor as one dimension, in its own memory order, sharing its memory.
+
+    Not a view to autograd: torch.compile guards on the shape of a view's base, and would compile anew for each number of
+    dimensions.
+    """
+    storage = tensor.untyped_storage()
+    return tensor.new_empty(0).set_(storage, tensor.storage_offset(), (tensor.numel(),), (1,))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory without gaps or overlaps, in whatever order of dimensions."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda d: (d[1], d[0])):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

@@ -1,14 +1,14 @@
-"""How a batch is handed to a graph that takes flat tensors, one call for each piece.
+"""How a batch is handed to a graph of flat tensors, one call for each chunk. Cut once, and used while the batch lasts.
 
 A call costs microseconds whatever it computes, and a temporary that leaves the cache costs a trip to memory. So small tensors
-that share their scalars are packed into one piece, and, for plain torch on a CPU, large ones are cut into slices that fit the
-cache. Reductions are per tensor: where a phase makes or reads one, a piece never holds more than one tensor.
+that share their scalars are packed into one chunk, and, for plain torch on a CPU, large ones are cut into slices that fit the
+cache. Reductions are per tensor: where a phase makes or reads one, a chunk never holds more than one tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,61 +20,160 @@ SMALL = 32_768
 """Tensors of fewer elements are packed. Packing larger ones costs more in copies than it saves in calls."""
 
 
-@dataclass
-class Piece:
-    """Some elements of a batch.
+@dataclass(eq=False)
+class Chunk:
+    """Elements of one parameter's tensors: all, or a slice.
 
     Attributes:
-        row: which scalars they take.
-        index: the parameter they belong to; for a pack, its first.
-        columns: stored tensor -> flat tensor.
-        targets: stored tensor -> where a pack's parts go; empty where the columns are views.
+        row: which row of scalars it takes.
+        index: the parameter.
+        names: the graph's inputs.
+        views: a flat view for each input; None for gradients and noise, which are other tensors in every step.
+        targets: a flat view for each tensor that the phase writes.
+        start, length: which elements; the length is 0 for all of them.
     """
 
     row: int
     index: int
-    columns: dict[str, Tensor]
-    targets: dict[str, list[Tensor]] = field(default_factory=dict)
+    names: Sequence[str]
+    views: list[Tensor | None]
+    targets: list[Tensor]
+    start: int = 0
+    length: int = 0
 
-    def scatter(self) -> None:
-        """Copy a pack's columns back to the tensors they were made of."""
-        for name, parts in self.targets.items():
-            torch._foreach_copy_(parts, list(torch.split(self.columns[name], [p.numel() for p in parts])))
+    def columns(self, batch: Batch, grads: Sequence[Tensor]) -> list[Tensor]:
+        """The graph's inputs; ``grads`` are this step's gradients, flat."""
+        columns: list[Tensor] = []
+        for name, view in zip(self.names, self.views, strict=True):
+            if view is not None:
+                columns.append(view)
+            elif name == "grad":
+                grad = grads[self.index]
+                columns.append(grad[self.start : self.start + self.length] if self.length else grad)
+            else:
+                length = self.length or batch.tensors["param"][self.index].numel()
+                columns.append(batch.noise(name, self.index, self.start, length))
+        return columns
+
+    def write(self, values: Sequence[Tensor]) -> None:
+        """Store what the phase computed, in the order of its writes."""
+        for target, value in zip(self.targets, values, strict=False):
+            target.copy_(value)
+
+
+@dataclass(eq=False)
+class Pack:
+    """Several small parameters as one.
+
+    Attributes:
+        row: which row of scalars they take.
+        index: the first of them.
+        names: the graph's inputs.
+        members: the parameters.
+        sizes: how many elements each has.
+        parts: for each input the members' flat tensors; None for gradients and noise.
+        targets: for each tensor that the phase writes, the members' flat tensors.
+    """
+
+    row: int
+    index: int
+    names: Sequence[str]
+    members: list[int]
+    sizes: list[int]
+    parts: list[list[Tensor] | None]
+    targets: list[list[Tensor]]
+
+    def columns(self, batch: Batch, grads: Sequence[Tensor]) -> list[Tensor]:
+        """As :meth:`Chunk.columns`: copies of the members' tensors, one after the other."""
+        columns: list[Tensor] = []
+        for name, parts in zip(self.names, self.parts, strict=True):
+            if parts is None and name == "grad":
+                parts = [grads[i] for i in self.members]
+            elif parts is None:
+                parts = [batch.noise(name, i, 0, n) for i, n in zip(self.members, self.sizes, strict=True)]
+            columns.append(torch.cat(parts))
+        return columns
+
+    def write(self, values: Sequence[Tensor]) -> None:
+        """As :meth:`Chunk.write`."""
+        for targets, value in zip(self.targets, values, strict=False):
+            torch._foreach_copy_(targets, value.split_with_sizes(self.sizes))
 
 
 def columns_of(phase: Phase) -> list[str]:
-    """Every stored tensor the phase touches, once."""
+    """Every stored tensor that the phase touches, once: what it reads first, then what it only writes."""
     return [*phase.tensors, *(name for name in phase.writes if name not in phase.tensors)]
 
 
-def pieces(phase: Phase, batch: Batch, slice_: int | None = None) -> Iterator[Piece]:
+def chunks(phase: Phase, batch: Batch, names: Sequence[str], largest: int | None = None) -> list[Chunk | Pack]:
     """Cut ``batch`` for one phase.
 
     Args:
         phase: what will run.
         batch: tensors that are dense in memory.
-        slice_: the largest piece, in elements; None for whole tensors.
+        names: the graph's inputs.
+        largest: the most elements of a chunk; None for whole tensors.
     """
-    names = columns_of(phase)
-    flat = {name: batch.flat(name) for name in names if not name.startswith(NOISE)}
+    stored = {n: batch.flat(n) for n in (*names, *phase.writes) if n != "grad" and not n.startswith(NOISE)}
     sizes = [t.numel() for t in batch.tensors["param"]]
-
-    def part(name: str, i: int, start: int, length: int) -> Tensor:
-        if name.startswith(NOISE):
-            return batch.noise(name, i, start, length)
-        return flat[name][i] if length == sizes[i] else flat[name][i][start : start + length]
-
     packs: dict[int, list[int]] = {}
-    alone = list(range(len(sizes)))
     if not phase.reduces and not phase.sums and not phase.needs_numel:
-        for i in (i for i in alone if sizes[i] < SMALL):
+        for i in (i for i, size in enumerate(sizes) if size < SMALL):
             packs.setdefault(batch.rows[i], []).append(i)
-        alone = [i for i in alone if sizes[i] >= SMALL]
+    made: list[Chunk | Pack] = []
+    alone = set(range(len(sizes)))
     for row, members in packs.items():
-        columns = {name: torch.cat([part(name, i, 0, sizes[i]) for i in members]) for name in names}
-        yield Piece(row, members[0], columns, {name: [flat[name][i] for i in members] for name in phase.writes})
-    for i in alone:
-        step = slice_ or sizes[i]
+        if len(members) > 1:
+            alone -= set(members)
+            parts = [[stored[n][i] for i in members] if n in stored else None for n in names]
+            targets = [[stored[n][i] for i in members] for n in phase.writes]
+            made.append(Pack(row, members[0], names, members, [sizes[i] for i in members], parts, targets))
+    for i in sorted(alone):
+        step = largest or sizes[i]
         for start in range(0, sizes[i], step):
             length = min(step, sizes[i] - start)
-            yield Piece(batch.rows[i], i, {name: part(name, i, start, length) for name in names})
+            cut = {n: t[i] if length == sizes[i] else t[i][start : start + length] for n, t in stored.items()}
+            views, targets_ = [cut.get(n) for n in names], [cut[n] for n in phase.writes]
+            made.append(Chunk(batch.rows[i], i, names, views, targets_, start, 0 if length == sizes[i] else length))
+    return made
+
+
+class Chunked:
+    """The chunks of a batch for each phase; cut again when the batch is another, or its parameters share scalars otherwise.
+
+    Args:
+        phases: a program's phases.
+        names: the inputs of each phase's graph.
+        largest: as :func:`chunks` takes it.
+    """
+
+    def __init__(self, phases: Sequence[Phase], names: Sequence[Sequence[str]], largest: int | None = None) -> None:
+        self._phases, self._names, self._largest = phases, names, largest
+        self._batch: Batch | None = None
+        self._rows: list[int] | None = None
+        self._cut: dict[int, list[Chunk | Pack]] = {}
+
+    def of(self, phase: int, batch: Batch) -> list[Chunk | Pack]:
+        """The chunks for one phase of ``batch``."""
+        if batch is not self._batch or batch.rows is not self._rows:
+            self._batch, self._rows, self._cut = batch, batch.rows, {}
+        if phase not in self._cut:
+            self._cut[phase] = chunks(self._phases[phase], batch, self._names[phase], self._largest)
+        return self._cut[phase]
+
+
+def numbers(phase: Phase, batch: Batch, scalars: Sequence[Tensor], index: int) -> list[Tensor]:
+    """What follows a phase's columns among its graph's inputs, 0-d each.
+
+    Args:
+        phase: what runs.
+        batch: what it runs over.
+        scalars: the program's hoisted scalars for the parameter's row.
+        index: the parameter, for its reductions and its number of elements.
+    """
+    values = [scalars[i] for i in phase.scalars]
+    for name in phase.sums:
+        values.append(batch.summed(name, index))
+    if phase.needs_numel:
+        values.append(batch.numel(index))
+    return values

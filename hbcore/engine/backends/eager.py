@@ -1,14 +1,16 @@
-"""Plain torch: always there, and the truth that the other backends are compared with."""
+"""Plain torch, one call of the graph for each chunk: what the other backends fall back to, and are compared with."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from hbcore.engine.backends.base import Batch, Executable
-from hbcore.engine.backends.chunking import Piece, pieces
+from hbcore.engine.backends.chunking import Chunked, numbers
 from hbcore.engine.graph.program import Phase, Program, as_scalars, direct_reduce
-from hbcore.engine.graph.segment_spec import Recipe
+from hbcore.engine.graph.segment_spec import SegmentSpec
 
 SLICE = 262144
 """Elements of a large CPU tensor that one call takes: its temporaries stay in the cache, and memory does not grow."""
@@ -21,70 +23,81 @@ class EagerBackend:
 
     def compile(self, program: Program, batch: Batch) -> Executable:
         """Nothing to compile."""
-        return EagerExecutable(program)
+        return EagerExecutable(program, SLICE if batch.tensors["param"][0].device.type == "cpu" else None)
 
 
 class EagerExecutable:
-    """Calls each phase's graph on one piece after the other; memory peaks at one piece's intermediates."""
+    """Calls each phase's graph on one chunk after the other; memory peaks at one chunk's intermediates.
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.scalars: list[tuple[Tensor, ...]] = []
+    Args:
+        program: what to run.
+        largest: the most elements of a chunk; None for whole tensors.
+    """
 
-    def prepare(self, batch: Batch) -> int:
-        self.scalars = [self.program.scalars(values) for values in batch.values]
-        return 0
+    def __init__(self, program: Program, largest: int | None) -> None:
+        self.program, self.compiles = program, 0
+        self._scalars: list[tuple[Tensor, ...]] = []
+        self._chunked = Chunked(program.phases, [p.tensors for p in program.phases], largest)
+        self._graphs: list[Callable[..., tuple[Tensor, ...]]] = [p.graph.forward for p in program.phases]
+
+    def prepare(self, batch: Batch) -> None:
+        self._scalars = list(map(self.program.scalars, batch.values))
 
     def run(self, phase: int, batch: Batch) -> int:
-        p = self.program.phases[phase]
-        parts: dict[str, list[list[Tensor]]] = {r.name: [[] for _ in range(len(batch))] for r in p.reduces}
-        cpu = batch.tensors["param"][0].device.type == "cpu"
-        for piece in pieces(p, batch, SLICE if cpu else None) if batch.dense else _whole(batch):
-            results = p.graph(*(piece.columns[name] for name in p.tensors), *self._numbers(p, batch, piece))
-            for name, value in zip(p.writes, results, strict=False):
-                piece.columns[name].copy_(value)
-            piece.scatter()
+        p, graph = self.program.phases[phase], self._graphs[phase]
+        if not batch.dense:
+            self._run_whole(p, batch)
+            return 0
+        parts: dict[str, list[list[Tensor]]] = {}
+        for r in p.reduces:
+            parts[r.name] = [[] for _ in range(len(batch))]
+        grads = batch.flat("grad")
+        for chunk in self._chunked.of(phase, batch):
+            results = graph(*chunk.columns(batch, grads), *numbers(p, batch, self._scalars[chunk.row], chunk.index))
+            chunk.write(results)
             for r, value in zip(p.reduces, results[len(p.writes) :], strict=True):
-                parts[r.name][piece.index].append(value)
+                parts[r.name][chunk.index].append(value)
         for r in p.reduces:
             join = torch.sum if r.how == "sum" else torch.amax
             batch.sums[r.name] = [join(torch.stack(x)) if len(x) > 1 else x[0] for x in parts[r.name]]
         return 0
 
-    def _numbers(self, p: Phase, batch: Batch, piece: Piece) -> list[Tensor]:
-        row = self.scalars[piece.row]
-        numbers = [row[j] for j in p.scalars] + [batch.summed(name, piece.index) for name in p.sums]
-        return [*numbers, batch.numel(piece.index)] if p.needs_numel else numbers
+    def _run_whole(self, p: Phase, batch: Batch) -> None:
+        """One call for each parameter, in its own shape: for tensors that are not dense in memory."""
+        for r in p.reduces:
+            batch.sums[r.name] = []
+        for i, row in enumerate(batch.rows):
+            columns = columns_at(batch, i)
+            results = p.graph(*(columns[name] for name in p.tensors), *numbers(p, batch, self._scalars[row], i))
+            for name, value in zip(p.writes, results, strict=False):
+                columns[name].copy_(value)
+            for r, value in zip(p.reduces, results[len(p.writes) :], strict=True):
+                batch.sums[r.name].append(value)
 
 
-def _whole(batch: Batch) -> list[Piece]:
-    """One piece for each parameter, in its own shape: for tensors that are not dense in memory."""
-    made = []
-    for i, row in enumerate(batch.rows):
-        columns = {name: column[i] for name, column in batch.tensors.items()}
-        shape = columns["param"].shape
-        columns.update({name: batch.noise(name, i, 0, shape.numel()).view(shape) for name in batch.keys})
-        made.append(Piece(row, i, columns))
-    return made
+def columns_at(batch: Batch, i: int) -> dict[str, Tensor]:
+    """Parameter ``i``'s tensors in their own shape, noise included."""
+    columns = {name: column[i] for name, column in batch.tensors.items()}
+    shape = columns["param"].shape
+    columns.update({name: batch.noise(name, i, 0, shape.numel()).view(shape) for name in batch.keys})
+    return columns
 
 
 class DirectExecutable:
-    """Calls a recipe that could not be traced. Right on whole tensors, never fused."""
+    """Calls a segment that could not be traced, one parameter at a time. Right on whole tensors, never fused."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, spec: SegmentSpec) -> None:
+        self.spec, self.compiles = spec, 0
 
-    def prepare(self, batch: Batch) -> int:
-        return 0
+    def prepare(self, batch: Batch) -> None:
+        """Nothing to make ready."""
 
     def run(self, phase: int, batch: Batch) -> int:
         rows = [as_scalars(values) for values in batch.values]
         for i, row in enumerate(batch.rows):
-            tensors = {name: column[i] for name, column in batch.tensors.items()}
-            shape = tensors["param"].shape
-            tensors.update({name: batch.noise(name, i, 0, shape.numel()).view(shape) for name in batch.keys})
-            scalars = dict(zip(self.recipe.scalar_names, rows[row], strict=True))
-            results = self.recipe.update(tensors, scalars, batch.numel(i), direct_reduce)
+            tensors = columns_at(batch, i)
+            scalars = dict(zip(self.spec.scalar_names, rows[row], strict=True))
+            results = self.spec.update(tensors, scalars, batch.numel(i), direct_reduce)
             given = {id(t) for t in tensors.values()}  # a value that is another stored tensor is read before it is written
             results = {name: value.clone() if id(value) in given else value for name, value in results.items()}
             for name, value in results.items():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from hbcore.engine.backends.base import Batch, Executable
-from hbcore.engine.backends.chunking import SMALL, Piece, columns_of, pieces
+from hbcore.engine.backends.chunking import SMALL, Chunked, Pack, columns_of, numbers
 from hbcore.engine.graph.program import Phase, Program
 from hbcore.errors import CompileError
 from hbcore.rules.numerics import compute_dtype
@@ -51,49 +51,55 @@ class InductorExecutable:
     """Each phase as two compiled functions of flat tensors."""
 
     def __init__(self, program: Program) -> None:
-        self.program = program
+        self.program, self.compiles = program, 0
+        self._names = [columns_of(p) for p in program.phases]
+        self._chunked = Chunked(program.phases, self._names)
         self._functions = [(_compiled(p, small=False), _compiled(p, small=True)) for p in program.phases]
         self._single = [_in_place(p) for p in program.phases]
         self._scalars: list[tuple[Tensor, ...]] = []
         self._warm: set[tuple[int, bool]] = set()
         self._seen: dict[int, Batch] = {}
 
-    def prepare(self, batch: Batch) -> int:
-        self._scalars = [self._hoisted(values) for values in batch.values]
+    def prepare(self, batch: Batch) -> None:
+        self._scalars = list(map(self._hoisted, batch.values))
         try:
             for k, phase in enumerate(self.program.phases):
                 self._warm_up(k, phase, batch)
         except Exception as error:  # torch.compile wraps whatever went wrong in one of many private classes
             raise CompileError(f"torch.compile failed: {type(error).__name__}: {first_line(error)}") from error
-        return len(self._warm)
+        self.compiles = len(self._warm)
 
     def _warm_up(self, k: int, phase: Phase, batch: Batch) -> None:
         """Compile what ``batch`` needs and is not compiled yet, writing to throwaway tensors only."""
         if {(k, False), (k, True)} <= self._warm or self._seen.get(k) is batch:
             return
-        for piece in pieces(phase, batch):
-            size = piece.columns["param" if "param" in piece.columns else phase.tensors[0]].numel()
+        grads = batch.flat("grad")
+        for chunk in self._chunked.of(k, batch):
+            columns = chunk.columns(batch, grads)
+            size = columns[0].numel()
             small = size < SMALL
             if size > 1 and (k, small) not in self._warm:
                 self._warm.add((k, small))
-                blank = [t.new_zeros(EXAMPLE[small]) for t in piece.columns.values()]
+                blank = [t.new_zeros(EXAMPLE[small]) for t in columns]
                 ones = torch.ones((), dtype=compute_dtype(self.program.dtypes["param"]))
-                numbers = [self._scalars[piece.row][j] for j in phase.scalars]
-                numbers += [ones] * (len(phase.sums) + phase.needs_numel)
-                self._functions[k][small](*blank, *numbers)
+                scalars = [self._scalars[chunk.row][j] for j in phase.scalars]
+                scalars += [ones] * (len(phase.sums) + phase.needs_numel)
+                self._functions[k][small](*blank, *scalars)
         self._seen[k] = batch
 
     def run(self, phase: int, batch: Batch) -> int:
         p = self.program.phases[phase]
         for r in p.reduces:
             batch.sums[r.name] = []
-        for piece in pieces(p, batch):
-            columns = list(piece.columns.values())
+        grads, names = batch.flat("grad"), self._names[phase]
+        for chunk in self._chunked.of(phase, batch):
+            columns = chunk.columns(batch, grads)
             # a length of one would be a graph of its own, and is not worth it
             size = columns[0].numel()
             function = self._functions[phase][size < SMALL] if size > 1 else self._single[phase]
-            results = function(*columns, *self._numbers(p, batch, piece))
-            piece.scatter()
+            results = function(*columns, *numbers(p, batch, self._scalars[chunk.row], chunk.index))
+            if isinstance(chunk, Pack):  # the graph wrote to copies
+                chunk.write([columns[names.index(name)] for name in p.writes])
             for r, value in zip(p.reduces, results, strict=True):
                 batch.sums[r.name].append(value)
         return 0
@@ -102,11 +108,6 @@ class InductorExecutable:
         """The scalars in the compute dtype: beside float32 elements a float64 one would keep C++ loops from vectorising."""
         dtype = compute_dtype(self.program.dtypes["param"])
         return tuple(s.to(dtype) if s.is_floating_point() else s for s in self.program.scalars(values))
-
-    def _numbers(self, p: Phase, batch: Batch, piece: Piece) -> list[Tensor]:
-        row = self._scalars[piece.row]
-        numbers = [row[j] for j in p.scalars] + [batch.summed(name, piece.index) for name in p.sums]
-        return [*numbers, batch.numel(piece.index)] if p.needs_numel else numbers
 
 
 def _in_place(phase: Phase) -> Flat:

@@ -1,4 +1,4 @@
-"""Which backend runs a program, and what is said when the preferred one is not to be had."""
+"""Which backend runs a program, and the warning issued when the requested one is unavailable."""
 
 from __future__ import annotations
 

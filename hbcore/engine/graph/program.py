@@ -1,4 +1,4 @@
-"""What a traced recipe is: plain data that the backends read."""
+"""A traced segment: plain data that the backends read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REDUCERS: dict[str, Callable[[Tensor, int], Tensor]] = {"sum": reduce_sum, "amax
 
 
 def direct_reduce(x: Tensor, how: str, domain: Domain, rule: str) -> Tensor:
-    """``reduce`` for calling a recipe without tracing it, on one whole tensor."""
+    """``reduce`` for calling a segment without tracing it, on one whole tensor."""
     return REDUCERS[how](x, domain)
 
 
@@ -37,7 +37,7 @@ NOISE = "noise."
 
 
 STACK = "stack."
-"""Prefix of what a lane writes for the matrix rule that follows it: ``stack.update``, ``stack.grad``, ``stack.param``."""
+"""Prefix of what a segment writes for the matrix rule that follows it: ``stack.update``, ``stack.grad``, ``stack.param``."""
 
 CARRIED = "carried."
 """Prefix of the numbers that a param group carries from one step to the next."""
@@ -102,9 +102,11 @@ class Program:
 
     def scalars(self, values: Sequence[float | Tensor]) -> tuple[Tensor, ...]:
         """The hoisted scalars as 0-d tensors, from one number or 0-d tensor for each of :attr:`scalar_names`."""
-        if self._python is not None and not any(isinstance(v, Tensor) for v in values):
+        if self._python is not None and type(values[-1]) is float:  # either all are numbers or all may be tensors
             try:  # the same numbers in a tenth of the time
                 made = torch.tensor(self._python(values), dtype=torch.float64, device="cpu").unbind()  # type: ignore[arg-type]
+                if self._float64:
+                    return made
                 return tuple(t.to(dtype) for t, dtype in zip(made, self.hoisted, strict=True))
             except (ArithmeticError, ValueError):
                 pass  # where Python raises, tensors have inf or nan
@@ -125,6 +127,15 @@ class Program:
     @cached_property
     def _python_carry(self) -> Numbers | None:
         return None if self.carry is None else as_python(self.carry)
+
+    @cached_property
+    def _float64(self) -> bool:
+        return all(dtype == torch.float64 for dtype in self.hoisted)
+
+    @cached_property
+    def reductions(self) -> tuple[Reduction, ...]:
+        """Every reduction, in the order of the phases."""
+        return tuple(r for p in self.phases for r in p.reduces)
 
     @cached_property
     def _python(self) -> Numbers | None:

@@ -1,4 +1,4 @@
-"""The numbers of a step: a group's hyperparameters, the step, and what a GradScaler adds; on the host, or on the device."""
+"""The scalar inputs of a step: a group's hyperparameters, the step, a GradScaler's scale; on the host, or on the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hbcore.engine.graph.segment_spec import Recipe
+from hbcore.engine.graph.segment_spec import SegmentSpec
 
 
 class Amp(NamedTuple):
@@ -21,22 +21,26 @@ class Amp(NamedTuple):
 NO_AMP = Amp()
 
 
-def numbers(recipe: Recipe, group: Mapping[str, Any], carried: Mapping[str, float]) -> list[float]:
-    """The group's present hyperparameters and what it carries, flattened as in ``recipe.scalar_names``."""
+def numbers(spec: SegmentSpec, group: Mapping[str, Any], carried: Mapping[str, float]) -> list[float]:
+    """The group's present hyperparameters and what it carries, flattened as in ``spec.scalar_names``."""
     flat: list[float] = []
-    for key, n in recipe.dynamic:
-        value = group[key]
-        flat += [float(value)] if n is None else [float(v) for v in value]
-    return [*flat, *(carried[name] for name in recipe.carried)]
+    for key, n in spec.dynamic:
+        if n is None:
+            flat.append(float(group[key]))
+        else:
+            flat += map(float, group[key])
+    for name in spec.carried:
+        flat.append(carried[name])
+    return flat
 
 
-def device_values(recipe: Recipe, group: Mapping[str, Any], step: Tensor, amp: Amp, model_numel: float) -> list[Tensor]:
+def device_values(spec: SegmentSpec, group: Mapping[str, Any], step: Tensor, amp: Amp, model_numel: float) -> list[Tensor]:
     """The same as 0-d float64 tensors on the step counter's device, with nothing read back from it.
 
     A hyperparameter that is a tensor is read when the step runs, also in a replay; a number is fixed by a capture.
     """
     flat: list[Any] = []
-    for key, n in recipe.dynamic:
+    for key, n in spec.dynamic:
         flat += [group[key]] if n is None else list(group[key])
     scale = 1.0 if amp.grad_scale is None else amp.grad_scale
     found = 0.0 if amp.found_inf is None else amp.found_inf

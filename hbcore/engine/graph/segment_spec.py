@@ -1,9 +1,11 @@
-"""A chain as one pure function of tensors: what the backends trace, compile or call, and what the tests take as the truth."""
+"""A chain as one pure function of tensors: what backends trace, compile or call, and what the tests take as the truth."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,38 +19,43 @@ from hbcore.rules.transform import Context, Domain, Slot, Transform
 from hbcore.state.codec import StateCodec, codec_of, narrowed
 
 Chain = Callable[[SimpleNamespace, tuple[bool, ...], Any], tuple[Transform, ...]]
-"""Hyperparameters of a group, the way at each fork, and the step -> the transforms, arranged."""
+"""A group's hyperparameters, the branch taken at each fork, and the step -> the transforms, arranged."""
 Reduce = Callable[[Tensor, str, Domain, str], Tensor]
-"""``reduce(x, "sum" | "amax", domain, rule)``: the one door through which a rule sees more than one element."""
+"""``reduce(x, "sum" | "amax", domain, rule)``: the only way in which a rule sees more than one element."""
 
 
 def length_of(value: Any) -> int | None:
-    """How many numbers a hyperparameter is made of; None for a plain one."""
+    """How many numbers a hyperparameter has; None for a plain number."""
     return len(value) if isinstance(value, (tuple, list)) else None
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything static about how a set of parameters is updated. Equal recipes share one compiled program.
+def fixed(value: Any) -> Any:
+    """A structural entry as something that can be compared and hashed: a list, which users may write, as a tuple."""
+    return tuple(value) if isinstance(value, list) else value
 
-    A matrix rule cuts a chain into lanes, and a recipe describes one of them: the lane before the rule ends by writing what the
-    rule asks for into tensors named ``stack.<what>``, the one after it begins with the tensor named ``update``.
+
+@dataclass(frozen=True)
+class SegmentSpec:
+    """Everything static about how a set of parameters is updated. Equal specs share one compiled program.
+
+    A segment is a run of elementwise transforms. A matrix rule cuts a chain in two: the segment before it ends by writing what
+    the rule asks for into tensors named ``stack.<what>``, the one after it begins with the tensor named ``update``.
 
     Args:
-        chain: hyperparameters of a group, the way at each fork, and the step -> its transforms, arranged.
+        chain: a group's hyperparameters, the branch taken at each fork, and the step -> its transforms, arranged.
         static: the group's entries that are structure, ``((key, value), ...)``.
         dynamic: the group's entries that may change every step, ``((key, length or None), ...)``: a length for tuples.
         divide: the division backend.
         codec: how slots are stored.
         param_codec: how parameters are stored; None stores them as they are.
-        stochastic: bfloat16 is rounded to stochastically, with noise that arrives as tensors named ``noise.<slot>``.
-        scaled: gradients come multiplied by ``grad_scale``, and ``found_inf`` skips the step, as torch's GradScaler says.
+        stochastic: round bfloat16 values stochastically, with noise that arrives as tensors named ``noise.<slot>``.
+        scaled: gradients come multiplied by ``grad_scale``, and ``found_inf`` skips the step, as torch's GradScaler asks.
         maximize: ascend instead of descend.
-        branches: the way at each fork of the chain.
+        branches: the branch taken at each fork of the chain.
         carried: the numbers that a group carries from step to step.
-        span: the first transform of this lane, and the one after its last; None for the chain's end.
-        takes: the dtype of the update that a matrix rule before this lane made; None where it begins with the gradient.
-        feeds: what the matrix rule after this lane reads, and in which dtypes: ``(("update", bfloat16), ...)``.
+        span: the first transform of this segment, and the one after its last; None for the end of the chain.
+        takes: the dtype of the update that the matrix rule before this segment made; None if it begins with the gradient.
+        feeds: what the matrix rule after this segment reads, with dtypes: ``(("update", bfloat16), ...)``.
     """
 
     chain: Chain
@@ -67,14 +74,25 @@ class Recipe:
     feeds: tuple[tuple[str, torch.dtype], ...] = ()
 
     def fits(self, group: Mapping[str, Any]) -> bool:
-        """Whether the group still has the structure this recipe was made for; its numbers may be any."""
-        return bool(
-            group["maximize"] == self.maximize
-            and all(group[k] == v for k, v in self.static)
-            and all(group[k] is not None and length_of(group[k]) == n for k, n in self.dynamic)
-        )
+        """Whether the group still has the structure that this spec describes; its numbers may be anything."""
+        get, values = self._structure
+        present = get(group)
+        if present != values and tuple(map(fixed, present)) != values:
+            return False
+        for key, length in self.dynamic:
+            value = group[key]
+            if value is None or (len(value) if isinstance(value, (tuple, list)) else None) != length:
+                return False
+        return True
 
-    @property
+    @cached_property
+    def _structure(self) -> tuple[Callable[[Mapping[str, Any]], Any], Any]:
+        """How to read a group's structural entries in one call, and what they have to be."""
+        entries = {"maximize": self.maximize, **dict(self.static)}
+        get = itemgetter(*entries) if len(entries) > 1 else lambda group: (group["maximize"],)
+        return get, tuple(entries.values())
+
+    @cached_property
     def scalar_names(self) -> tuple[str, ...]:
         """The 0-d inputs, flattened: ``lr``, ``betas.0``, ``betas.1``, ..., ``step``, ``model_numel``."""
         names = [k if n is None else f"{k}.{i}" for k, n in self.dynamic for i in range(n or 1)]
@@ -89,7 +107,7 @@ class Recipe:
         return self.chain(SimpleNamespace(**values), self.branches, scalars["step"])
 
     def transforms(self, scalars: Mapping[str, Any]) -> tuple[Transform, ...]:
-        """The transforms of this lane."""
+        """The transforms of this segment."""
         return self.whole_chain(scalars)[self.span[0] : self.span[1]]
 
     def update(
@@ -109,7 +127,7 @@ class Recipe:
             grad = grad * (1 / scalars["grad_scale"])
         if self.maximize:
             grad = -grad
-        packed = self.param_codec if self.packs(tensors["param"].dtype) else None
+        packed = self.param_codec if self.narrows(tensors["param"].dtype) else None
         param = packed.read(tensors, "param", dtype) if packed else tensors["param"].to(dtype)
         stored, update = {}, grad if self.takes is None else tensors["update"].to(dtype)
         for t in self.transforms(scalars):
@@ -134,16 +152,16 @@ class Recipe:
             stored = {name: torch.where(skip, tensors[name], value) for name, value in stored.items()}
         return stored
 
-    def packs(self, dtype: torch.dtype) -> bool:
-        """Whether parameters of ``dtype`` are stored with :attr:`param_codec`: those whose first part it keeps."""
+    def narrows(self, dtype: torch.dtype) -> bool:
+        """Whether parameters of ``dtype`` are stored with :attr:`param_codec`: if it is the dtype of the codec's first part."""
         return self.param_codec is not None and self.param_codec.parts("param", torch.float32)["param"] == dtype
 
     def dtypes(self, param: Tensor, grad: torch.dtype, slots: Mapping[str, Slot]) -> dict[str, torch.dtype]:
-        """Every stored tensor and its dtype, ``param`` and ``grad`` first; noise, which is not stored, last."""
+        """Every tensor that the segment reads or writes, and its dtype: ``param`` and ``grad`` first, noise last."""
         dtypes = {"param": param.dtype, "grad": grad}
         for name, slot in slots.items():
             dtypes.update(codec_of(slot, self.codec).parts(name, compute_dtype(param.dtype)))
-        if self.param_codec is not None and self.packs(param.dtype):
+        if self.param_codec is not None and self.narrows(param.dtype):
             dtypes.update(self.param_codec.parts("param", torch.float32))
         if self.takes is not None:
             dtypes["update"] = self.takes
@@ -153,10 +171,10 @@ class Recipe:
         return dtypes
 
     def _rounded(self, param: torch.dtype, slots: Mapping[str, Slot]) -> list[str]:
-        """The slots, ``param`` among them, that are stored with fewer bits than they are computed in."""
+        """The slots, and ``param``, that are stored with fewer bits than they are computed with."""
         narrow = self.codec.rounds and compute_dtype(param) == torch.float32
         rounded = [name for name, slot in slots.items() if narrow and not slot.exact]
-        exact = self.param_codec is not None and self.packs(param) and not self.param_codec.rounds
+        exact = self.param_codec is not None and self.narrows(param) and not self.param_codec.rounds
         return [*rounded, "param"] if param == torch.bfloat16 and not exact and not self.feeds else rounded
 
     def _context(

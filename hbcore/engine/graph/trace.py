@@ -1,6 +1,6 @@
-"""A recipe -> one elementwise graph, with scalar arithmetic hoisted out and reductions cut into phases.
+"""A segment -> one elementwise graph, with scalar arithmetic hoisted out and reductions cut into phases.
 
-The recipe runs once on meta tensors under a dispatch mode that writes down every ATen call. It runs twice, with two lengths:
+The segment runs once on meta tensors under a dispatch mode that writes down every ATen call. It runs twice, with two lengths:
 what differs between the two graphs is a length that leaked into the rule, and an error. Each value falls in one of three kinds:
 
 * ``host``: 0-d, made of hyperparameters and the step alone. Hoisted: computed once for each (group, step), in float64.
@@ -20,10 +20,10 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_map
 
-from hbcore.engine.graph import segment_spec as recipe_module
+from hbcore.engine.graph import segment_spec as spec_module
 from hbcore.engine.graph.phases import split
 from hbcore.engine.graph.program import REDUCERS, Program
-from hbcore.engine.graph.segment_spec import Recipe
+from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.errors import TraceError
 from hbcore.rules import transform as transform_module
 from hbcore.rules.transform import Domain
@@ -156,35 +156,35 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def where() -> str:
     """``file:line`` of the innermost frame that is a rule's, for error messages."""
     frame = sys._getframe(1)
-    skip = (f"{torch.__path__[0]}{os.sep}", __file__, recipe_module.__file__, transform_module.__file__)
+    skip = (f"{torch.__path__[0]}{os.sep}", __file__, spec_module.__file__, transform_module.__file__)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(skip):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-def record(recipe: Recipe, dtypes: Mapping[str, torch.dtype], length: int) -> tuple[fx.Graph, dict[str, fx.Node]]:
-    """Run ``recipe`` once on meta tensors of ``length`` elements; return the graph and the node of each stored result."""
+def record(spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], length: int) -> tuple[fx.Graph, dict[str, fx.Node]]:
+    """Run ``spec`` once on meta tensors of ``length`` elements; return the graph and the node of each stored result."""
     recorder = Recorder(length)
     meta = torch.device("meta")
     with torch.no_grad():
         tensors = {n: recorder.placeholder(n, torch.empty(length, dtype=d, device=meta), "element") for n, d in dtypes.items()}
         scalars = {
-            n: recorder.placeholder(n, torch.empty((), dtype=torch.float64, device=meta), "host") for n in recipe.scalar_names
+            n: recorder.placeholder(n, torch.empty((), dtype=torch.float64, device=meta), "host") for n in spec.scalar_names
         }
         numel = recorder.placeholder("numel", torch.empty((), dtype=torch.float64, device=meta), "scalar")
         with recorder:
-            results = recipe.update(tensors, scalars, numel, recorder.reduce)
+            results = spec.update(tensors, scalars, numel, recorder.reduce)
     return recorder.graph, {name: recorder.node(value) for name, value in results.items()}
 
 
-def trace(recipe: Recipe, dtypes: Mapping[str, torch.dtype], label: str = "") -> Program:
-    """Trace ``recipe`` for parameters whose tensors have ``dtypes``.
+def trace(spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], label: str = "") -> Program:
+    """Trace ``spec`` for parameters whose tensors have ``dtypes``.
 
     Raises:
         TraceError: the rule broke the tracing contract; the message names the line.
     """
-    (graph, results), (other, _) = (record(recipe, dtypes, n) for n in LENGTHS)
+    (graph, results), (other, _) = (record(spec, dtypes, n) for n in LENGTHS)
     for a, b in zip(graph.nodes, other.nodes, strict=False):
         if a.target != b.target or repr(a.args) != repr(b.args) or repr(a.kwargs) != repr(b.kwargs):
             raise TraceError(f"{a.meta['where']}: the tensor's length became part of the rule; use c.numel.")
-    return split(graph, results, dtypes, recipe.scalar_names, label)
+    return split(graph, results, dtypes, spec.scalar_names, label)

@@ -1,92 +1,102 @@
-"""The order of a step: lanes and matrix rules as soon as what they read is there."""
+"""The operations of a step, in the order in which they run: a flat list, made once for a layout.
+
+An operation is a call without arguments that returns how many kernels it launched: one phase of one segment, a reduction over
+ranks or over the whole model, or one level of matrix rules.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from hbcore.distributed.exchange import total
-from hbcore.engine.planning.segments import Lane, Work
+from hbcore.distributed.exchange import all_reduce
+from hbcore.engine.graph.program import Reduction
+from hbcore.engine.planning.segments import SegmentBatch
+from hbcore.engine.stacks.level import Level
 from hbcore.rules.transform import Domain
+
+Operation = Callable[[], int]
 
 NEUTRAL = {"sum": 0.0, "amax": float("-inf")}
 """What a rank without elements contributes to a reduction."""
 
 
-def run(works: list[Work], levels: int, run_level: Callable[[int], None]) -> int:
-    """Run every lane's phases and every level of matrix rules; return how many kernels the lanes launched.
+def operations_of(batches: Sequence[SegmentBatch], levels: Sequence[Level]) -> list[Operation]:
+    """Put every phase of every segment, and every level of matrix rules, in an order in which each finds its inputs.
 
-    A phase that reads a sum over the model waits until all lanes have contributed; a level of matrix rules waits for the lanes
-    that feed it, and the lanes after it wait for the level.
+    A phase that reads a reduction over the model waits until all segments have contributed; a level of matrix rules waits for
+    the segments that feed it, and the segments after it wait for the level.
     """
-    waiting = {
-        r.name: {id(w) for w in works if w.lane.program and r in reductions(w.lane)}
-        for w in works
-        for r in reductions(w.lane)
+    operations: list[Operation] = []
+    contributing = {
+        r.name: {b for b in batches if b.segment.program and r in b.segment.program.reductions}
+        for b in batches
+        for r in reductions(b)
         if r.domain == Domain.MODEL
     }
-    done, finished, launches = dict.fromkeys(map(id, works), 0), 0, 0
-    while finished < levels or any(done[id(w)] < w.lane.phases for w in works):
-        for w in works:
-            k = done[id(w)]
-            if k == w.lane.phases or w.lane.level > finished or _must_wait(w, k, waiting):
+    done, finished = dict.fromkeys(batches, 0), 0
+    while finished < len(levels) or any(k < b.segment.phases for b, k in done.items()):
+        for b in batches:
+            k, segment = done[b], b.segment
+            if k == segment.phases or segment.level > finished or _waits(b, k, contributing):
                 continue
-            if w.entries:
-                assert w.lane.executable is not None
-                launches += w.lane.executable.run(k, w.batch)
-            done[id(w)] += 1
-            _join(w, k)
-            for r in w.lane.program.phases[k].reduces if w.lane.program else ():
+            if b.members:
+                assert segment.executable is not None
+                operations.append(partial(segment.executable.run, k, b))
+            done[b] += 1
+            for r in segment.program.phases[k].reduces if segment.program else ():
+                if r.domain == Domain.TENSOR and b.shards is not None:
+                    operations.append(partial(_reduce_over_ranks, b, r))
                 if r.domain == Domain.MODEL:
-                    waiting[r.name].discard(id(w))
-                    if not waiting[r.name]:
-                        _combine(r.name, r.how, works)
-        feeding = (w for w in works if w.lane.level == finished and w.lane.key.recipe.feeds)
-        if finished < levels and all(done[id(w)] == w.lane.phases for w in feeding):
-            run_level(finished)
+                    contributing[r.name].discard(b)
+                    if not contributing[r.name]:
+                        operations.append(partial(_reduce_over_model, r, batches))
+        feeding = (b for b in batches if b.segment.level == finished and b.segment.key.spec.feeds)
+        if finished < len(levels) and all(done[b] == b.segment.phases for b in feeding):
+            operations.append(levels[finished].run)
             finished += 1
-    return launches
+    return operations
 
 
-def _must_wait(work: Work, phase: int, waiting: dict[str, set[int]]) -> bool:
-    program = work.lane.program
-    return program is not None and any(waiting.get(name) for name in program.phases[phase].sums)
+def reductions(batch: SegmentBatch) -> Sequence[Reduction]:
+    """Every reduction of a batch's program."""
+    return batch.segment.program.reductions if batch.segment.program else ()
 
 
-def reductions(lane: Lane) -> list[Any]:
-    """Every reduction of a lane's program."""
-    return [r for p in lane.program.phases for r in p.reduces] if lane.program else []
+def _waits(batch: SegmentBatch, phase: int, contributing: dict[str, set[SegmentBatch]]) -> bool:
+    program = batch.segment.program
+    return program is not None and any(contributing.get(name) for name in program.phases[phase].sums)
 
 
-def _join(work: Work, phase: int) -> None:
-    """Reduce over the ranks what a phase made of its part of each tensor."""
-    if work.shards is None or work.lane.program is None:
-        return
-    for r in work.lane.program.phases[phase].reduces:
-        if r.domain == Domain.TENSOR:
-            device = work.everyone[0].local.device
-            values = torch.full((len(work.everyone),), NEUTRAL[r.how], dtype=torch.float64, device=device)
-            if work.here:
-                values[work.here] = torch.stack(work.batch.sums[r.name]).double()
-            total(values, r.how, work.shards)
-            work.batch.sums[r.name] = list(values[work.here].to(r.dtype).unbind())
+def _reduce_over_ranks(batch: SegmentBatch, r: Reduction) -> int:
+    """Reduce over the ranks what a phase computed of its part of each tensor."""
+    assert batch.shards is not None
+    device = batch.everyone[0].local.device
+    values = torch.full((len(batch.everyone),), NEUTRAL[r.how], dtype=torch.float64, device=device)
+    if batch.here:
+        values[batch.here] = torch.stack(batch.sums[r.name]).double()
+    all_reduce(values, r.how, batch.shards)
+    batch.sums[r.name] = list(values[batch.here].to(r.dtype).unbind())
+    return 0
 
 
-def _combine(name: str, how: str, works: list[Work]) -> None:
-    """Make one number of what every lane contributed, and give it to all of them."""
+def _reduce_over_model(r: Reduction, batches: Sequence[SegmentBatch]) -> int:
+    """Make one number of what every segment contributed, and give it to all of them."""
     parts: list[Tensor] = []
-    for w in (w for w in works if any(r.name == name for r in reductions(w.lane))):
-        own = [x.double() for x in w.batch.sums.get(name, ())]
-        part = _reduced(own, how) if own else torch.tensor(NEUTRAL[how], dtype=torch.float64, device=w.lane.key.device)
-        if w.shards is not None:
-            total(part, how, w.shards)
+    for b in (b for b in batches if any(other.name == r.name for other in reductions(b))):
+        own = [x.double() for x in b.sums.get(r.name, ())]
+        device = b.segment.key.device
+        part = _reduced(own, r.how) if own else torch.tensor(NEUTRAL[r.how], dtype=torch.float64, device=device)
+        if b.shards is not None:
+            all_reduce(part, r.how, b.shards)
         parts.append(part.to(parts[0].device) if parts else part)
-    result = _reduced(parts, how)
-    for w in works:
-        w.batch.model[name] = result
+    result = _reduced(parts, r.how)
+    for b in batches:
+        b.model[r.name] = result
+    return 0
 
 
 def _reduced(values: list[Tensor], how: str) -> Tensor:

@@ -8,6 +8,7 @@ them. The noise of stochastic rounding is drawn by a row's place among them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,7 @@ from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.scalar_inputs import NO_AMP, Amp
 from hbcore.engine.options import Settings
 from hbcore.engine.planning.plan import Plan
-from hbcore.engine.planning.segments import Entry, Work
+from hbcore.engine.planning.segments import Member
 from hbcore.errors import OptionError, RuleError, SparseGradientError
 from hbcore.rules import route
 from hbcore.rules.transform import Domain
@@ -36,7 +37,6 @@ class SparsePlan(Plan):
 
     def __init__(self, core: OptimizerCore) -> None:
         super().__init__(core)
-        self.numel = 0  # of a table a step takes a few rows: compile="auto" compiles nothing on a CPU
         self._rows: list[Rows] = []
         for t in (t for group in core.groups for t in route.every(core.chain.forked(group))):
             if t.domain == Domain.MATRIX or t.owns_apply or t.scalars():
@@ -44,17 +44,22 @@ class SparsePlan(Plan):
 
     def step(self, amp: Amp = NO_AMP) -> list[Tensor]:
         try:
-            return super().step(amp)
+            super().step(amp)
+            for rows in self._rows:
+                rows.write_back()
+            stepped = [rows.whole.param for rows in self._rows]
+            torch.autograd.graph.increment_version(stepped)
+            return stepped
         finally:  # the next step has other rows; a backend may hold these until then, but not their gradients
             for rows in self._rows:
-                rows.entry.param.grad = None
-            self._works, self._active, self._rows = None, [], []
+                rows.rows.param.grad = None
+            self.layout, self._rows = None, []
 
     def _gradient(self, p: Tensor, g: int, i: int) -> Tensor:
         grad = p.grad
         assert grad is not None
         if is_dtensor(p) or is_dtensor(grad):
-            raise SparseGradientError(f"{self.core.name_of(g, i)} is spread over ranks; keep a table of sparse rows whole.")
+            raise SparseGradientError(f"{self.core.name_of(g, i)} is sharded; keep a table of sparse rows whole.")
         if grad.layout != torch.sparse_coo:
             raise SparseGradientError(
                 f"{self.core.name_of(g, i)} has a dense gradient ({grad.layout}), and this optimizer takes sparse ones only; "
@@ -62,18 +67,13 @@ class SparsePlan(Plan):
             )
         return grad._values()
 
-    def _lay_out(self) -> list[Work]:
-        whole = self._active
-        self._rows = [gathered(e) for e in whole]
-        self._active = [rows.entry for rows in self._rows]
-        works = super()._lay_out()
-        self._params = [e.param for e in whole]
-        return works
+    def _grouped(self, active: Iterable[Member]) -> list[Member]:
+        """Members made of the rows that have a gradient."""
+        self._rows = [gathered(m) for m in active]
+        return [rows.rows for rows in self._rows]
 
-    def _step(self, works: list[Work], amp: Amp) -> None:
-        super()._step(works, amp)
-        for rows in self._rows:
-            rows.write_back()
+    def _numel(self) -> int:
+        return 0  # a step takes a few rows of a table: compile="auto" compiles nothing on a CPU
 
 
 @dataclass(frozen=True)
@@ -81,35 +81,35 @@ class Rows:
     """The rows of one parameter that have a gradient.
 
     Attributes:
-        whole: the parameter's entry.
-        entry: an entry of the gathered rows, ``[rows, *dense dimensions]``, as if they were a parameter.
+        whole: the parameter.
+        rows: a member made of the gathered rows, ``[rows, *dense dimensions]``, as if they were a parameter.
         index: where they lie in the parameter.
     """
 
-    whole: Entry
-    entry: Entry
+    whole: Member
+    rows: Member
     index: Index
 
     def write_back(self) -> None:
         """Put the rows, and their state, where they were gathered from."""
-        if not self.entry.local.numel():
+        if not self.rows.local.numel():
             return
-        put(self.whole.local, self.index, self.entry.local)
-        for name, rows in self.entry.stored.items():
+        put(self.whole.local, self.index, self.rows.local)
+        for name, part in self.rows.stored.items():
             if name != "step":
-                put(self.whole.stored[name], self.index, rows)
+                put(self.whole.stored[name], self.index, part)
 
 
-def gathered(e: Entry) -> Rows:
-    """Copies of the rows of ``e`` that its parameter's gradient has; rows that come twice have the sum of their gradients."""
-    assert e.param.grad is not None
-    grad = e.param.grad.coalesce()
+def gathered(m: Member) -> Rows:
+    """Copies of the rows of ``m`` that its parameter's gradient has; rows that come twice have the sum of their gradients."""
+    assert m.param.grad is not None
+    grad = m.param.grad.coalesce()
     index: Index = grad.indices().unbind(0)
     values = local(grad.values())
-    param = take(e.local, index)[: len(values)]
+    param = take(m.local, index)[: len(values)]
     param.grad = values
-    stored = {name: t if name == "step" else take(t, index)[: len(values)] for name, t in e.stored.items()}
-    return Rows(e, replace(e, param=param, local=param, stored=stored, held={}), index)
+    stored = {name: t if name == "step" else take(t, index)[: len(values)] for name, t in m.stored.items()}
+    return Rows(m, replace(m, param=param, local=param, stored=stored, held={}), index)
 
 
 def take(table: Tensor, index: Index) -> Tensor:
@@ -126,7 +126,7 @@ def put(table: Tensor, index: Index, rows: Tensor) -> None:
 
 
 def check(optimizer: str, settings: Settings) -> None:
-    """Look whether options go with sparse gradients.
+    """Check that the options support sparse gradients.
 
     Raises:
         OptionError: one does not.

@@ -1,4 +1,4 @@
-"""How parameters enter a plan: with the state that they have, and what they lack of it."""
+"""How parameters enter a plan: with the state that they have, and initial values for what they lack of it."""
 
 from __future__ import annotations
 
@@ -10,109 +10,116 @@ from torch import Tensor
 from hbcore.distributed.exchange import owners
 from hbcore.distributed.placement import gathered, local, shards_of, spread_like
 from hbcore.engine.core import OptimizerCore
-from hbcore.engine.planning.partition import Course
-from hbcore.engine.planning.segments import Entry, Lane, aligned, initial_state, is_transient
-from hbcore.engine.stacks.stack import Seat, Slab, SlabKey, SpreadSeat
+from hbcore.engine.planning.partition import Partition
+from hbcore.engine.planning.segments import Member, Segment, aligned, is_transient
+from hbcore.engine.stacks.stack import ShardedView, Stack, StackKey, StackView
 from hbcore.errors import RuleError, StateWarning
+from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Transform
 from hbcore.rules.views import Block
+from hbcore.state.codec import codec_of
 from hbcore.state.expected import expected
 from hbcore.state.steps import Address, StepCounters
 from hbcore.warn import warn_at_caller
 
 
-class Newcomer(NamedTuple):
+class NewMember(NamedTuple):
     """A parameter that the plan does not know, or not as it is now."""
 
     group: int
     param: Tensor
-    course: Course
-    lanes: tuple[Lane, ...]
+    partition: Partition
+    segments: tuple[Segment, ...]
 
 
-class Adopter:
-    """Collects newcomers, then takes them in together: one counter slab, and one slab for all blocks of one kind."""
+class StateInit:
+    """Collects new members, then gives them their state together: one counter slab, one stack for all blocks of one kind."""
 
     def __init__(self, core: OptimizerCore, counters: StepCounters) -> None:
         self.core, self.counters = core, counters
-        self._new: list[Newcomer] = []
+        self._new: list[NewMember] = []
 
-    def want(self, group: int, param: Tensor, course: Course, lanes: tuple[Lane, ...]) -> None:
-        """Adopt ``param`` with the others."""
-        self._new.append(Newcomer(group, param, course, lanes))
+    def add(self, group: int, param: Tensor, partition: Partition, segments: tuple[Segment, ...]) -> None:
+        """Take in ``param`` with the others."""
+        self._new.append(NewMember(group, param, partition, segments))
 
-    def holds(self, entry: Entry) -> bool:
+    def holds(self, member: Member) -> bool:
         """Whether the optimizer's state still holds the very tensors that were planned for."""
-        state = self.core.state[entry.param]
-        walked = {name for lane in entry.lanes for name in lane.dtypes if not is_transient(name)}
-        part = local(entry.param.detach())
-        same = part.data_ptr() == entry.local.data_ptr() and part.stride() == entry.local.stride()
-        return (
-            same
-            and state is entry.state
-            and all(
-                state.get(name) is tensor and (name not in walked or aligned(entry.stored[name], local(entry.param)))
-                for name, tensor in entry.held.items()
-            )
+        state = self.core.state[member.param]
+        walked = {name for segment in member.segments for name in segment.dtypes if not is_transient(name)}
+        part = local(member.param.detach())
+        if part.data_ptr() != member.local.data_ptr() or part.stride() != member.local.stride() or state is not member.state:
+            return False
+        return all(
+            state.get(name) is tensor and (name not in walked or aligned(member.stored[name], part))
+            for name, tensor in member.held.items()
         )
 
-    def adopt(self) -> dict[Tensor, Entry]:
-        """Make an entry of each newcomer."""
-        addresses, seats = self._addresses(), self._seats()
-        return {n.param: self._entry(n, addresses[n.param], tuple(seats[n.param])) for n in self._new}
+    def members(self) -> dict[Tensor, Member]:
+        """Make a member of each parameter that was added."""
+        addresses, views = self._addresses(), self._views()
+        return {n.param: self._member(n, addresses[n.param], views[n.param]) for n in self._new}
 
-    def _entry(self, n: Newcomer, address: Address, seats: tuple[Seat | SpreadSeat, ...]) -> Entry:
+    def _member(self, n: NewMember, address: Address, views: list[StackView | ShardedView]) -> Member:
         p, state, part = n.param, self.core.state[n.param], local(n.param.detach())
-        names = ["step"]
-        for lane in n.lanes:
-            state.update({name: spread_like(t, p) for name, t in initial_state(lane, part, state).items()})
-            for name, dtype in lane.dtypes.items():
-                if not is_transient(name):
-                    if not (name.startswith("param#") and name in names):  # every lane reads the parameter, and what it lacks
-                        names.append(name)
-                    old = local(state[name])
-                    if old.dtype != dtype or not aligned(old, part):
-                        moved = torch.empty_like(part, dtype=dtype, requires_grad=False).copy_(old)
-                        state[name] = spread_like(moved, p)
+        names = ["step", *self._elementwise(n, part, state)]
         touched = float(state.get("step", 0.0)) > 0
-        for seat in seats:
-            touched = self._take_over(n, seat, state) or touched
-            names += seat.state()
+        for view in views:
+            touched = self._move_in(n, view, state) or touched
+            names += view.state()
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise RuleError(f"two rules of one chain claim the slot {twice[0]!r} of a parameter; rename one of them.")
         state["step"] = self.counters.view(address)
         held = {name: state[name] for name in names}
-        return Entry(
+        return Member(
             param=p,
             local=part,
             shards=shards_of(p),
             group=n.group,
-            course=n.course,
-            lanes=n.lanes,
+            partition=n.partition,
+            segments=n.segments,
             counter=address,
             state=state,
-            identity=self.core.seed_key(n.group, p),
-            seats=seats,
+            seed_key=self.core.seed_key(n.group, p),
+            views=views,
             held=held,
             stored={name: local(t) for name, t in held.items()},
-            primed=touched or not n.course.primes,
+            primed=touched or not n.partition.primes,
         )
 
-    def _take_over(self, n: Newcomer, seat: Seat | SpreadSeat, state: dict[str, Any]) -> bool:
-        """Move what the state has of a matrix rule's slots into the slabs; say whether it was more than what it begins with.
+    def _elementwise(self, n: NewMember, part: Tensor, state: dict[str, Any]) -> list[str]:
+        """Complete the state of the segments' slots, in the parameter's memory order; return its names."""
+        names: list[str] = []
+        for segment in n.segments:
+            state.update({name: spread_like(t, n.param) for name, t in initial_state(segment, part, state).items()})
+            for name, dtype in segment.dtypes.items():
+                if is_transient(name):
+                    continue
+                if not (name.startswith("param#") and name in names):  # every segment reads what param_ecc keeps
+                    names.append(name)
+                old = local(state[name])
+                if old.dtype != dtype or not aligned(old, part):
+                    moved = torch.empty_like(part, dtype=dtype, requires_grad=False).copy_(old)
+                    state[name] = spread_like(moved, n.param)
+        return names
 
-        Collective for a spread parameter whose state is spread as well, as a checkpoint brings it: all of it goes to the owner.
+    def _move_in(self, n: NewMember, view: StackView | ShardedView, state: dict[str, Any]) -> bool:
+        """Move what the state has of a matrix rule's slots into the stacks; return whether it differed from initial values.
+
+        Collective for a sharded parameter whose state is sharded too, as a checkpoint leaves it: all of it goes to the owner.
         """
-        views = seat.state()
-        rules = [n.course.transforms[i] for i in n.course.rules]
-        slots = {part: slot for slot in expected(rules, n.param, n.lanes[0].key.recipe.codec) for part in slot.parts(n.param)}
+        views = view.state()
+        rules = [n.partition.transforms[i] for i in n.partition.rules]
+        codec = n.segments[0].key.spec.codec
+        slots = {part: slot for slot in expected(rules, n.param, codec) for part in slot.parts(n.param)}
         touched = False
-        for name in [name for name in slots if name in state and (name in views or isinstance(seat, SpreadSeat))]:
+        for name in [name for name in slots if name in state and (name in views or isinstance(view, ShardedView))]:
             whole = gathered(state[name])
             blank = slots[name].blank(whole)[name]
             if whole.shape != blank.shape:
                 warn_at_caller(
-                    f"state {name!r} of shape {tuple(whole.shape)} starts afresh with {tuple(blank.shape)}, as now asked for.",
+                    f"state {name!r} of shape {tuple(whole.shape)} starts afresh with {tuple(blank.shape)}, as the present "
+                    "options ask for.",
                     StateWarning,
                 )
             else:
@@ -125,7 +132,7 @@ class Adopter:
         return touched
 
     def _addresses(self) -> dict[Tensor, Address]:
-        """A counter for each newcomer, which goes on from where its state says."""
+        """A counter for each new member, which goes on from where its state says."""
         capturable = self.core.settings.capturable
         devices = {n.param: n.param.device if capturable else torch.device("cpu") for n in self._new}
         addresses: dict[Tensor, Address] = {}
@@ -135,38 +142,73 @@ class Adopter:
             addresses.update(zip(there, opened, strict=True))
         return addresses
 
-    def _seats(self) -> dict[Tensor, list[Seat | SpreadSeat]]:
-        """Seats in new slabs: late parameters open slabs of their own, so that nobody else's state moves."""
-        rows: dict[SlabKey, list[str]] = {}
-        rules: dict[SlabKey, tuple[Transform, dict[str, torch.dtype]]] = {}
-        plans: list[tuple[Newcomer, list[list[tuple[Block, SlabKey, int]]]]] = []
-        dealt = owners(p for group in self.core.groups for p in group["params"])
+    def _views(self) -> dict[Tensor, list[StackView | ShardedView]]:
+        """Views of new stacks: late parameters open stacks of their own, so that nobody else's state moves."""
+        rows: dict[StackKey, list[str]] = {}
+        rules: dict[StackKey, tuple[Transform, dict[str, torch.dtype]]] = {}
+        plans: list[tuple[NewMember, list[list[tuple[Block, StackKey, int]]]]] = []
+        owner_of = owners(p for group in self.core.groups for p in group["params"])
         for n in self._new:
             shards = shards_of(n.param)
-            levels: list[list[tuple[Block, SlabKey, int]]] = []
-            for lane, i in zip(n.lanes, n.course.rules, strict=False):
-                rule, level = n.course.transforms[i], []
-                elsewhere = shards is not None and dealt[n.param] != shards.rank
+            levels: list[list[tuple[Block, StackKey, int]]] = []
+            for segment, i in zip(n.segments, n.partition.rules, strict=False):
+                rule, level = n.partition.transforms[i], []
+                elsewhere = shards is not None and owner_of[n.param] != shards.rank
                 for k, block in enumerate(() if elsewhere else rule.blocks(n.param.shape)):
-                    key = SlabKey(lane.key.recipe, n.group, i, block.shape, n.param.dtype, lane.key.device)
-                    rules[key] = (rule, dict(lane.key.recipe.feeds))
+                    spec = segment.key.spec
+                    key = StackKey(spec, n.group, i, block.shape, n.param.dtype, segment.key.device)
+                    rules[key] = (rule, dict(spec.feeds))
                     names = rows.setdefault(key, [])
                     level.append((block, key, len(names)))
-                    identity = self.core.seed_key(n.group, n.param)
-                    names += [f"{identity}/{k}.{j}" for j in range(block.batch)]
+                    seed_key = self.core.seed_key(n.group, n.param)
+                    names += [f"{seed_key}/{k}.{j}" for j in range(block.batch)]
                 levels.append(level)
             plans.append((n, levels))
-        slabs = {key: Slab(key, *rules[key], names) for key, names in rows.items()}
-        seats: dict[Tensor, list[Seat | SpreadSeat]] = {}
-        for n, levels in plans:
-            whole = [Seat(n.param.shape, [(block, slabs[key], row) for block, key, row in level]) for level in levels]
-            shards, part = shards_of(n.param), local(n.param.detach())
-            seats[n.param] = (
-                [*whole]
-                if shards is None
-                else [
-                    SpreadSeat(shards, dealt[n.param], seat, part, dict(lane.key.recipe.feeds))
-                    for seat, lane in zip(whole, n.lanes, strict=False)
-                ]
-            )
-        return seats
+        stacks = {key: Stack(key, *rules[key], names) for key, names in rows.items()}
+        return {n.param: _views_of(n, levels, stacks, owner_of) for n, levels in plans}
+
+
+def _views_of(
+    n: NewMember,
+    levels: list[list[tuple[Block, StackKey, int]]],
+    stacks: dict[StackKey, Stack],
+    owner_of: dict[Tensor, int],
+) -> list[StackView | ShardedView]:
+    whole = [StackView(n.param.shape, [(block, stacks[key], row) for block, key, row in level]) for level in levels]
+    shards, part = shards_of(n.param), local(n.param.detach())
+    if shards is None:
+        return [*whole]
+    return [
+        ShardedView(shards, owner_of[n.param], view, part, dict(segment.key.spec.feeds))
+        for view, segment in zip(whole, n.segments, strict=False)
+    ]
+
+
+def initial_state(segment: Segment, p: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
+    """The stored tensors that ``state`` lacks, for ``p``, this rank's part of a parameter, in its memory order."""
+    dtype, step = compute_dtype(p.dtype), float(state.get("step", 0.0))
+    missing: dict[str, Tensor] = {}
+    for name, slot in segment.slots.items():
+        codec = codec_of(slot, segment.key.spec.codec)
+        parts = codec.parts(name, dtype)
+        if all(part in state for part in parts):
+            continue
+        blank = {part: torch.zeros_like(p, dtype=d, requires_grad=False) for part, d in parts.items()}
+        first = late_start(segment, name, p, step) if step else None
+        if first is None and slot.fill:
+            first = torch.full_like(p, slot.fill, dtype=dtype)
+        missing.update(blank if first is None else codec.write(blank, name, first))
+    for name, stored in segment.dtypes.items():  # what param_ecc keeps beside a parameter: nothing to correct yet
+        if not is_transient(name) and name not in state and name not in missing:
+            missing[name] = torch.zeros_like(p, dtype=stored, requires_grad=False)
+    return missing
+
+
+def late_start(segment: Segment, name: str, p: Tensor, step: float) -> Tensor | None:
+    """What the slot ``name`` begins with where ``p`` took ``step`` steps before its rule was added; None for the usual."""
+    dtype = compute_dtype(p.dtype)
+    for t in segment.transforms:
+        if name in t.slots(p):
+            value = t.joins(p.to(dtype), torch.tensor(step, dtype=torch.float64)).get(name)
+            return None if value is None else value.to(dtype)
+    return None

@@ -1,138 +1,167 @@
-"""One step of the matrix rules: which rows of which slab run together, and when."""
+"""One level of matrix rules: which rows of which stack run together, and when."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
 from hbcore.distributed.exchange import from_owners, to_owners
-from hbcore.engine.graph.segment_spec import Recipe
-from hbcore.engine.group_scalars import GroupScalars, carried
-from hbcore.engine.planning.segments import Entry, noise_key
-from hbcore.engine.stacks.rule_call import Part, Turn
-from hbcore.engine.stacks.stack import Seat, Slab, SpreadSeat
+from hbcore.engine.graph.scalar_inputs import numbers
+from hbcore.engine.group_scalars import GroupScalars
+from hbcore.engine.stacks.rule_call import Part, RuleCall
+from hbcore.engine.stacks.stack import ShardedView, Stack, StackView
+
+
+class StackMember(Protocol):
+    """What a level knows of a parameter.
+
+    Attributes:
+        views: where each matrix rule of its chain sees it.
+        primed: whether its rules that prime did so.
+    """
+
+    primed: bool
+
+    @property
+    def views(self) -> Sequence[StackView | ShardedView]: ...
+
+    @property
+    def reach(self) -> int:
+        """How many of its segments take part in a step."""
 
 
 class Together(NamedTuple):
-    """What rows must share to be handed to a rule together. A recipe's own identity stands for it: it is long to compare."""
+    """What rows must share to be handed to a rule in one call. ``spec`` is the spec's ``id``: comparing specs is slow, and the
+    stacks keep them alive."""
 
     group: int
-    recipe: int
-    place: int
+    spec: int
+    rule: int
     device: torch.device
     step: float
     priming: bool
 
 
 class Level:
-    """One level of matrix rules: the rows of its slabs, in the groups that run together, and what goes there and back.
+    """The matrix rules that have as many others before them: their stacks' rows, sorted into calls.
+
+    Args:
+        members: all active parameters.
+        level: how many matrix rules come before this one.
 
     Attributes:
-        partial: whether some of a slab's rows sit this step out, or take it at another step than the rest.
+        stacks: each stack's rows: the member, its index among all active ones, and its rows.
+        partial: whether some of a stack's rows sit this step out, or take it at another step than the rest.
     """
 
-    def __init__(self, entries: list[Entry], level: int) -> None:
-        self.level, self.traffic = level, Traffic(entries, level)
-        self.members: dict[Slab, list[tuple[Entry, int, range]]] = {}  # with the parameter's place among the active ones
-        for place, e in enumerate(entries):
-            if level < min(e.reach, len(e.seats)):
-                for block, slab, row in e.seats[level].places:
-                    self.members.setdefault(slab, []).append((e, place, range(row, row + block.batch)))
+    def __init__(self, members: Sequence[StackMember], level: int) -> None:
+        self.level, self._traffic = level, Traffic(members, level)
+        self.stacks: dict[Stack, list[tuple[StackMember, int, range]]] = {}
+        for position, m in enumerate(members):
+            if level < min(m.reach, len(m.views)):
+                for block, stack, row in m.views[level].runs:
+                    self.stacks.setdefault(stack, []).append((m, position, range(row, row + block.batch)))
         self.partial = False
         self._base: list[float] | None = None
-        self._runs: dict[Together, list[Part]] = {}
+        self._calls: list[tuple[Together, RuleCall]] = []
+        self._coming: Mapping[int, GroupScalars] = {}
 
     def open(self) -> bool:
-        """Take memory for the slabs' inputs; say whether some of it lies elsewhere than in the last step."""
-        return any([slab.open() for slab in self.members])
+        """Take memory for the stacks' inputs; return whether some of it lies elsewhere than in the last step."""
+        moved = False
+        for stack in self.stacks:
+            moved = stack.open() or moved
+        return moved
 
     def close(self) -> None:
         """Give the memory back."""
-        for slab in self.members:
-            slab.close()
+        for stack in self.stacks:
+            stack.close()
 
-    def arrange(self, base: list[float]) -> None:
-        """Sort the rows by step; ``base`` is the same list while all parameters advance together."""
-        if self._base is base:
-            return
-        self._base, self._runs, self.partial = base, {}, False
-        for slab, members in self.members.items():
-            found: dict[tuple[float, bool], list[int]] = {}
-            for e, place, rows in members:
-                found.setdefault((base[place], not e.primed and e.reach == self.level + 1), []).extend(rows)
-            key = slab.key
-            for (step, priming), chosen in found.items():
-                chosen.sort()
-                whole = chosen == list(range(len(slab.names)))
-                self.partial = self.partial or not whole
-                index = None if whole else torch.tensor(chosen, device=key.device)
-                together = Together(key.group, id(key.recipe), key.place, key.device, step, priming)
-                self._runs.setdefault(together, []).append(Part(slab, index, [slab.names[r] for r in chosen]))
-
-    def run(
+    def fill(
         self,
+        base: list[float],
         ahead: int,
-        scalars: Callable[[int, Recipe], dict[str, Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+        carries: Mapping[int, Mapping[str, float]],
         refreshes: Mapping[int, Mapping[str, bool]],
-        before: Sequence[GroupScalars],
-        after: Mapping[int, GroupScalars],
+        coming: Mapping[int, GroupScalars],
     ) -> None:
-        """Bring the rules' inputs to the slabs, run the rules, and bring the results back.
+        """Hand each call this step's numbers.
 
         Args:
-            ahead: what to add to the counts that the rows were sorted by.
-            scalars: what a group's recipe asks for, 0-d float64 each; the step is each row's own.
+            base: the step counts of all active parameters, the same list while they advance together.
+            ahead: what to add to them.
+            groups: the param groups.
+            carries: the rules' scalars that each active group carries from the last step.
             refreshes: whether each rule of a group, by name, refreshes.
-            before, after: what each group carried from the last step, and will carry to the next.
+            coming: what each group will carry to the next step; :meth:`run` adds to it.
         """
-        self.traffic.deal()
-        for together, parts in self._runs.items():
-            g, recipe = together.group, parts[0].slab.key.recipe
-            step = torch.tensor(together.step + ahead, dtype=torch.float64)
-            rule = recipe.whole_chain({**scalars(g, recipe), "step": step})[together.place]
-            held = {n: torch.tensor(v, dtype=torch.float64) for n, v in carried(before[g], [rule]).items()}
-            turn = Turn(rule, step, refreshes[g][rule.name], together.priming, recipe.divide, held, noise_key)
-            for new in turn.run(parts):
-                after[g].update({n: float(v) for n, v in new.items()})
-        self.traffic.collect()
+        if self._base is not base:
+            self._arrange(base)
+        self._coming = coming
+        for together, call in self._calls:
+            g = together.group
+            call.fill(numbers(call.spec, groups[g], carries[g]), together.step + ahead, refreshes[g][call.rule.name])
+
+    def run(self) -> int:
+        """Bring the rules' inputs to the stacks, run the rules, and bring the results back."""
+        self._traffic.scatter()
+        for together, call in self._calls:
+            for name, value in call.run().items():
+                self._coming[together.group][name] = value
+        self._traffic.gather()
+        return 0
+
+    def _arrange(self, base: list[float]) -> None:
+        """Sort the rows into calls: those of one rule that take the same step run together."""
+        parts: dict[Together, list[Part]] = {}
+        self._base, self.partial = base, False
+        for stack, members in self.stacks.items():
+            found: dict[tuple[float, bool], list[int]] = {}
+            for m, position, rows in members:
+                found.setdefault((base[position], not m.primed and m.reach == self.level + 1), []).extend(rows)
+            key = stack.key
+            for (step, priming), chosen in found.items():
+                chosen.sort()
+                whole = chosen == list(range(len(stack.names)))
+                self.partial = self.partial or not whole
+                index = None if whole else torch.tensor(chosen, device=key.device)
+                together = Together(key.group, id(key.spec), key.index, key.device, step, priming)
+                parts.setdefault(together, []).append(Part(stack, index, [stack.names[r] for r in chosen]))
+        self._calls = [(together, RuleCall(some, together.priming)) for together, some in parts.items()]
 
 
-def levels_of(entries: list[Entry], before: list[Level]) -> list[Level]:
-    """The levels of matrix rules that a step has, on whatever rank, open; those of the steps ``before`` are closed."""
-    for level in before:
-        level.close()
-    levels = [Level(entries, level) for level in range(max((min(e.reach, len(e.seats)) for e in entries), default=0))]
-    for level in levels:
-        level.open()
-    return levels
+def levels_of(members: Sequence[StackMember]) -> list[Level]:
+    """The levels of matrix rules that a step has, on any rank."""
+    return [Level(members, level) for level in range(max((min(m.reach, len(m.views)) for m in members), default=0))]
 
 
 class Traffic:
-    """What goes to the slabs of one level, and back, other than by a lane's own writing."""
+    """The copies to the stacks of one level and back, where the segments do not write there themselves."""
 
-    def __init__(self, entries: list[Entry], level: int) -> None:
-        seats = [e.seats[level] for e in entries if level < min(e.reach, len(e.seats))]
-        whole = [seat if isinstance(seat, Seat) else seat.inner for seat in seats]
-        self._scattered = [seat for seat in whole if len(seat.places) > 1]
-        self._spread: dict[tuple[object, tuple[tuple[str, torch.dtype], ...]], list[SpreadSeat]] = {}
-        for seat in seats:
-            if isinstance(seat, SpreadSeat):
-                self._spread.setdefault((seat.shards.mesh, tuple(seat.feeds.items())), []).append(seat)
+    def __init__(self, members: Sequence[StackMember], level: int) -> None:
+        views = [m.views[level] for m in members if level < min(m.reach, len(m.views))]
+        whole = [view if isinstance(view, StackView) else view.inner for view in views]
+        self._scattered = [view for view in whole if len(view.runs) > 1]
+        self._sharded: dict[tuple[object, tuple[tuple[str, torch.dtype], ...]], list[ShardedView]] = {}
+        for view in views:
+            if isinstance(view, ShardedView):
+                self._sharded.setdefault((view.shards.mesh, tuple(view.feeds.items())), []).append(view)
 
-    def deal(self) -> None:
-        """Bring the rules' inputs to the slabs."""
-        for (_, feeds), seats in self._spread.items():
+    def scatter(self) -> None:
+        """Bring the rules' inputs to the stacks."""
+        for (_, feeds), views in self._sharded.items():
             for name, _ in feeds:
-                to_owners([seat.parcel(name) for seat in seats], seats[0].shards)
-        for seat in self._scattered:
-            seat.deal()
+                to_owners([view.transfer(name) for view in views], views[0].shards)
+        for view in self._scattered:
+            view.scatter()
 
-    def collect(self) -> None:
-        """Bring the results to where the next lanes read them."""
-        for seat in self._scattered:
-            seat.collect()
-        for seats in self._spread.values():
-            from_owners([seat.parcel("update") for seat in seats], seats[0].shards)
+    def gather(self) -> None:
+        """Bring the results to where the next segments read them."""
+        for view in self._scattered:
+            view.gather()
+        for views in self._sharded.values():
+            from_owners([view.transfer("update") for view in views], views[0].shards)

@@ -1,135 +1,199 @@
-"""One run of a matrix rule over rows of slabs: what the rule is given, and where its results go."""
+"""One call of a matrix rule on rows of stacks: bound once to numbers that each step fills, and where its results go."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hbcore.engine.stacks.stack import Slab, SlabKey
+from hbcore.engine.graph.program import CARRIED
+from hbcore.engine.stacks.stack import Stack, StackKey
 from hbcore.errors import RuleError
-from hbcore.rules.division import Divide
-from hbcore.rules.noise import bits, normal, uniform
+from hbcore.rules.noise import bits, noise_key, normal, uniform
 from hbcore.rules.numerics import compute_dtype
+from hbcore.rules.palm import RisingDecay
 from hbcore.rules.transform import Context, Slot, State, Transform
 from hbcore.state.codec import codec_of
 
 
 class Part(NamedTuple):
-    """Rows of one slab that take the same step.
+    """Rows of one stack that take the same step.
 
     Attributes:
-        rows: which of the slab's rows; None for all of them.
+        rows: which of the stack's rows; None for all of them.
         names: what their random numbers are drawn by.
     """
 
-    slab: Slab
+    stack: Stack
     rows: Tensor | None
     names: list[str]
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One run of a rule.
+class RuleCall:
+    """A rule, and the rows of its stacks that it is handed together.
+
+    The rule's hyperparameters are 0-d views of one small float64 vector on the host, which every step fills. A chain that
+    computes with hyperparameters as it is built, rather than in ``update``, has other tensors; it is built again at every step.
+
+    Args:
+        parts: rows of stacks of one spec, group and rule.
+        priming: the rule only prepares its state from these updates.
 
     Attributes:
-        step: the rows' step, 0-d float64 on the host.
-        carried: what the group carries, 0-d float64 each.
+        rule: the rule, bound to the vector.
+        step: the rows' step.
+        refresh: whether the rule's expensive part is due.
+        carried: what the group carries for this rule.
     """
 
-    rule: Transform
-    step: Tensor
-    refresh: bool
-    priming: bool
-    divide: Divide
-    carried: Mapping[str, Tensor]
-    key_of: Callable[[str, str, int], int]
+    def __init__(self, parts: Sequence[Part], priming: bool) -> None:
+        key = parts[0].stack.key
+        self.spec, self.index, self.priming = key.spec, key.index, priming
+        names = self.spec.scalar_names
+        self._numbers = torch.zeros(len(names), dtype=torch.float64, device="cpu")
+        self._scalars = dict(zip(names, self._numbers.unbind(), strict=True))
+        self.rule = self._built()
+        self._bound = all(map(self._follows, _numbers_of(self.rule)))
+        self.carried = {name: self._scalars[CARRIED + name] for name in self.rule.scalars()}
+        self.step, self.refresh = 0, True
+        self._arguments = [Arguments(self, part) for part in parts]
 
-    def run(self, parts: Sequence[Part]) -> list[dict[str, Tensor]]:
-        """Run the rule over the parts, in place; return the new values of what the group carries, by each part."""
-        sights = [Sight(self, part) for part in parts]
+    @property
+    def step_tensor(self) -> Tensor:
+        """The rows' step, 0-d float64 on the host."""
+        return self._scalars["step"]
+
+    def fill(self, numbers: list[float], step: float, refresh: bool) -> None:
+        """Take this step's numbers: hyperparameters and what the group carries, as in ``spec.scalar_names``."""
+        absent = [1.0] * (len(self._scalars) - len(numbers) - 2)  # a GradScaler's, which matrix rules do not see
+        self._numbers.copy_(torch.tensor([*numbers, *absent, step, 1.0], dtype=torch.float64, device="cpu"))
+        self.step, self.refresh = int(step), refresh
+        if not self._bound:
+            self.rule = self._built()
+
+    def run(self) -> dict[str, float]:
+        """Run the rule over its rows, in place; return the new values of what the group carries."""
+        carried: dict[str, float] = {}
+        arguments = self._arguments
         with exact_products():
             if self.priming:
-                return [sight.keep(self.rule.prime(*sight.given)) for sight in sights]
-            results = self.rule.update_stacks([sight.given for sight in sights])
-            # one that the rule computes when it is asked for is written before the next one takes memory
-            return [sight.keep(new, update) for sight, (update, new) in zip(sights, results, strict=True)]
+                for each in arguments:
+                    carried.update(each.keep(self.rule.prime(*each.given())))
+                return carried
+            results = self.rule.update_stacks([each.given() for each in arguments])
+            # a result that is computed only when it is asked for is written before the next one takes memory
+            for each, (update, new) in zip(arguments, results, strict=True):
+                carried.update(each.keep(new, update))
+        return carried
 
-    def keys(self, names: list[str], what: str) -> Tensor:
-        """A key for each row, int64."""
-        return torch.tensor([self.key_of(name, what, int(self.step)) for name in names], dtype=torch.int64)
+    def _built(self) -> Transform:
+        return self.spec.whole_chain(self._scalars)[self.index]
+
+    def _follows(self, value: Any) -> bool:
+        """Whether a hyperparameter changes by itself when the vector is filled."""
+        if isinstance(value, RisingDecay):
+            return all(map(self._follows, value.inputs))
+        return not isinstance(value, Tensor) or any(value is scalar for scalar in self._scalars.values())
 
 
-class Sight:
-    """A part as the rule of a turn sees it.
+def _numbers_of(value: Any) -> Iterator[Any]:
+    """Every hyperparameter of a rule, inner rules' too."""
+    if isinstance(value, Transform):
+        for f in fields(value):
+            yield from _numbers_of(getattr(value, f.name))
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            yield from _numbers_of(v)
+    else:
+        yield value
 
-    Attributes:
-        given: the arguments of the rule's ``update``.
-    """
 
-    def __init__(self, turn: Turn, part: Part) -> None:
-        self.turn, self.part = turn, part
-        slab, rows = part.slab, part.rows
-        self.stored: Mapping[str, Tensor] = slab.stored if rows is None else Rows(slab.stored, rows)
-        self.inputs = slab.inputs if rows is None else {name: t[rows] for name, t in slab.inputs.items()}
-        state = SlabState(self.stored, slab.slots, slab.key, turn.carried)
-        self.given: tuple[Tensor, State, Context] = (self.inputs["update"], state, self._context())
+class Arguments:
+    """What a rule is given for one part, and what is kept of its results."""
 
-    def keep(self, new: Mapping[str, Tensor], update: Tensor | None = None) -> dict[str, Tensor]:
-        """Write what the rule returned to the slab; return what the group carries."""
-        slab, shown = self.part.slab, set[int]()
-        if self.part.rows is None:  # else the rule was given copies
-            shown = {t.untyped_storage().data_ptr() for t in (*slab.inputs.values(), *slab.stored.values())}
-        # what is a view of something that is written below is read before
-        new = {n: v.clone() if v.untyped_storage().data_ptr() in shown else v for n, v in new.items()}
+    def __init__(self, call: RuleCall, part: Part) -> None:
+        self._call, self._part = call, part
+        stack, rows = part.stack, part.rows
+        self._stored: Mapping[str, Tensor] = stack.stored if rows is None else Rows(stack.stored, rows)
+        self._state = StackState(self._stored, stack.slots, stack.key, call.carried)
+        absent: Any = Absent(call.rule.name)
+        self._absent = absent
+        self._dims = tuple(range(1, len(stack.key.shape) + 1))
+        self._numel = torch.tensor(float(torch.Size(stack.key.shape).numel()), dtype=torch.float64, device="cpu")
+        self._draws = 0
+        self._context = Context(
+            param=absent,
+            grad=absent,
+            step=call.step_tensor,
+            divide=call.spec.divide,
+            sum=self._sum,
+            amax=self._amax,
+            numel=self._numel,
+            probe=self._probe,
+            noise=self._noise,
+        )
+
+    def given(self) -> tuple[Tensor, State, Context]:
+        """The arguments of the rule's ``update`` in this step."""
+        stack, rows = self._part.stack, self._part.rows
+        inputs = stack.inputs if rows is None else {name: t[rows] for name, t in stack.inputs.items()}
+        self._draws = 0
+        context = self._context._replace(
+            param=inputs.get("param", self._absent), grad=inputs.get("grad", self._absent), refresh=self._call.refresh
+        )
+        return inputs["update"], self._state, context._replace(apply=lambda inner, u, s: inner.update(u, s, context))
+
+    def keep(self, new: Mapping[str, Tensor], update: Tensor | None = None) -> dict[str, float]:
+        """Write what the rule returned to the stack; return what the group carries."""
+        stack, rows, carried = self._part.stack, self._part.rows, dict[str, float]()
+        # Results that are views of this stack's memory are copied first: it is overwritten below. Rows are copies already.
+        memory = _memory((*stack.inputs.values(), *stack.stored.values())) if rows is None else set()
+        kept = [(name, value.clone() if _memory((value,)) <= memory else value) for name, value in new.items()]
         if update is not None:
-            update = update.clone() if update.untyped_storage().data_ptr() in shown else update
-            _put(slab.inputs["update"], self.part.rows, update)
-        carried = {name: value for name, value in new.items() if name in self.turn.carried}
-        for name, value in new.items():
-            if name not in carried:
+            update = update.clone() if update is not stack.inputs["update"] and _memory((update,)) <= memory else update
+            _put(stack.inputs["update"], rows, update)
+        for name, value in kept:
+            if name in self._call.carried:
+                carried[name] = float(value)
+            else:
                 self._write(name, value)
         return carried
 
     def _write(self, name: str, value: Tensor) -> None:
-        slab, turn = self.part.slab, self.turn
-        if name not in slab.slots:
-            raise RuleError(f"rule {turn.rule.name!r} returned {name!r}, which is none of its slots {sorted(slab.slots)}.")
-        slot, recipe = slab.slots[name], slab.key.recipe
+        stack, call = self._part.stack, self._call
+        if name not in stack.slots:
+            raise RuleError(f"rule {call.rule.name!r} returned {name!r}, which is not one of its slots {sorted(stack.slots)}.")
+        slot, spec = stack.slots[name], call.spec
         noise = None
-        if recipe.stochastic and not slot.exact and recipe.codec.rounds:
-            keys = turn.keys(self.part.names, f"round.{name}")
-            noise = bits(keys, slot.shape.numel(), slab.key.device).view(-1, *slot.shape)
-        for part, kept in codec_of(slot, recipe.codec).write(self.stored, name, value, noise).items():
-            _put(slab.stored[part], self.part.rows, kept)
+        if spec.stochastic and not slot.exact and spec.codec.rounds:
+            noise = bits(self._keys(f"round.{name}"), slot.shape.numel(), stack.key.device).view(-1, *slot.shape)
+        for part, kept in codec_of(slot, spec.codec).write(self._stored, name, value, noise).items():
+            _put(stack.stored[part], self._part.rows, kept)
 
-    def _context(self) -> Context:
-        turn, shape, draws = self.turn, self.part.slab.key.shape, list[int]()
+    def _keys(self, what: str) -> Tensor:
+        """A key for each row, int64."""
+        return torch.tensor([noise_key(name, what, self._call.step) for name in self._part.names], dtype=torch.int64)
 
-        def drawn(draw: Callable[..., Tensor], like: Tensor) -> Tensor:
-            draws.append(1)
-            keys = turn.keys(self.part.names, f"{turn.rule.name}.{len(draws)}")
-            return draw(keys, like[0].numel(), like.device).view(like.shape).to(like.dtype)
+    def _drawn(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
+        self._draws += 1
+        keys = self._keys(f"{self._call.rule.name}.{self._draws}")
+        return draw(keys, like[0].numel(), like.device).view(like.shape).to(like.dtype)
 
-        absent: Any = Absent(turn.rule.name)
-        dims = tuple(range(1, len(shape) + 1))
-        context = Context(
-            param=self.inputs.get("param", absent),
-            grad=self.inputs.get("grad", absent),
-            step=turn.step,
-            divide=turn.divide,
-            sum=lambda x: x.sum(dims, keepdim=True) if dims else x,  # no dimensions would mean all of them
-            amax=lambda x: x.amax(dims, keepdim=True) if dims else x,
-            numel=torch.tensor(float(torch.Size(shape).numel()), dtype=torch.float64, device="cpu"),
-            refresh=turn.refresh,
-            probe=lambda like: drawn(normal, like),
-            noise=lambda like: drawn(uniform, like),
-        )
-        return context._replace(apply=lambda inner, u, s: inner.update(u, s, context))
+    def _probe(self, like: Tensor) -> Tensor:
+        return self._drawn(normal, like)
+
+    def _noise(self, like: Tensor) -> Tensor:
+        return self._drawn(uniform, like)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return x.sum(self._dims, keepdim=True) if self._dims else x  # no dimensions would mean all of them
+
+    def _amax(self, x: Tensor) -> Tensor:
+        return x.amax(self._dims, keepdim=True) if self._dims else x
 
 
 class Rows(Mapping[str, Tensor]):
@@ -148,18 +212,18 @@ class Rows(Mapping[str, Tensor]):
         return len(self._whole)
 
 
-class SlabState(Mapping[str, Tensor]):
+class StackState(Mapping[str, Tensor]):
     """A rule's slots as it sees them: decoded when they are asked for, and not before."""
 
     def __init__(
-        self, stored: Mapping[str, Tensor], slots: Mapping[str, Slot], key: SlabKey, carried: Mapping[str, Tensor]
+        self, stored: Mapping[str, Tensor], slots: Mapping[str, Slot], key: StackKey, carried: Mapping[str, Tensor]
     ) -> None:
         self._stored, self._slots, self._key, self._carried = stored, slots, key, carried
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._carried:
             return self._carried[name]
-        codec = codec_of(self._slots[name], self._key.recipe.codec)
+        codec = codec_of(self._slots[name], self._key.spec.codec)
         return codec.read(self._stored, name, compute_dtype(self._key.dtype))
 
     def __iter__(self) -> Iterator[str]:
@@ -170,13 +234,13 @@ class SlabState(Mapping[str, Tensor]):
 
 
 class Absent:
-    """Stands in for a part of the context that the rule did not ask for."""
+    """Stands in for a part of the context that the rule did not declare."""
 
     def __init__(self, rule: str) -> None:
         self._rule = rule
 
     def __getattr__(self, name: str) -> Any:
-        raise RuleError(f"rule {self._rule!r} reads c.param or c.grad; say so with needs = frozenset({{'param', 'grad'}}).")
+        raise RuleError(f"rule {self._rule!r} reads c.param or c.grad; declare needs = frozenset({{'param', 'grad'}}).")
 
 
 @contextmanager
@@ -193,7 +257,13 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def _memory(tensors: Iterable[Tensor]) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in tensors}
+
+
 def _put(target: Tensor, rows: Tensor | None, value: Tensor) -> None:
+    if value is target:
+        return
     if rows is None:
         torch._foreach_copy_([target], [value])  # reads and writes whole words where copy_, between dtypes, does not
     else:

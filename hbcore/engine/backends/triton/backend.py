@@ -59,6 +59,7 @@ class TritonExecutable:
 
     def __init__(self, program: Program, kernels: Sequence[Any], interpreted: bool) -> None:
         self.program, self.kernels, self.interpreted = program, kernels, interpreted
+        self.compiles = 0
         self.layout = Layout.of(program)
         narrow = min(dtype.itemsize for dtype in program.dtypes.values()) < 4
         self.chunk = CHUNK_REDUCED if len(program.phases) > 1 else CHUNK_NARROW if narrow else CHUNK
@@ -69,12 +70,12 @@ class TritonExecutable:
         self._variants: dict[tuple[bool, int], Any] = {}
         self._captured: list[Tables] = []  # what captured graphs point at lives as long as this does
 
-    def prepare(self, batch: Batch) -> int:
-        """Bring the device's tables up to date with ``batch``, and compile whatever variant it needs."""
+    def prepare(self, batch: Batch) -> None:
+        """Bring the device's tables up to date with ``batch``, and compile whatever variant it lacks."""
         with current(batch.tensors["param"][0].device):
-            return self._prepare(batch)
+            self._prepare(batch)
 
-    def _prepare(self, batch: Batch) -> int:
+    def _prepare(self, batch: Batch) -> None:
         pointers = array("q", map(Tensor.data_ptr, batch.tensors["grad"]))
         if self.tables is None or not self.tables.fits(batch, pointers):
             self.tables = Tables(batch, self.layout, self.chunk, rows=len(batch.values))
@@ -90,7 +91,7 @@ class TritonExecutable:
             for k in range(len(self.kernels)):
                 if (launch.aligned, k) not in self._variants:
                     self._variants[launch.aligned, k] = self._compiled(k, launch)
-        return len(self._variants)
+        self.compiles = len(self._variants)
 
     def run(self, phase: int, batch: Batch) -> int:
         assert self.tables is not None

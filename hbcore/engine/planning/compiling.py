@@ -1,0 +1,92 @@
+"""Traces segments and compiles them, falling back from backend to backend before anything of a step is written."""
+
+from __future__ import annotations
+
+from hbcore.engine.backends.base import Backend, Executable
+from hbcore.engine.backends.eager import DirectExecutable
+from hbcore.engine.backends.select import candidates, compile_first, fell_back
+from hbcore.engine.core import OptimizerCore
+from hbcore.engine.graph.scalar_inputs import capturing
+from hbcore.engine.graph.trace import trace
+from hbcore.engine.planning.operations import reductions
+from hbcore.engine.planning.segments import Segment, SegmentBatch
+from hbcore.errors import CompileError, TraceError
+from hbcore.rules.transform import Domain
+
+
+class Compiler:
+    """Traces and compiles the segments of one optimizer.
+
+    Args:
+        core: the optimizer's; its options say which backend is preferred, and its report is told what ran.
+        numel: the model's elements, by which ``compile="auto"`` decides whether compiling is worth it.
+    """
+
+    def __init__(self, core: OptimizerCore, numel: int) -> None:
+        self._settings, self._report, self._numel = core.settings, core.report, numel
+
+    def trace(self, segment: Segment) -> None:
+        """Trace a segment that is new. One that cannot be traced runs eagerly, one parameter at a time.
+
+        Raises:
+            TraceError: it cannot be traced, and running it parameter by parameter would be wrong.
+        """
+        if segment.program is not None or segment.executable is not None:
+            return
+        try:
+            segment.program = trace(segment.key.spec, segment.dtypes, " -> ".join(t.name for t in segment.transforms))
+            self._report.programs += 1
+        except TraceError as error:
+            sharded = segment.key.shards is not None and any(t.domain == Domain.TENSOR for t in segment.transforms)
+            if sharded or any(t.domain == Domain.MODEL or t.scalars() for t in segment.transforms):
+                raise  # one part at a time sees neither the tensor nor the model, nor carries what all of them share
+            fell_back(self._report, f"the chain cannot be fused: {error} It runs one parameter at a time")
+            segment.executable, segment.backend = DirectExecutable(segment.key.spec), "eager"
+
+    def prepare(self, batch: SegmentBatch) -> bool:
+        """Make a batch's executable ready for this step; True if it is another than in the step before.
+
+        Raises:
+            CompileError: in a capture, something would have to be compiled.
+        """
+        segment = batch.segment
+        if not batch.members:
+            return False
+        before = segment.executable
+        if before is None:
+            executable = self._compile(batch, self._backends(batch))
+        else:
+            executable = before
+        compiled = before.compiles if before is not None else 0
+        try:
+            executable.prepare(batch)
+        except CompileError as error:  # a size or an alignment that no gradient had before
+            if capturing():
+                raise
+            backends = self._backends(batch)
+            rest = backends[[b.name for b in backends].index(segment.backend) + 1 :]
+            fell_back(self._report, f"{segment.backend} does not run here: {error}. {rest[0].name} runs instead")
+            compiled, executable = 0, self._compile(batch, rest)
+            executable.prepare(batch)
+        self._report.compiles += executable.compiles - compiled
+        return executable is not before
+
+    def _compile(self, batch: SegmentBatch, backends: list[Backend]) -> Executable:
+        segment = batch.segment
+        assert segment.program is not None
+        segment.backend, executable = compile_first(backends, segment.program, batch, self._report)
+        segment.executable = executable
+        return executable
+
+    def _backends(self, batch: SegmentBatch) -> list[Backend]:
+        """The backends to try for a batch, in order."""
+        key = batch.segment.key
+        backends = candidates(self._settings.compile if key.dense else "eager", key.device, self._numel)
+        if not key.dense:
+            self._report.note(
+                "parameters that are not dense in memory, in the order that the rule needs, run eagerly one by one"
+            )
+        if batch.shards is not None and (reductions(batch) or key.spec.stochastic):
+            # the Triton backend reduces, and draws noise, over one rank's part alone
+            backends = [b for b in backends if b.name != "triton"]
+        return backends
