@@ -9,71 +9,48 @@ number. A manifest states the version that it was written for as ``API = (1, 0)`
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hbcore.registry.hookspecs import API_VERSION, hookimpl
-from hbcore.registry.spec import Alias, CodecSpec, OptimizerSpec
+from hbcore.registry.hookspecs import API_VERSION as API_VERSION
+from hbcore.registry.hookspecs import hookimpl as hookimpl
+from hbcore.registry.lazy import lazy as lazy
+from hbcore.registry.spec import Alias as Alias
+from hbcore.registry.spec import CodecSpec as CodecSpec
+from hbcore.registry.spec import OptimizerSpec as OptimizerSpec
 
 if TYPE_CHECKING:
-    from hbcore.engine.options import Options
-    from hbcore.errors import HyperparameterError, OptionError
-    from hbcore.optimizer import Optimizer
-    from hbcore.rules.moments import (
-        CorrectedDecay,
-        Momentum,
-        ScaleByAdam,
-        ScaleByAdEMAMix,
-        ScaleByLaProp,
-        ScaleByNAdam,
-    )
-    from hbcore.rules.numerics import Scalar, compute_dtype, debiased, ema
-    from hbcore.rules.parallel import Parallel, graft
-    from hbcore.rules.route import Route, is_matrix
-    from hbcore.rules.stages import CoupleDecay
-    from hbcore.rules.transform import Context, Domain, Role, Slot, State, Transform, hyper, zeros
-    from hbcore.rules.views import Block, matrix_view
-    from hbcore.wrappers.composite import Composite
+    from hbcore.engine.shared_options import Options as Options
+    from hbcore.errors import HyperparameterError as HyperparameterError
+    from hbcore.errors import OptionError as OptionError
+    from hbcore.optimizer import Optimizer as Optimizer
+    from hbcore.rules.moments import CorrectedDecay as CorrectedDecay
+    from hbcore.rules.moments import Momentum as Momentum
+    from hbcore.rules.moments import ScaleByAdam as ScaleByAdam
+    from hbcore.rules.moments import ScaleByAdEMAMix as ScaleByAdEMAMix
+    from hbcore.rules.moments import ScaleByLaProp as ScaleByLaProp
+    from hbcore.rules.moments import ScaleByNAdam as ScaleByNAdam
+    from hbcore.rules.numerics import Scalar as Scalar
+    from hbcore.rules.numerics import compute_dtype as compute_dtype
+    from hbcore.rules.numerics import debiased as debiased
+    from hbcore.rules.numerics import ema as ema
+    from hbcore.rules.parallel import Parallel as Parallel
+    from hbcore.rules.parallel import graft as graft
+    from hbcore.rules.route import Route as Route
+    from hbcore.rules.route import is_matrix as is_matrix
+    from hbcore.rules.stages import CoupleDecay as CoupleDecay
+    from hbcore.rules.transform import Context as Context
+    from hbcore.rules.transform import Domain as Domain
+    from hbcore.rules.transform import Role as Role
+    from hbcore.rules.transform import Slot as Slot
+    from hbcore.rules.transform import State as State
+    from hbcore.rules.transform import Transform as Transform
+    from hbcore.rules.transform import hyper as hyper
+    from hbcore.rules.transform import zeros as zeros
+    from hbcore.rules.views import Block as Block
+    from hbcore.rules.views import matrix_view as matrix_view
+    from hbcore.wrappers.composite import Composite as Composite
 
-__all__ = [
-    "API_VERSION",
-    "Alias",
-    "Block",
-    "CodecSpec",
-    "Composite",
-    "Context",
-    "CorrectedDecay",
-    "CoupleDecay",
-    "Domain",
-    "HyperparameterError",
-    "Momentum",
-    "Optimizer",
-    "OptimizerSpec",
-    "OptionError",
-    "Options",
-    "Parallel",
-    "Role",
-    "Route",
-    "Scalar",
-    "ScaleByAdEMAMix",
-    "ScaleByAdam",
-    "ScaleByLaProp",
-    "ScaleByNAdam",
-    "Slot",
-    "State",
-    "Transform",
-    "compute_dtype",
-    "debiased",
-    "ema",
-    "graft",
-    "hookimpl",
-    "hyper",
-    "is_matrix",
-    "matrix_view",
-    "zeros",
-]
-
-_LAZY = {
+_HOMES = {
     "Block": "hbcore.rules.views:Block",
     "Composite": "hbcore.wrappers.composite:Composite",
     "Context": "hbcore.rules.transform:Context",
@@ -84,7 +61,7 @@ _LAZY = {
     "Momentum": "hbcore.rules.moments:Momentum",
     "Optimizer": "hbcore.optimizer:Optimizer",
     "OptionError": "hbcore.errors:OptionError",
-    "Options": "hbcore.engine.options:Options",
+    "Options": "hbcore.engine.shared_options:Options",
     "Parallel": "hbcore.rules.parallel:Parallel",
     "Role": "hbcore.rules.transform:Role",
     "Route": "hbcore.rules.route:Route",
@@ -106,14 +83,5 @@ _LAZY = {
     "zeros": "hbcore.rules.transform:zeros",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; plugins may use {', '.join(__all__)}")
-    module, _, attribute = _LAZY[name].partition(":")
-    value = globals()[name] = getattr(import_module(module), attribute)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+_HERE = ("API_VERSION", "Alias", "CodecSpec", "OptimizerSpec", "hookimpl", "lazy")
+__getattr__, __dir__, __all__ = lazy(__name__, _HOMES, _HERE, "plugins may use")

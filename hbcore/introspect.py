@@ -12,8 +12,8 @@ import torch
 from hbcore._version import __version__
 from hbcore.engine.backends.triton.codegen import module_source
 from hbcore.engine.graph.trace import trace
-from hbcore.engine.options import OPTIONS
 from hbcore.engine.planning.partition import example, partition
+from hbcore.engine.shared_options import OPTIONS
 from hbcore.optimizer import Optimizer
 from hbcore.rules import route
 from hbcore.state.expected import expected

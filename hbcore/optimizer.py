@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
@@ -13,37 +12,43 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from hbcore.checkpoint import dry_step, load, save
+from hbcore.declaration import Declaration, collect, constructor, documented, signature, written_out
 from hbcore.engine import weight_modes
 from hbcore.engine.chain_spec import ChainSpec
 from hbcore.engine.core import Group, OptimizerCore
 from hbcore.engine.graph.scalar_inputs import Amp, capturing
-from hbcore.engine.options import OPTIONS, Settings, resolve
+from hbcore.engine.options import Settings, resolve
 from hbcore.engine.param_codec import narrow
 from hbcore.engine.params import check_params
 from hbcore.engine.planning.plan import Plan
 from hbcore.engine.planning.sparse_plan import SparsePlan, check
 from hbcore.engine.report import Report
+from hbcore.engine.shared_options import OPTIONS, SharedOptions
 from hbcore.errors import OptionError, ParameterTypeError, RuleError
 from hbcore.rules.transform import Transform
 from hbcore.state.slots import StateMap, own
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(SharedOptions, torch.optim.Optimizer):
     """Base of every hbcore optimizer, and a full ``torch.optim.Optimizer``.
 
-    A subclass names its hyperparameters in ``__init__``, passes them on as one dict together with ``**options``, and returns
-    its transforms from :meth:`chain`::
+    A subclass declares its hyperparameters as annotated fields with defaults, and returns its transforms from :meth:`chain`::
 
         class Lion(Optimizer):
-            def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), **options: Unpack[Options]):
-                super().__init__(params, {"lr": lr, "betas": betas}, options)
+            lr: float = 1e-4
+            betas: tuple[float, float] = (0.9, 0.99)
 
             @staticmethod
             def chain(h):
                 return (ScaleByLion(h.betas),)
 
-    An entry of the dict that a transform declares with ``hyper()`` may change every step, by a scheduler or by hand, and
-    compiles nothing anew; every other entry is structure.
+    The constructor is made of them: ``Lion(params, lr, betas, *, weight_decay=..., caution=..., ...)``. An assignment without
+    annotation gives a shared option another default (``weight_decay = 0.01``). Fields that are not entries of a param group are
+    translated by :meth:`normalise`; and :meth:`after_init` runs last. A subclass may write ``__init__`` out instead, with
+    ``**options: Unpack[Options]``, and call ``super().__init__(params, {"lr": lr, ...}, options)``.
+
+    An entry that a transform declares with ``hyper()`` may change every step, by a scheduler or by hand, and compiles nothing
+    anew; every other entry is structure.
 
     Attributes:
         report: how the last step ran: backend, reasons for falling back, compiles, launches.
@@ -53,19 +58,20 @@ class Optimizer(torch.optim.Optimizer):
     Raises:
         HyperparameterError: a hyperparameter is outside its bounds.
         OptionError: an option does not exist, was removed, or has no such value.
-        ParameterError: ``params`` is empty, holds a duplicate, or something that is no floating-point tensor.
+        ParameterError: ``params`` is empty, holds a duplicate, or a tensor that is not of a floating-point dtype.
     """
 
     option_defaults: ClassVar[Mapping[str, Any]] = {}
-    """Shared options whose default differs in this class: ``{"weight_decay": 0.01}``."""
+    """For constructors written out: shared options whose default differs in this class, ``{"weight_decay": 0.01}``."""
 
     sparse_gradients: ClassVar[bool] = False
     """Whether it takes sparse gradients, and only those; its rules are elementwise then."""
 
+    _declared: ClassVar[Declaration] = Declaration({}, {}, {})
+    """The fields that the class and its bases declare."""
+
     _own: ClassVar[tuple[str, ...]] = ()
     """The names of the class's own constructor parameters."""
-
-    core: OptimizerCore
 
     def __init__(self, params: ParamsT, hyperparameters: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         name = type(self).__name__
@@ -74,7 +80,7 @@ class Optimizer(torch.optim.Optimizer):
             check(name, settings)
         defaults = {k: _tupled(v) for k, v in {**scheduled, **hyperparameters}.items()}
         self.core = OptimizerCore(name, ChainSpec(type(self).chain, settings, defaults))
-        super().__init__(check_params(name, params), defaults)
+        torch.optim.Optimizer.__init__(self, check_params(name, params), defaults)
 
     @property
     def param_groups(self) -> list[Group]:
@@ -106,17 +112,28 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__init__" in cls.__dict__ and "__signature__" not in cls.__dict__:
-            parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-            named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
-            taken = {p.name for p in named}
-            shared = [
-                inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=cls.option_defaults.get(n, option.default))
-                for n, option in OPTIONS.items()
-                if n not in taken
-            ]
-            cls._own = tuple(p.name for p in named if p.name != "params")
-            cls.__signature__ = inspect.Signature([*named, *shared])  # type: ignore[attr-defined]
+        cls.__doc__ = documented(cls.__doc__)
+        if "__init__" in vars(cls):
+            if "__signature__" not in vars(cls):  # the classes of aliases bring their own
+                cls._own, cls.__signature__ = written_out(cls, cls.option_defaults)  # type: ignore[attr-defined]
+            return
+        declared = collect(cls, cls._declared, cls._own)
+        if declared != cls._declared:
+            cls._declared, cls._own = declared, tuple(declared.fields)
+            cls.__init__ = constructor(cls, declared, Optimizer.__init__)  # type: ignore[method-assign]
+            cls.__signature__ = signature(declared)  # type: ignore[attr-defined]
+
+    def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
+        """Declared fields, as the user passed them -> the entries of the param groups. A field that is only another spelling
+        is taken out here, and its value put where it belongs.
+
+        Raises:
+            HyperparameterError, OptionError: a field has a value that does not exist.
+        """
+        return h
+
+    def after_init(self) -> None:
+        """Runs at the end of a constructor made of declared fields."""
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

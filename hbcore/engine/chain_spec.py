@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hbcore.distributed.placement import local
 from hbcore.engine.graph.segment_spec import SegmentSpec, fixed, length_of
-from hbcore.engine.options import SCHEDULED, Settings
+from hbcore.engine.options import Settings
+from hbcore.engine.shared_options import SCHEDULED
 from hbcore.errors import HyperparameterError, ParameterError
 from hbcore.rules import palm, route
 from hbcore.rules.transform import Domain, Transform

@@ -1,106 +1,23 @@
-"""The options that every optimizer shares, stated once: their types, defaults, meaning, and what became of removed ones."""
+"""The shared options of one optimizer, checked and resolved, and the transforms that they insert around its rule."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from typing_extensions import TypedDict
 
 from hbcore import registry
 from hbcore.engine.backends import select as fallback
+from hbcore.engine.shared_options import OPTIONS, REMOVED, SCHEDULED
 from hbcore.errors import OptionError, RuleError
 from hbcore.rules import clipping, division, roles, route, stages
 from hbcore.rules.mars import Mars
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.codec import StateCodec, cast_codec
 from hbcore.warn import warn_at_caller
-
-
-class Options(TypedDict, total=False):
-    """Keyword arguments that every optimizer takes besides its own; :data:`OPTIONS` has their defaults and meaning."""
-
-    weight_decay: float
-    warmup_steps: int
-    caution: bool
-    cautious_weight_decay: bool
-    promote: bool
-    maximize: bool
-    division_backend: str
-    atan2_scale: float
-    storage_dtype: str | torch.dtype
-    ecc: str | None
-    param_ecc: str | None
-    stochastic_rounding: bool
-    seed: int
-    mars: bool
-    mars_gamma: float
-    palm: bool
-    beta2_scale: float
-    use_ema: bool
-    ema_decay: float
-    gradient_clipping: Any
-    update_clipping: Any
-    consume_grad: bool
-    multi_tensor: bool
-    capturable: bool
-    compile: str
-    compile_step: bool | None
-    foreach: bool | None
-    fused: bool | None
-
-
-class Option(NamedTuple):
-    """Default and meaning of one option."""
-
-    default: Any
-    doc: str
-
-
-OPTIONS: Mapping[str, Option] = {
-    "weight_decay": Option(0.0, "decoupled weight decay; each step subtracts lr * weight_decay * p"),
-    "warmup_steps": Option(0, "N: the learning rate is multiplied by min(1, t / (N + 1)) at a parameter's step t"),
-    "caution": Option(False, "keep only the elements of the update whose sign agrees with the gradient"),
-    "cautious_weight_decay": Option(False, "decay only where the update and the parameter agree in sign"),
-    "promote": Option(False, "hand matrix rules their updates in float32; elementwise rules always compute so"),
-    "maximize": Option(False, "ascend the gradient instead of descending it"),
-    "division_backend": Option(division.DEFAULT, f"how to divide by what may be zero: {', '.join(division.BACKENDS)}"),
-    "atan2_scale": Option(16.0, "the scale of division_backend='atan2'"),
-    "storage_dtype": Option("float32", "the dtype that state is stored in; float64 parameters keep float64 state"),
-    "ecc": Option(None, "the codec that state is stored with: bf16+8, bf16+16; comes with hb_ecc"),
-    "param_ecc": Option(None, "the codec that parameters are stored with; float32 parameters become bfloat16"),
-    "stochastic_rounding": Option(False, "round bfloat16 parameters and state, and the last bit of bf16+8, stochastically"),
-    "seed": Option(0, "what all random numbers of the optimizer are drawn from; the global generators are never used"),
-    "mars": Option(False, "correct the gradient by how it changed since the last step"),
-    "mars_gamma": Option(0.0025, "the strength of mars; 0.025 in the paper"),
-    "palm": Option(False, "let the decay of the second moment rise with the step, 1 - t^-beta2_scale"),
-    "beta2_scale": Option(0.8, "how fast it rises, in (0, 1]"),
-    "use_ema": Option(False, "keep a moving average of the parameters, for `with optimizer.ema_weights():`"),
-    "ema_decay": Option(0.001, "how much of the newest parameters that average takes"),
-    "gradient_clipping": Option(None, f"{', '.join(clipping.CLIPS)}, (name, threshold) or a function; before the rule"),
-    "update_clipping": Option(None, "the same, after the rule"),
-    "consume_grad": Option(True, "step() clears p.grad once it is used"),
-    "multi_tensor": Option(True, "run many parameters together; False runs one at a time, with the same results"),
-    "capturable": Option(False, "keep step counters and scalars on the device, so that a CUDA graph can hold a step"),
-    "compile": Option("auto", f"the backend: {', '.join(fallback.CHOICES)}"),
-    "compile_step": Option(None, "HeavyBall's spelling; True means compile='inductor'"),
-    "foreach": Option(None, "torch's spelling; maps to multi_tensor, with a warning"),
-    "fused": Option(None, "torch's spelling; maps to multi_tensor, with a warning"),
-}
-
-SCHEDULED = ("weight_decay", "warmup_steps", "mars_gamma", "beta2_scale", "ema_decay")
-"""The shared options that live in the param groups, where schedulers may change them, whether a rule reads them or not."""
-
-REMOVED: Mapping[str, str] = {
-    "stochastic_schedule": "refreshes follow a deterministic schedule; pass precondition_frequency or precond_scheduler",
-    "normalize_grads": "pass gradient_clipping='l2_clip_'",
-    "correct_bias": "moments are always corrected; use the optimizer whose rule leaves it out",
-    "inverse_free": "pass precond_rule='quad', or use PSGDPRO",
-    "adaptive": "pass gradient_clipping='adaptive_gradient_clipping_'",
-}
 
 
 @dataclass(frozen=True)

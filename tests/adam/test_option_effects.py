@@ -15,7 +15,7 @@ from core.kit import distance, gradients, parameters, run, same, values
 from torch import Tensor, nn
 
 from hb_adam import AdamW
-from hbcore.engine.options import OPTIONS
+from hbcore.engine.shared_options import OPTIONS
 from hbcore.errors import StateWarning
 
 LR = 2**-6

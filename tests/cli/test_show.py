@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from hbcore import registry
+from hbcore import introspect, registry
 from hbcore.cli.main import main
 from hbcore.registry import Registry
 
@@ -57,9 +57,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Registry(lambda: [EntryPoint("hb_shown", "hb_shown", "hbcore.plugins")])
     for name in ("info", "resolve"):
         monkeypatch.setattr(registry, name, getattr(made, name))
-    engine: Any = sys.modules.get("hbcore.engine") or ModuleType("hbcore.engine")
-    monkeypatch.setitem(sys.modules, "hbcore.engine", engine)
-    monkeypatch.setattr(engine, "describe", SimpleNamespace(describe=describe), raising=False)
+    monkeypatch.setattr(introspect, "describe", describe)
 
 
 def test_the_text_has_every_fact(plugin: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import hbcore
-from hbcore.engine.options import OPTIONS
+from hbcore.engine.shared_options import OPTIONS
 from hbcore.errors import HyperparameterError, OptionError
 from hbcore.testing import Subject
 

@@ -41,7 +41,7 @@ def test_nothing_is_scanned_before_the_first_lookup() -> None:
         ("API = (2, 0)\n" + RAISING, "api", "needs plugin API 2.0 and this hbcore has 1.3; upgrade hbcore"),
         ("API = (1, 4)\n" + RAISING, "api", "needs plugin API 1.4 and this hbcore has 1.3; upgrade hbcore"),
         ("API = (0, 9)\n" + RAISING, "api", "upgrade the plugin"),
-        ("API = '1.0'", "api", "must declare API = (1, 4)"),
+        ("API = '1.0'", "api", "must declare API = (1, 3)"),
         ("del API", "api", "it has None"),
         ("@hookimpl\ndef hb_optimisers(api): return []", "register", "hb_optimisers"),
         ("@hookimpl\ndef hb_optimizers(api, extra): return []", "register", "extra"),

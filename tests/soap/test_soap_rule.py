@@ -17,7 +17,7 @@ import hbcore
 from hb_soap import SOAP, PreconditionBySOAP
 from hb_soap import soap as module
 from hbcore.api import ScaleByAdam
-from hbcore.engine.options import OPTIONS
+from hbcore.engine.shared_options import OPTIONS
 from hbcore.errors import HyperparameterError, OptionError
 
 STEPS = 18

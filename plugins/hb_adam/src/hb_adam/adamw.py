@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
-
 from hb_adam.adam import direction
-from hbcore.api import Optimizer, Options, Transform
+from hbcore.api import Optimizer, Transform
 
 
 class AdamW(Optimizer):
@@ -22,31 +19,19 @@ class AdamW(Optimizer):
     ``division_backend="eps_add"`` for torch.optim's :math:`\sqrt{\hat v_t} + \epsilon`.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
         betas: decay rates of the two moments, in [0, 1).
         eps: the smallest divisor, at least 0.
         amsgrad: divide by the largest second moment so far, Reddi et al. 2018 (arXiv:1904.09237).
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        weight_decay: :math:`\lambda`.
 
     State: ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape, and ``step``; ``max_exp_avg_sq`` with ``amsgrad``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist.
-        ParameterError: ``params`` is unusable.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.0025,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-8,
-        amsgrad: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "amsgrad": amsgrad}, options)
+    lr: float = 0.0025
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    amsgrad: bool = False
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

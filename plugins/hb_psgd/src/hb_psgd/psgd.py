@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
 from hb_psgd import kron
 from hbcore.api import (
@@ -20,7 +18,6 @@ from hbcore.api import (
     HyperparameterError,
     Optimizer,
     OptionError,
-    Options,
     Slot,
     State,
     Transform,
@@ -190,7 +187,6 @@ class PSGDKron(Optimizer):
     :func:`hb_psgd.kron.pro_update` the rule by which the factors are fitted.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
         beta: decay of the momentum, in [0, 1).
         betas: another spelling; its first number wins over ``beta``, the others mean nothing here.
@@ -209,61 +205,47 @@ class PSGDKron(Optimizer):
         precond_init_scale_scale, precond_init_scale_power: what the scale so taken is multiplied by, then raised to.
         precond_lr: learning rate of the factors, in [0, 1].
         hessian_approx, hvp_interval, finite_differences, fallback_to_finite_differences, q_dtype, precond_grad_accum, cached,
-            store_triu_as_line: not to be had yet; any value but the default is refused.
-        **options: ``update_clipping`` is ``"trust_region_clip_"`` unless given; see :class:`hbcore.api.Options`.
+            store_triu_as_line: HeavyBall's, not supported yet; any value but the default is refused.
+        weight_decay: decoupled.
 
     State: ``exp_avg``, of the parameter's shape; ``Q_0``, ``Q_1``, ..., a matrix or a diagonal for each dimension larger than
     1; ``L_0``, ``L_1``, ... and ``init_scale``, one number each; ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist, or is not to be had yet.
-        ParameterError: ``params`` is unusable.
     """
 
-    option_defaults: ClassVar[Mapping[str, Any]] = {"update_clipping": "trust_region_clip_"}
+    lr: float = 0.001
+    beta: float = 0.9
+    betas: tuple[float, ...] | None = None
+    preconditioner_update_probability: Probability = None
+    max_size_triangular: int = 2048
+    min_ndim_triangular: int = 2
+    memory_save_mode: str | None = None
+    momentum_into_precond_update: bool = True
+    merge_dims: bool | int = False
+    delayed: bool = False
+    exp_avg_input: bool = True
+    lower_bound_beta: float = 0.9
+    dampening: float = 1e-9
+    precond_update_power_iterations: int = 2
+    precond_init_scale: float | None = None
+    precond_init_scale_scale: float = 1.0
+    precond_init_scale_power: float | None = None
+    precond_lr: float = 0.1
+    hessian_approx: bool = False
+    hvp_interval: int = 1
+    finite_differences: bool = False
+    fallback_to_finite_differences: bool = True
+    q_dtype: str = "float32"
+    precond_grad_accum: bool = False
+    cached: bool = True
+    store_triu_as_line: bool = True
+    update_clipping = "trust_region_clip_"
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.001,
-        beta: float = 0.9,
-        betas: tuple[float, ...] | None = None,
-        preconditioner_update_probability: Probability = None,
-        max_size_triangular: int = 2048,
-        min_ndim_triangular: int = 2,
-        memory_save_mode: str | None = None,
-        momentum_into_precond_update: bool = True,
-        merge_dims: bool | int = False,
-        delayed: bool = False,
-        exp_avg_input: bool = True,
-        lower_bound_beta: float = 0.9,
-        dampening: float = 1e-9,
-        precond_update_power_iterations: int = 2,
-        precond_init_scale: float | None = None,
-        precond_init_scale_scale: float = 1.0,
-        precond_init_scale_power: float | None = None,
-        precond_lr: float = 0.1,
-        hessian_approx: bool = False,
-        hvp_interval: int = 1,
-        finite_differences: bool = False,
-        fallback_to_finite_differences: bool = True,
-        q_dtype: str = "float32",
-        precond_grad_accum: bool = False,
-        cached: bool = True,
-        store_triu_as_line: bool = True,
-        **options: Unpack[Options],
-    ) -> None:
-        given = locals()
-        for option, harmless in NOT_YET.items():
-            if given[option] != harmless:
-                raise OptionError(
-                    f"{type(self).__name__}: {option}={given[option]!r} is not to be had yet; leave it at {harmless!r}."
-                )
-        hyperparameters = {name: given[name] for name in HYPERPARAMETERS}
-        if betas is not None:
-            hyperparameters["beta"] = betas[0]
-        super().__init__(params, {"lr": lr, **hyperparameters}, options)
+    def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
+        for option, only in NOT_YET.items():
+            if (value := h.pop(option)) != only:
+                raise OptionError(f"{type(self).__name__}: {option}={value!r} is not supported yet; leave it at {only!r}.")
+        betas = h.pop("betas")
+        return h if betas is None else {**h, "beta": betas[0]}
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

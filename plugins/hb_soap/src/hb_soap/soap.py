@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
 from hb_soap.basis import Bases, eigenbasis, outer, permuted, project, project_back, refreshed
 from hbcore.api import (
@@ -20,7 +17,6 @@ from hbcore.api import (
     HyperparameterError,
     Optimizer,
     OptionError,
-    Options,
     Route,
     ScaleByAdam,
     Slot,
@@ -54,7 +50,7 @@ class PreconditionBySOAP(Transform):
         precondition_1d: vectors get a factor too.
         use_precond_schedule: refresh ever more rarely instead; ``(a, b)`` of ``precond_scheduler`` give step ``t`` the rate
             :math:`1 / (1 + \log_{10}(t^a)^b)`.
-        split: False; nothing else is there yet.
+        split: False; True is not supported yet.
 
     Slots: those of ``inner``; ``GG_i`` (:math:`P_i`) and ``Q_i``, ``[n_i, n_i]``, for each preconditioned dimension.
 
@@ -154,7 +150,6 @@ class SOAP(Optimizer):
     scalars, and whatever has no dimension between 2 and ``max_precond_dim``, are updated by Adam, from the first step on.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
         betas: decay rates of Adam's two moments, in [0, 1).
         shampoo_beta: decay rate of :math:`P_i`, in [0, 1); None means ``betas[1]``, as -1 does in the authors' code.
@@ -165,49 +160,24 @@ class SOAP(Optimizer):
         precondition_1d: precondition vectors as well.
         use_precond_schedule: the bases follow ever more rarely, whatever ``precondition_frequency`` says.
         precond_scheduler: ``(a, b)`` of that schedule, :math:`1 / (1 + \log_{10}(t^a)^b)` refreshes at step ``t``.
-        split: False; nothing else is there yet.
-        **options: ``weight_decay`` is :math:`\lambda`, 0.01 here; for all of them see :class:`hbcore.api.Options`.
+        split: False; True is not supported yet.
+        weight_decay: :math:`\lambda`.
 
     State: ``exp_avg`` and ``exp_avg_sq``, in the bases; for each preconditioned dimension ``GG_i`` and ``Q_i``; ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist, or ``split`` is not False.
-        ParameterError: ``params`` is unusable.
     """
 
-    option_defaults: ClassVar[Mapping[str, Any]] = {"weight_decay": 0.01}
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.003,
-        betas: tuple[float, float] = (0.9, 0.95),
-        shampoo_beta: float | None = 0.95,
-        eps: float = 1e-8,
-        precondition_frequency: int = 2,
-        max_precond_dim: int = 2048,
-        merge_dims: bool = True,
-        precondition_1d: bool = False,
-        use_precond_schedule: bool = False,
-        precond_scheduler: tuple[float, float] = (1 / 3, 9),
-        split: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        hyperparameters = {
-            "lr": lr,
-            "betas": betas,
-            "shampoo_beta": shampoo_beta,
-            "eps": eps,
-            "precondition_frequency": precondition_frequency,
-            "max_precond_dim": max_precond_dim,
-            "merge_dims": merge_dims,
-            "precondition_1d": precondition_1d,
-            "use_precond_schedule": use_precond_schedule,
-            "precond_scheduler": precond_scheduler,
-            "split": split,
-        }
-        super().__init__(params, hyperparameters, options)
+    lr: float = 0.003
+    betas: tuple[float, float] = (0.9, 0.95)
+    shampoo_beta: float | None = 0.95
+    eps: float = 1e-8
+    precondition_frequency: int = 2
+    max_precond_dim: int = 2048
+    merge_dims: bool = True
+    precondition_1d: bool = False
+    use_precond_schedule: bool = False
+    precond_scheduler: tuple[float, float] = (1 / 3, 9)
+    split: bool = False
+    weight_decay = 0.01
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:
