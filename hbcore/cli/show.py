@@ -27,9 +27,9 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.kernel:
         cls = registry.resolve(args.name)
-        from hbcore import introspect as describe
+        from hbcore import introspect
 
-        print("\n\n".join(describe.kernels(cls)))
+        print("\n\n".join(introspect.kernels(cls)))
         return 0
     facts = _facts(args.name)
     print(json.dumps(facts, indent=2, default=repr) if args.json else _text(facts))
@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> int:
 def _facts(name: str) -> dict[str, Any]:
     info = registry.info(name)
     cls = registry.resolve(name)  # not get(): looking an alias up is not using it
-    from hbcore import introspect as describe  # after the registry: an unknown name is said without waiting for torch
+    from hbcore import introspect  # after the registry: an unknown name is said without waiting for torch
 
-    facts: dict[str, Any] = dict(describe.describe(cls))
+    facts: dict[str, Any] = dict(introspect.describe(cls))
     facts |= {
         "name": info.name,
         "signature": f"{cls.__name__}{inspect.signature(cls)}",
