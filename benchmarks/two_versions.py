@@ -1,0 +1,171 @@
+"""Times steps of two checkouts of hbcore in turn, on the same device, in one run.
+
+    python benchmarks/two_versions.py OLD NEW --cases AdamW:gpt2 AdamW:qwen Muon:qwen2d --out result.json
+
+OLD and NEW are folders of checkouts; ``.`` is this one. Each checkout has a process of its own, and both take turns round by
+round, so that a clock that drifts drifts for both. Gradients move: two sets of tensors take turns from step to step. Figures
+are milliseconds, the median over all rounds:
+
+* ``host``: until ``step()`` returned, with nothing in the device's queue before it;
+* ``single``: the same until the device was done;
+* ``window``: per step, ten steps back to back, until the device was done.
+
+``NAME:small100`` is a hundred parameters of 16 x 16, ``NAME:one64`` one of 64 x 64; the other sets are ``hbcore bench``'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SYNTHETIC = {"small100": [(16, 16)] * 100, "one64": [(64, 64)]}
+PLUGINS = ("hb_adam", "hb_muon", "hb_psgd", "hb_soap", "hb_ecc")
+
+
+class Worker:
+    """One checkout's process.
+
+    Args:
+        root: the checkout.
+        arguments: of the worker: device and backend.
+    """
+
+    def __init__(self, root: Path, arguments: list[str]) -> None:
+        path = os.pathsep.join([str(root), *(str(root / "plugins" / name / "src") for name in PLUGINS)])
+        command = [sys.executable, "-W", "ignore", __file__, "--worker", *arguments]
+        self._process = subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, question: str) -> Any:
+        """Send a line, and read one of JSON."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(question + "\n")
+        self._process.stdin.flush()
+        return self.hear()
+
+    def hear(self) -> Any:
+        """Read a line of JSON."""
+        assert self._process.stdout is not None
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit("a worker ended before it answered")
+        return json.loads(answer)
+
+
+def work(device: str, compile: str) -> None:
+    """Answer questions on standard input: ``case NAME:SHAPES``, then ``round STEPS`` as often as asked."""
+    import torch
+
+    import hbcore
+    from hbcore.cli.bench.shapes import names_of, shapes_of
+
+    named_device = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or device
+    print(
+        json.dumps({"hbcore": str(Path(hbcore.__file__).parent), "torch": torch.__version__, "device": named_device}),
+        flush=True,
+    )
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    params, grads, optimizer, turn = [], [], None, 0
+
+    def step() -> None:
+        nonlocal turn
+        turn += 1
+        for p, g in zip(params, grads[turn % 2], strict=True):
+            p.grad = g
+        wait()
+
+    for line in sys.stdin:
+        verb, _, rest = line.strip().partition(" ")
+        if verb == "case":
+            name, _, shapes_name = rest.partition(":")
+            shapes = SYNTHETIC.get(shapes_name) or shapes_of(shapes_name)
+            params, grads, optimizer = [], [], None
+            gc.collect()
+            generator = torch.Generator(device=device).manual_seed(0)
+            draw = [[torch.randn(s, device=device, generator=generator) * 0.02 for s in shapes] for _ in range(3)]
+            params, grads = [torch.nn.Parameter(p) for p in draw[0]], draw[1:]
+            named = list(zip(names_of(shapes), params, strict=True))
+            optimizer = hbcore.get(name)(named, lr=1e-3, compile=compile)
+            for _ in range(12):
+                step()
+                optimizer.step()
+            print(json.dumps({"backend": optimizer.report.backend}), flush=True)
+            continue
+        rows: dict[str, list[float]] = {"host": [], "single": [], "window": []}
+        gc.disable()
+        for _ in range(int(rest)):
+            step()
+            start = time.perf_counter()
+            optimizer.step()
+            returned = time.perf_counter()
+            wait()
+            done = time.perf_counter()
+            rows["host"].append((returned - start) * 1e3)
+            rows["single"].append((done - start) * 1e3)
+        start = time.perf_counter()
+        for k in range(10):
+            for p, g in zip(params, grads[k % 2], strict=True):
+                p.grad = g
+            optimizer.step()
+        wait()
+        rows["window"].append((time.perf_counter() - start) * 1e2)
+        gc.enable()
+        print(json.dumps(rows), flush=True)
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure every case with both checkouts, in turn."""
+    roots = {"old": Path(options.old), "new": Path(options.new)}
+    workers = {name: Worker(root.resolve(), [options.device, options.compile]) for name, root in roots.items()}
+    heard = {name: worker.hear() for name, worker in workers.items()}
+    for name, root in roots.items():
+        if Path(heard[name]["hbcore"]) != root.resolve() / "hbcore":
+            raise SystemExit(f"{name} runs {heard[name]['hbcore']} and not the code in {root}")
+    result: dict[str, Any] = {"python": platform.python_version(), "device": heard["new"]["device"], "cases": {}}
+    result["torch"] = heard["new"]["torch"]
+    for case in options.cases:
+        backends = {name: worker.ask(f"case {case}")["backend"] for name, worker in workers.items()}
+        rows: dict[str, dict[str, list[float]]] = {name: {"host": [], "single": [], "window": []} for name in workers}
+        for _ in range(options.rounds):
+            for name, worker in workers.items():
+                for key, values in worker.ask(f"round {options.steps}").items():
+                    rows[name][key] += values
+        medians = {name: {key: round(statistics.median(v), 4) for key, v in of.items()} for name, of in rows.items()}
+        ratios = {key: round(medians["new"][key] / medians["old"][key], 3) for key in medians["new"]}
+        result["cases"][case] = {"backend": backends, **medians, "new/old": ratios}
+        print(case, json.dumps(result["cases"][case]), flush=True)
+    return result
+
+
+def main() -> None:
+    """Parse arguments, measure, write."""
+    if sys.argv[1:2] == ["--worker"]:
+        work(*sys.argv[2:4])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old")
+    parser.add_argument("new")
+    parser.add_argument("--cases", nargs="+", required=True)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--compile", default="auto")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    result = {"command": " ".join(["python", "benchmarks/two_versions.py", *sys.argv[1:]]), **compare(options)}
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
