@@ -83,6 +83,11 @@ class Pack:
     parts: list[list[Tensor] | None]
     targets: list[list[Tensor]]
 
+    def __post_init__(self) -> None:
+        # results pass through buffers whose views are made once: making a view of each result takes longer than copying it
+        self._buffers = [targets[0].new_empty(sum(self.sizes)) for targets in self.targets]
+        self._results = [buffer.split_with_sizes(self.sizes) for buffer in self._buffers]
+
     def columns(self, batch: Batch, grads: Sequence[Tensor]) -> list[Tensor]:
         """As :meth:`Chunk.columns`: copies of the members' tensors, one after the other."""
         columns: list[Tensor] = []
@@ -96,8 +101,9 @@ class Pack:
 
     def write(self, values: Sequence[Tensor]) -> None:
         """As :meth:`Chunk.write`."""
-        for targets, value in zip(self.targets, values, strict=False):
-            torch._foreach_copy_(targets, value.split_with_sizes(self.sizes))
+        for targets, buffer, results, value in zip(self.targets, self._buffers, self._results, values, strict=False):
+            buffer.copy_(value)
+            torch._foreach_copy_(targets, results)
 
 
 def columns_of(phase: Phase) -> list[str]:
