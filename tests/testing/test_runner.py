@@ -75,7 +75,7 @@ def test_an_optimizer_that_needs_a_closure_gets_one_from_every_check():
 
 
 def test_an_unknown_capability_is_refused():
-    with pytest.raises(hbcore.RegistryError, match=r"declares 'fast', no capability; there are capturable"):
+    with pytest.raises(hbcore.RegistryError, match=r"declares unknown capabilities: 'fast'; choose from capturable"):
         OptimizerSpec("A", "m:C", "", capabilities=frozenset({"fast", "matrix"}))
 
 
