@@ -64,7 +64,7 @@ help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 $(INSTALLED): | $(VENV)/.python-$(PYVERSION)
-	$(PIP) install --quiet -c $(CONSTRAINTS) setuptools wheel
+	$(PIP) install --quiet -c $(CONSTRAINTS) "setuptools>=77" wheel
 	$(PIP) install --quiet --no-build-isolation -c $(CONSTRAINTS) -e ".[cli,dev]" $(addprefix -e ./,$(PLUGINS))
 	@rm -f $(VENV)/.installed-*
 	@touch $@
