@@ -1,37 +1,40 @@
-# Every target makes the virtual environment first if it has to; none needs another to have run.
+# Every target creates the virtual environment first if necessary; no target depends on an earlier one.
 #
-#   make demo             train the same model with six optimizers and draw the curves   -> build/demo/
-#   make test             the tests
-#   make test-full        the tests and the long ones; writes tests/full/result.json
-#   make lint             ruff and mypy
-#   make wheels           the six wheels                                                 -> dist/
-#   make install          only the virtual environment
-#   make clean            remove what the others made, the virtual environment included
+#   make demo             train the same model with six optimizers and plot the losses   -> build/demo/
+#   make test             run the tests, without the long ones
+#   make test-full        run all tests, and write tests/full/result.json
+#   make lint             run ruff and mypy
+#   make wheels           build the six wheels                                           -> dist/
+#   make install          create the virtual environment only
+#   make clean            remove everything the other targets created, the environment included
+#   make help             print this text
 #
-#   make test PYTHON=python3.12     with another Python
-#   make test ARGS="-k AdamW"       more arguments for pytest
+#   make test ARGS="-k AdamW"       pass arguments to pytest
+#   make test PYTHON=python3.12     use another Python
+#   make test CONSTRAINTS=/dev/null VENV=build/newest     test with the newest releases instead of the pinned ones
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# Processes that run tests; each has one thread.
+CONSTRAINTS ?= constraints.txt
+# Test processes, of one thread each.
 JOBS ?= 2
 
 PLUGINS := plugins/hb_adam plugins/hb_muon plugins/hb_psgd plugins/hb_soap plugins/hb_ecc
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-# The installation is keyed by the contents of the files that decide it and by the Python version, not by timestamps:
+# The installation is keyed by the Python version and the contents of the files it depends on, not by timestamps:
 # a second run, or a checkout that touches files without changing them, installs nothing.
-DECIDE := constraints.txt pyproject.toml $(addsuffix /pyproject.toml,$(PLUGINS))
+DECIDE := $(CONSTRAINTS) pyproject.toml $(addsuffix /pyproject.toml,$(PLUGINS))
 PYVERSION := $(shell $(PYTHON) -c "import platform; print(platform.python_version())")
 ifeq ($(PYVERSION),)
-$(error '$(PYTHON)' does not run; say which Python to use: make PYTHON=...)
+$(error '$(PYTHON)' does not run; choose a Python with make PYTHON=...)
 endif
 KEY := $(PYVERSION)-$(firstword $(shell cat $(DECIDE) | cksum))
 INSTALLED := $(VENV)/.installed-$(KEY)
 
-.PHONY: demo test test-full lint wheels clean install
+.PHONY: demo test test-full lint wheels clean install help
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -48,7 +51,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What an earlier build left in build/lib would end up in the wheels, deleted modules included: hence the first line.
+# Remove earlier builds: anything left in build/lib, deleted modules included, would end up in the wheels.
 wheels: $(INSTALLED)
 	rm -rf build/lib build/bdist.* $(addsuffix /build,$(PLUGINS)) dist
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . $(addprefix ./,$(PLUGINS))
@@ -56,13 +59,17 @@ wheels: $(INSTALLED)
 
 install: $(INSTALLED)
 
+# The comment at the top of this file.
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
+
 $(INSTALLED): | $(VENV)/.python-$(PYVERSION)
-	$(PIP) install --quiet -c constraints.txt setuptools wheel
-	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e ".[cli,dev]" $(addprefix -e ./,$(PLUGINS))
+	$(PIP) install --quiet -c $(CONSTRAINTS) "setuptools>=77" wheel
+	$(PIP) install --quiet --no-build-isolation -c $(CONSTRAINTS) -e ".[cli,dev]" $(addprefix -e ./,$(PLUGINS))
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-# An environment of the same Python version is kept; one of another version cannot be repaired and is made anew.
+# Keep an environment of the same Python version; replace one of another version, which cannot be repaired.
 $(VENV)/.python-$(PYVERSION):
 	@if [ "$$($(BIN)/python -c 'import platform; print(platform.python_version())' 2>/dev/null)" != "$(PYVERSION)" ]; then \
 		echo "$(PYTHON) -m venv --clear $(VENV)"; $(PYTHON) -m venv --clear $(VENV); \

@@ -1,4 +1,4 @@
-"""``hbcore doctor``: what is installed, what works, and why the rest does not. Made to run when little else does."""
+"""``hbcore doctor``: reports what is installed and what is broken, and why. Works even in a badly broken environment."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from typing import Any
 
 from hbcore import __version__
 
-PROBE_SECONDS = 120  # torch's first import on a cold network disk takes its time
+PROBE_SECONDS = 120  # the first import of torch from a cold network disk is slow
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--strict", action="store_true", help="exit with 1 if anything is broken")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 if anything is broken")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report. Exit status 1 only with ``--strict``, if a plugin, a name or torch itself is broken."""
+    """Print the report. Returns 1 if ``--strict`` is given and a plugin, a name or torch is broken, else 0."""
     report = examine()
     print(json.dumps(report, indent=2, default=repr) if args.json else "\n".join(_lines(report)))
     return 1 if args.strict and report["broken"] else 0
 
 
 def examine() -> dict[str, Any]:
-    """The whole report as plain data; ``broken`` lists what ``--strict`` fails on, in words.
+    """The whole report as plain data; ``broken`` lists the problems that make ``--strict`` fail.
 
-    A missing GPU, C++ compiler or Triton is no breakage: the other backends give the same results.
+    A missing GPU, C++ compiler or Triton is not a problem: the other backends give the same results.
     """
     facts = _probe()
     report: dict[str, Any] = {
@@ -64,7 +64,7 @@ def examine() -> dict[str, Any]:
 def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
-    except Exception:  # absent, or its metadata is damaged; either way there is no version to show
+    except Exception:  # absent, or its metadata is damaged; there is no version to show in either case
         return "not installed"
 
 
@@ -74,7 +74,7 @@ def _compiler() -> str:
 
 
 def _probe() -> dict[str, str]:
-    """Ask a second process about torch and Triton, so that a torch that crashes takes nothing along."""
+    """Check torch and Triton in a second process, so that a crash of torch does not end this one."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, str(Path(__file__).with_name("probe.py"))]
     try:
@@ -82,22 +82,22 @@ def _probe() -> dict[str, str]:
         facts: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
         return facts
     except subprocess.TimeoutExpired:
-        reason = f"importing it took more than {PROBE_SECONDS} s"
+        reason = f"the import took more than {PROBE_SECONDS} s"
     except (IndexError, ValueError):
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        reason = f"the process that imported it ended with status {done.returncode}: {last}"
+        reason = f"the process that imported it exited with status {done.returncode}: {last}"
     except OSError as error:
-        reason = f"no second process could be started: {error}"
+        reason = f"cannot start a second process: {error}"
     return {"torch": "", "torch_error": reason, "gpu": "unknown", "triton": "unknown"}
 
 
 def _registry_report(broken: list[str]) -> dict[str, Any]:
-    """Plugins, conflicts and blocks; what is wrong with them is added to ``broken``."""
+    """Plugins, conflicts and blocked plugins; appends their problems to ``broken``."""
     empty: dict[str, Any] = {"plugins": [], "conflicts": [], "blocked": []}
     try:
         from hbcore import registry
     except Exception as error:  # pluggy missing or damaged
-        broken.append(f"hbcore's registry does not import: {type(error).__name__}: {error}")
+        broken.append(f"cannot import hbcore's registry: {type(error).__name__}: {error}")
         return empty | {"registry_error": traceback.format_exc()}
     plugins: list[dict[str, Any]] = []
     for plugin in registry.plugins():

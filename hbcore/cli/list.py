@@ -1,4 +1,4 @@
-"""``hbcore list``: the installed optimizers. Imports no torch and no optimizer."""
+"""``hbcore list``: the installed optimizers. Imports neither torch nor any optimizer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hbcore import registry
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("pattern", nargs="?", default="*", metavar="GLOB", help="only these names, such as 'PSGD*'")
-    parser.add_argument("--aliases", action="store_true", help="other names too")
-    parser.add_argument("--json", action="store_true", help="a JSON array of objects, one a name")
+    parser.add_argument("pattern", nargs="?", default="*", metavar="GLOB", help="list only matching names, such as 'PSGD*'")
+    parser.add_argument("--aliases", action="store_true", help="list aliases too")
+    parser.add_argument("--json", action="store_true", help="print a JSON array with one object per name")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the names. The exit status is 0 even if none matches.
+    """Print the names. Returns 0 even if no name matches.
 
     Raises:
         PluginError: a plugin is broken and ``HBCORE_STRICT`` is set.
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     elif registry.plugins():
         print(f"no optimizer matches {args.pattern!r}; 'hbcore list' shows all", file=sys.stderr)
     else:
-        print("no plugin is in use; pip install hb_adam (or hb_muon, hb_psgd, hb_soap)", file=sys.stderr)
+        print("no plugins found; pip install hb_adam (or hb_muon, hb_psgd, hb_soap)", file=sys.stderr)
     return 0
 
 

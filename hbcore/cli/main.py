@@ -1,6 +1,6 @@
-"""The command line's entry: pick the subcommand, import its module alone, turn errors into one line.
+"""Entry point of the command line: imports only the chosen subcommand's module, and prints errors on one line.
 
-Standard library only, as ``list`` and ``doctor`` are: the tool that says what is broken must not break with it.
+Like ``list`` and ``doctor``, it uses only the standard library: the tool that diagnoses a broken environment must work in it.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("list", "hbcore.cli.list:add_arguments,run", "the optimizers that are installed, and by which plugin"),
-    Command("show", "hbcore.cli.show:add_arguments,run", "one optimizer: signature, defaults, state, paper, aliases"),
-    Command("doctor", "hbcore.cli.doctor:add_arguments,run", "versions, compilers, and the health of every plugin"),
-    Command("compare", "hbcore.cli.compare:add_arguments,run", "train a small model with several optimizers; plot"),
-    Command("bench", "hbcore.cli.bench:add_arguments,run", "time optimizer steps against peers and copy speed; plot"),
+    Command("list", "hbcore.cli.list:add_arguments,run", "list the installed optimizers and their plugins"),
+    Command("show", "hbcore.cli.show:add_arguments,run", "show one optimizer: signature, defaults, state, paper, aliases"),
+    Command("doctor", "hbcore.cli.doctor:add_arguments,run", "check versions, compilers, and every plugin"),
+    Command("compare", "hbcore.cli.compare:add_arguments,run", "train a small model with several optimizers; plot the losses"),
+    Command("bench", "hbcore.cli.bench:add_arguments,run", "time optimizer steps against other libraries and copy speed"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 2 for a usage error or an error that hbcore raises.
+    """Run the command line and return its exit status: 2 for a usage error or an error raised by hbcore.
 
     Args:
-        argv: the arguments without the program's name; those of the process if None.
+        argv: the arguments without the program's name; by default, those of the process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((command for command in COMMANDS if words[:1] == [command.name]), None)
     if chosen is None:
         parser = _top_parser()
-        parser.parse_args(words)  # --help, --version, or an unknown command; the last two exit
+        parser.parse_args(words)  # exits, unless there are no arguments
         parser.print_help()
         return 0
     try:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _fail(f"the command {chosen.name!r} needs the module {error.name!r}, which is not installed")
     except BrokenPipeError:
-        # The reader (`| head`) is gone. Python flushes stdout once more at exit, which must not raise again.
+        # The reader (`| head`) has exited. Python flushes stdout once more at exit, which must not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -74,7 +74,7 @@ def _run(command: Command, words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"hbcore {command.name}", description=command.help)
     add_arguments(parser)
     status = run(parser.parse_args(words))
-    sys.stdout.flush()  # here, where a broken pipe is caught
+    sys.stdout.flush()  # so that a broken pipe is caught here
     return status
 
 
@@ -94,7 +94,7 @@ def _fail(message: str) -> int:
 
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Warnings without file and line, which would point into this package."""
+    """Print warnings without file and line, which would point into this package."""
 
     def show(
         message: Warning | str,

@@ -1,6 +1,6 @@
-"""What ``hbcore doctor`` runs in a process of its own: a broken torch may abort, hang or exit, and the doctor must not.
+"""Run by ``hbcore doctor`` in a separate process: a broken torch may abort, hang or exit, and the doctor must not.
 
-Prints one line of JSON, last. Standard library, torch and Triton only; run by path, not as a module.
+The last line of output is JSON. Uses only the standard library, torch and Triton; run by path, not as a module.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import sys
 from typing import Any
 
 if __name__ == "__main__":
-    # Running by path puts this folder first, and its list.py and show.py before other people's modules.
+    # Running by path puts this folder first on sys.path, where list.py and show.py would shadow other modules.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != here]
 
-try:  # at the top, because a kernel finds `tl` among its module's globals only
+try:  # at module level, because a kernel looks up `tl` in its module's globals
     import triton
     import triton.language as tl
 except Exception as error:
@@ -29,7 +29,7 @@ else:
 
 
 def probe() -> dict[str, str]:
-    """Look at torch, its GPU and Triton. Each answer is text; ``torch_error`` is empty when torch imports."""
+    """Check torch, its GPU and Triton. All values are text; ``torch_error`` is empty if torch can be imported."""
     facts = {"torch": "", "torch_error": "", "gpu": "none", "triton": ""}
     try:
         import torch
@@ -40,7 +40,7 @@ def probe() -> dict[str, str]:
             facts["gpu"] = str(torch.cuda.get_device_name())
     except (Exception, SystemExit) as error:
         facts["torch_error"] = f"{type(error).__name__}: {error}"
-        facts["gpu"] = facts["triton"] = "unknown, because torch does not work"
+        facts["gpu"] = facts["triton"] = "unknown, because torch is broken"
         return facts
     if triton is None:
         facts["triton"] = f"not usable: {TRITON_ERROR}"
@@ -52,7 +52,7 @@ def probe() -> dict[str, str]:
 
 
 def _try_triton() -> str:
-    """Compile and launch a kernel: Triton builds its launcher with a C compiler, so importing it proves little."""
+    """Compile and launch a kernel: importing Triton proves little, since it builds its launcher with a C compiler."""
     import torch
 
     try:

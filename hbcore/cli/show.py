@@ -1,4 +1,4 @@
-"""``hbcore show NAME``: everything about one optimizer. Imports its class, and with it torch."""
+"""``hbcore show NAME``: everything about one optimizer. Imports its class, and therefore torch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from hbcore import registry
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("name", metavar="NAME", help="an optimizer or an alias, 'AdamW' or 'hb_adam:AdamW'")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    parser.add_argument("--kernel", action="store_true", help="the Triton kernels that are generated for float32 parameters")
+    parser.add_argument("name", metavar="NAME", help="an optimizer or alias, such as 'AdamW' or 'hb_adam:AdamW'")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--kernel", action="store_true", help="print the Triton kernels generated for float32 parameters")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the optimizer's facts.
+    """Print the description of the optimizer.
 
     Raises:
-        RegistryError: the name is unknown or ambiguous, or its plugin does not work.
+        RegistryError: the name is unknown or ambiguous, or its plugin is broken.
         ModuleNotFoundError: torch is not installed.
     """
     if args.kernel:
@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _facts(name: str) -> dict[str, Any]:
     info = registry.info(name)
-    cls = registry.resolve(name)  # not get(): looking an alias up is not using it
-    from hbcore import introspect  # after the registry: an unknown name is said without waiting for torch
+    cls = registry.resolve(name)  # not get(): showing an alias must not warn about its use
+    from hbcore import introspect  # after the registry: an unknown name fails without waiting for torch
 
     facts: dict[str, Any] = dict(introspect.describe(cls))
     facts |= {
@@ -94,7 +94,7 @@ def _slot(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _table(title: str, rows: Iterable[tuple[str, str, str]]) -> str:
-    """A heading and aligned columns, or nothing when there are no rows."""
+    """A heading and aligned columns; empty if there are no rows."""
     lines = list(rows)
     if not lines:
         return ""

@@ -1,1 +1,1 @@
-"""Parameters that are spread over ranks: where their pieces lie, and who computes what."""
+"""Sharded parameters: where their shards are, and which rank computes what."""

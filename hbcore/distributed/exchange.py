@@ -1,4 +1,4 @@
-"""Exchanges between ranks: every rank's rows to the owner of a matrix, and the results back."""
+"""Exchange between shards and owners: gathers every rank's rows on the owner of a tensor, and scatters the results."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hbcore.distributed.placement import Shards, shards_of
 
 @dataclass
 class Transfer:
-    """One tensor on its way between the ranks that hold its rows and the rank that computes on it.
+    """The transfer of one tensor between its shards and its owner.
 
     Attributes:
-        part: this rank's elements, flat; none for a rank without rows.
-        whole: all elements, flat, on the owner; None elsewhere.
-        owner: the rank that has, or gets, the whole.
-        sizes: how many elements each rank has.
+        part: this rank's elements, flat; empty on a rank without rows.
+        whole: all elements, flat, on the owner; None on other ranks.
+        owner: the rank that holds the whole tensor.
+        sizes: number of elements on each rank.
     """
 
     part: Tensor
@@ -30,7 +30,7 @@ class Transfer:
 
 
 def to_owners(transfers: Sequence[Transfer], shards: Shards) -> None:
-    """Fill each transfer's ``whole`` on its owner. Collective: all ranks pass the same transfers in the same order."""
+    """Gather: fill each transfer's ``whole`` on its owner. Collective; all ranks pass the same transfers in the same order."""
     mine, theirs = _mine(transfers, shards.rank), _by_owner(transfers, shards.ranks)
     leaving = [[p.part for p in group] for group in theirs]
     coming = [sum(p.sizes[r] for p in mine) for r in range(shards.ranks)]
@@ -41,7 +41,7 @@ def to_owners(transfers: Sequence[Transfer], shards: Shards) -> None:
 
 
 def from_owners(transfers: Sequence[Transfer], shards: Shards) -> None:
-    """Fill each transfer's ``part`` from its owner's ``whole``. Collective, as :func:`to_owners`."""
+    """Scatter: fill each transfer's ``part`` from its owner's ``whole``. Collective, like :func:`to_owners`."""
     mine, theirs = _mine(transfers, shards.rank), _by_owner(transfers, shards.ranks)
     leaving = [[p.whole[_rows(p, r)] for p in mine if p.whole is not None] for r in range(shards.ranks)]
     coming = [sum(p.part.numel() for p in group) for group in theirs]
@@ -51,19 +51,20 @@ def from_owners(transfers: Sequence[Transfer], shards: Shards) -> None:
 
 
 def owners(params: Iterable[Tensor]) -> dict[Tensor, int]:
-    """The rank that computes on each sharded parameter: balanced by size, and the same on every rank.
+    """The owner of each sharded parameter: balanced by size, and identical on every rank.
 
-    In order, each goes to the rank that has least so far, so that parameters added later change nobody's owner.
+    Each parameter in turn is assigned to the rank with the smallest load so far, so adding parameters later does not change
+    existing owners.
     """
     loads: dict[object, list[int]] = {}
-    dealt: dict[Tensor, int] = {}
+    assigned: dict[Tensor, int] = {}
     for p in params:
         shards = shards_of(p)
         if shards is not None:
             load = loads.setdefault(shards.mesh, [0] * shards.ranks)
-            dealt[p] = load.index(min(load))
-            load[dealt[p]] += p.numel()
-    return dealt
+            assigned[p] = load.index(min(load))
+            load[assigned[p]] += p.numel()
+    return assigned
 
 
 def all_reduce(values: Tensor, how: str, shards: Shards) -> None:
@@ -72,7 +73,7 @@ def all_reduce(values: Tensor, how: str, shards: Shards) -> None:
 
 
 def broadcast(whole: Tensor, owner: int, shards: Shards) -> None:
-    """Give every rank the owner's tensor, in place. Collective."""
+    """Copy the owner's tensor to every rank, in place. Collective."""
     dist.broadcast(whole, dist.get_global_rank(shards.group, owner), group=shards.group)
 
 
@@ -90,7 +91,7 @@ def _rows(transfer: Transfer, rank: int) -> slice:
 
 
 def _swap(leaving: Sequence[Sequence[Tensor]], coming: list[int], like: Tensor, shards: Shards) -> list[Tensor]:
-    """One all-to-all of what leaves for each rank; what came from each."""
+    """Send ``leaving[r]`` to each rank r in one all-to-all; return the elements received from each rank."""
     outgoing = torch.cat([like[:0], *(t.reshape(-1) for group in leaving for t in group)])
     incoming = outgoing.new_empty(sum(coming))
     sizes = [sum(t.numel() for t in group) for group in leaving]

@@ -1,7 +1,7 @@
-"""How one parameter is spread over ranks. Rules never see any of it; the engine computes on what is local.
+"""How a parameter is sharded. Rules never see this: the engine computes on local shards.
 
-An ordinary tensor is whole wherever it is. A DTensor, as FSDP2 makes them, is ``Shard(0)`` over the last dimension of its mesh:
-each rank has a run of its rows, and perhaps none. Earlier mesh dimensions may replicate it.
+An ordinary tensor is not sharded. A DTensor of FSDP2 is ``Shard(0)`` over the last dimension of its mesh: each rank has a
+contiguous range of rows, possibly an empty one. Earlier mesh dimensions may replicate it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from hbcore.errors import ParameterError
 
 @dataclass(frozen=True)
 class Shards:
-    """The ranks that a parameter's rows are dealt out to.
+    """How a parameter's rows are distributed over ranks.
 
     Attributes:
         mesh: the parameter's device mesh.
-        placements: one for each mesh dimension; ``Shard(0)`` last.
-        shape, stride: of the whole parameter.
+        placements: one per mesh dimension; the last is ``Shard(0)``.
+        shape, stride: shape and strides of the whole parameter.
     """
 
     mesh: Any
@@ -34,22 +34,22 @@ class Shards:
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The ranks that together hold the whole parameter."""
+        """The process group whose ranks together hold the whole parameter."""
         group: dist.ProcessGroup = self.mesh.get_group(self.mesh.ndim - 1)
         return group
 
     @property
     def ranks(self) -> int:
-        """How many they are."""
+        """Number of ranks in the group."""
         return dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
-        """Which of them this process is."""
+        """Rank of this process in the group."""
         return dist.get_rank(self.group)
 
     def sizes(self) -> list[int]:
-        """How many elements each rank holds, in order: the first ranks as many rows as fit, the last what is left."""
+        """Number of elements on each rank: ``ceil(rows / ranks)`` rows on the first ranks, the remainder on later ones."""
         rows = self.shape[0]
         each = -(-rows // self.ranks)
         per_row = self.shape.numel() // rows if rows else 0
@@ -57,43 +57,45 @@ class Shards:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is spread over a mesh; asks without importing torch.distributed.tensor."""
+    """Whether ``tensor`` is a DTensor, without importing torch.distributed.tensor."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def shards_of(param: Tensor) -> Shards | None:
-    """How ``param`` is spread, or None if it is whole.
+    """How ``param`` is sharded, or None if it is not.
 
     Raises:
-        ParameterError: its placements are none that this version knows.
+        ParameterError: its placements are not supported, or it is complex.
     """
     if not is_dtensor(param):
         return None
     if param.is_complex():
-        raise ParameterError(f"a complex parameter of shape {tuple(param.shape)} is spread over ranks; keep it whole.")
-    spread: Any = param
-    placements = tuple(spread.placements)
+        raise ParameterError(
+            f"a complex parameter of shape {tuple(param.shape)} is sharded, which is unsupported; keep it whole."
+        )
+    dtensor: Any = param
+    placements = tuple(dtensor.placements)
     if not placements[-1].is_shard(0) or not all(p.is_replicate() for p in placements[:-1]):
         raise ParameterError(
-            f"a parameter of shape {tuple(param.shape)} is placed {placements}; hbcore knows Shard(0), with or without "
-            "replication before it. Shard it with torch.distributed.fsdp.fully_shard."
+            f"a parameter of shape {tuple(param.shape)} has the placements {placements}; hbcore supports Shard(0), with or "
+            "without replication before it. Shard it with torch.distributed.fsdp.fully_shard."
         )
-    return Shards(spread.device_mesh, placements, param.shape, tuple(param.stride()))
+    return Shards(dtensor.device_mesh, placements, param.shape, tuple(param.stride()))
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor: the tensor itself if it is whole; complex numbers as pairs of real ones."""
+    """This rank's shard of a tensor, or the tensor itself if it is not sharded; complex numbers as pairs of real ones."""
     if tensor.is_complex():
         return torch.view_as_real(tensor.resolve_conj())
     if not is_dtensor(tensor):
         return tensor
-    spread: Any = tensor
-    part: Tensor = spread.to_local()
+    dtensor: Any = tensor
+    part: Tensor = dtensor.to_local()
     return part
 
 
 def spread_like(part: Tensor, param: Tensor) -> Tensor:
-    """``part``, of the shape of this rank's part of ``param``, as a tensor spread as ``param`` is."""
+    """A tensor sharded like ``param``, whose shard on this rank is ``part``."""
     shards = shards_of(param)
     if shards is None:
         return part
@@ -103,7 +105,7 @@ def spread_like(part: Tensor, param: Tensor) -> Tensor:
 
 
 def share_out(whole: Tensor, shards: Shards) -> Tensor:
-    """A tensor that every rank has whole as one that is sharded along its rows; a 0-d one is replicated."""
+    """Shard a tensor that every rank has along its rows; a 0-d tensor is replicated."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     if whole.ndim == 0:
@@ -117,9 +119,9 @@ def share_out(whole: Tensor, shards: Shards) -> Tensor:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every rank. Collective for a DTensor."""
+    """The whole tensor on every rank. Collective for a DTensor."""
     if not is_dtensor(tensor):
         return tensor
-    spread: Any = tensor
-    whole: Tensor = spread.full_tensor()
+    dtensor: Any = tensor
+    whole: Tensor = dtensor.full_tensor()
     return whole

@@ -1,7 +1,7 @@
-"""Names to optimizers: what is installed, who provides it, and what is wrong with what does not work.
+"""Maps names to optimizers: which plugins are installed, what each provides, and why a plugin fails.
 
-Plain data throughout; importing this package imports neither torch nor a plugin. The functions here ask the one
-:class:`Registry` that a process has. ``Registry(source)`` makes a separate one.
+Plain data throughout; importing this package imports neither torch nor a plugin. The functions here are methods of the
+process-wide :class:`Registry`; ``Registry(source)`` creates a separate one.
 """
 
 from __future__ import annotations

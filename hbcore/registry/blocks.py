@@ -1,4 +1,4 @@
-"""What the core itself has a name for: building blocks that no plugin provides, and that are no optimizers by themselves."""
+"""Names that the core itself provides: building blocks that belong to no plugin."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class CoreBlock:
     """A class of the core.
 
     Attributes:
-        name: its name.
-        module: where it is.
-        asked: the name that was asked for.
+        name: its current name.
+        module: the module that defines it.
+        asked: the name that was requested, possibly an old one.
     """
 
     name: str
@@ -25,11 +25,11 @@ class CoreBlock:
 
     @property
     def message(self) -> str:
-        """What to say to somebody who asked for it by an old name; empty for the present one."""
+        """The warning for an old name; empty for the current one."""
         return "" if fold(self.asked) == fold(self.name) else f"{self.asked} is now {self.name}"
 
     def load(self) -> type[Any]:
-        """Import it."""
+        """Import and return the class."""
         cls: type[Any] = getattr(import_module(self.module), self.name)
         return cls
 
@@ -43,7 +43,7 @@ _HOME = {
 
 
 def find(name: object) -> CoreBlock | None:
-    """The block of that name, or of that old name; case, ``-`` and ``_`` do not count."""
+    """The block with this current or old name, or None; case, ``-`` and ``_`` are ignored."""
     plugin, key = split(name) if isinstance(name, str) else ("", "")
     for asked, (block, module) in _HOME.items():
         if fold(asked) == key and plugin in ("", "hbcore"):

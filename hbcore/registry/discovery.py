@@ -1,4 +1,4 @@
-"""Find the installed plugins and keep what came of loading them: which work, which failed, which are blocked."""
+"""Finds the installed plugins, loads them, and keeps the outcome: which work, which failed, which are blocked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALLOW_ENV = "HBCORE_PLUGINS"
 
 @dataclass(frozen=True)
 class BlockedPlugin:
-    """A plugin that is installed and was not loaded because somebody said so."""
+    """An installed plugin that was not loaded because it is blocked."""
 
     name: str
     distribution: str
@@ -34,7 +34,7 @@ class BlockedPlugin:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One finished scan. Never changed, so readers need no lock."""
+    """The result of one scan. Immutable, so readers need no lock."""
 
     plugins: tuple[Plugin, ...] = ()
     failures: tuple[PluginFailure, ...] = ()
@@ -42,11 +42,11 @@ class Snapshot:
 
 
 def installed(path: list[str] | None = None) -> Iterator[EntryPoint | PluginFailure]:
-    """The entry points of every distribution on ``path`` (``sys.path``), and a failure for each unreadable one of ours.
+    """The plugins' entry points on ``path`` (default: ``sys.path``), and a failure for each plugin with unreadable metadata.
 
-    ``importlib_metadata.entry_points()`` would raise at the first unreadable distribution, ours or not.
+    ``importlib_metadata.entry_points()`` would raise at the first unreadable distribution, plugin or not.
     """
-    import importlib_metadata  # here, so that importing hbcore.registry stays cheap
+    import importlib_metadata  # imported here to keep importing hbcore.registry cheap
 
     seen: set[str] = set()
     for distribution in importlib_metadata.distributions(**({} if path is None else {"path": path})):
@@ -71,7 +71,7 @@ class _Readable(Protocol):
 def _entry_point_text(distribution: _Readable) -> str:
     try:
         return distribution.read_text("entry_points.txt") or ""
-    except Exception:  # not text at all: it cannot be told whose it is, and most likely it is not ours
+    except Exception:  # undecodable, so its owner is unknown; most likely it is not a plugin
         return ""
 
 
@@ -80,10 +80,10 @@ def _listed(variable: str) -> frozenset[str]:
 
 
 class Discovery:
-    """Scans on first use, keeps the result, and scans again when asked.
+    """Scans on first use, caches the result, and rescans on request.
 
     Args:
-        source: yields the entry points; :func:`installed` unless a test injects its own.
+        source: yields the entry points; tests inject their own.
     """
 
     def __init__(self, source: Callable[[], Iterable[EntryPoint | PluginFailure]] = installed) -> None:
@@ -91,28 +91,28 @@ class Discovery:
         self._lock = threading.RLock()
         self._current: Snapshot | None = None
         self._blocked: set[str] = set()
-        self._loading: str | None = None  # the plugin whose manifest is running right now
+        self._loading: str | None = None  # the plugin whose manifest is running
         self._kept: dict[tuple[str, str, str, str], Plugin] = {}
 
     def snapshot(self) -> Snapshot:
-        """The current scan, made now if there is none.
+        """The latest scan; scans now if there has been none.
 
         Raises:
-            RegistryError: called from a manifest or hook that is itself being loaded.
+            RegistryError: called from a manifest or hook while it is being loaded.
         """
         with self._lock:
             self._refuse_reentry()
             return self._current or self._scan()
 
     def rescan(self) -> Snapshot:
-        """Look for new and removed plugins and try the failed ones again; healthy ones are kept as they are."""
+        """Find new and removed plugins and retry the failed ones; working plugins are kept."""
         with self._lock:
             self._refuse_reentry()
-            importlib.invalidate_caches()  # the import system remembers directories in which it found nothing
+            importlib.invalidate_caches()  # the import system caches directory listings
             return self._scan()
 
     def refresh(self) -> None:
-        """Forget every plugin; the next lookup scans from nothing."""
+        """Forget every plugin; the next lookup scans from scratch."""
         with self._lock:
             self._refuse_reentry()
             importlib.invalidate_caches()
@@ -120,7 +120,7 @@ class Discovery:
             self._current = None
 
     def block(self, name: str) -> None:
-        """Do not load the plugin, or take it out of use if it is loaded."""
+        """Stop using the plugin, and do not load it."""
         with self._lock:
             self._refuse_reentry()
             self._blocked.add(fold(name))
@@ -130,7 +130,7 @@ class Discovery:
         """Undo :meth:`block`.
 
         Raises:
-            RegistryError: an environment variable blocks it, which code does not override.
+            RegistryError: an environment variable blocks it; code cannot override that.
         """
         with self._lock:
             self._refuse_reentry()
@@ -140,11 +140,11 @@ class Discovery:
                 raise RegistryError(f"plugin {name!r} stays blocked by {reason}; change the variable instead")
 
     def _refuse_reentry(self) -> None:
-        # Only the loading thread gets here while a plugin loads: the others wait at the lock.
+        # While a plugin loads, only the loading thread gets here: the others wait for the lock.
         if self._loading is not None:
             raise RegistryError(
-                f"plugin {self._loading!r} used hbcore's registry while it was itself being loaded; a manifest and its "
-                "hooks may only declare data. Look other optimizers up inside the module that the target names"
+                f"plugin {self._loading!r} used hbcore's registry while it was being loaded; a manifest and its hooks "
+                "may only declare data. Look up other optimizers in the target's module"
             )
 
     def _reason_blocked(self, name: str) -> str:

@@ -1,16 +1,16 @@
-"""The hooks a plugin's manifest may implement, and the version of the contract.
+"""The hooks that a plugin's manifest may implement, and the version of that contract.
 
-A manifest is a light module (no torch) that the entry point names::
+The entry point names the manifest, a light module that does not import torch::
 
     from hbcore.api import OptimizerSpec, hookimpl
 
-    API = (1, 0)  # the contract it was written for, as data: read before any of its hooks runs
+    API = (1, 0)  # the contract version it was written for; read before any hook runs
 
     @hookimpl
     def hb_optimizers(api):
         return [OptimizerSpec("AdamW", "hb_adam.adamw:AdamW", "Adam with decoupled weight decay")]
 
-A hook implementation may take fewer arguments than its specification; that is how a minor version can add arguments.
+A hook may take fewer arguments than its specification, so a minor version can add arguments.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hbcore.registry.spec import Alias, CodecSpec, OptimizerSpec
 
 PROJECT = "hbcore"
 GROUP = "hbcore.plugins"  # the one entry-point group
-API_VERSION = (1, 3)  # (major, minor): a major breaks manifests, a minor adds to what they may use
+API_VERSION = (1, 3)  # (major, minor): a new major version breaks manifests, a minor one only adds to the API
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -32,7 +32,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @dataclass(frozen=True)
 class Api:
-    """What a hook is told about its host: the contract's version and the plugin's own entry name."""
+    """Passed to the hooks: the API version of this hbcore, and the name of the plugin's entry point."""
 
     version: tuple[int, int]
     plugin: str
@@ -40,21 +40,21 @@ class Api:
 
 @dataclass
 class DoctorReport:
-    """What a plugin's ``hb_doctor`` writes into. A problem fails ``hbcore doctor --strict``; a note does not."""
+    """Findings of a plugin's ``hb_doctor``. Problems fail ``hbcore doctor --strict``; notes do not."""
 
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
-        """Add a line that is worth reading and breaks nothing: a missing GPU, a slower path in use."""
+        """Add a harmless observation: a missing GPU, a slower code path."""
         self.notes.append(text)
 
     def problem(self, text: str) -> None:
-        """Add a line about something that does not work and should."""
+        """Add something that should work and does not."""
         self.problems.append(text)
 
 
-# The bodies never run: a specification is its name, its arguments and its docstring.
+# The bodies never run: a specification is a name, arguments and a docstring.
 
 
 @hookspec
@@ -64,7 +64,7 @@ def hb_optimizers(api: Api) -> Iterable[OptimizerSpec]:  # type: ignore[empty-bo
 
 @hookspec
 def hb_aliases(api: Api) -> Iterable[Alias]:  # type: ignore[empty-body]
-    """Other names for optimizers, its own or those of another plugin."""
+    """Other names for the plugin's own optimizers or for those of another plugin."""
 
 
 @hookspec
@@ -74,12 +74,12 @@ def hb_codecs(api: Api) -> Iterable[CodecSpec]:  # type: ignore[empty-body]
 
 @hookspec
 def hb_migrations(api: Api) -> Iterable[object]:  # type: ignore[empty-body]
-    """Conversions of older checkpoints. Called only when a checkpoint is loaded, so it may import torch."""
+    """Conversions of older checkpoints. Called only while a checkpoint is loaded, so it may import torch."""
 
 
 @hookspec
 def hb_doctor(report: DoctorReport) -> None:
-    """Look at the plugin's own health and write into the report. Called by ``hbcore doctor`` alone."""
+    """Check the plugin's health and add findings to the report. Called only by ``hbcore doctor``."""
 
 
 HOOK_NAMES = ("hb_optimizers", "hb_aliases", "hb_codecs", "hb_migrations", "hb_doctor")

@@ -1,4 +1,4 @@
-"""Who claims which name, worked out once per scan."""
+"""Which plugin claims which name, resolved once per scan."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Claim:
     """One plugin's claim to one name.
 
     Attributes:
-        plugin: who claims it.
-        name: its spelling there.
-        alias: set when the name is an alias.
-        owner, spec: the optimizer it stands for and that one's plugin; None when an alias' target is not to be had.
+        plugin: the claiming plugin.
+        name: the name, as that plugin spells it.
+        alias: set if the name is an alias.
+        owner, spec: the optimizer's plugin and spec; None if an alias' target is unavailable.
     """
 
     plugin: Plugin
@@ -29,11 +29,11 @@ class Claim:
 
     @property
     def qualified(self) -> str:
-        """The spelling that is never ambiguous: ``"hb_psgd:PSGDKron"``."""
+        """The unambiguous form: ``"hb_psgd:PSGDKron"``."""
         return f"{self.plugin.name}:{self.name}"
 
     def means_the_same(self, other: Claim) -> bool:
-        """Whether both names give the same class: then there is nothing to be ambiguous about."""
+        """Whether both claims lead to the same class, so that they do not conflict."""
         if self.spec is None or other.spec is None:
             return self.alias == other.alias
         preset, other_preset = (dict(claim.alias.preset) if claim.alias else {} for claim in (self, other))
@@ -42,7 +42,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Conflict:
-    """A short name that several plugins claim for different things; the qualified names still work."""
+    """A short name that several plugins claim for different optimizers; the qualified names still work."""
 
     name: str
     claims: tuple[Claim, ...]
@@ -54,7 +54,7 @@ class Conflict:
 
 @dataclass
 class Index:
-    """Folded name -> claims, in the order of the scan. Built from a snapshot and read-only afterwards."""
+    """Folded name -> claims in scan order. Built from a snapshot and read-only afterwards."""
 
     snapshot: Snapshot
     claims: dict[str, list[Claim]] = field(default_factory=dict)
@@ -64,18 +64,18 @@ class Index:
         for plugin in plugins:
             for spec in plugin.optimizers:
                 self._add(Claim(plugin, spec.name, None, plugin, spec))
-        # Aliases after all optimizers, since a target may belong to any plugin; and all of them resolved before any is
-        # added, so that no alias is ever taken for a target.
+        # Aliases come after all optimizers, since a target may belong to any plugin. All are resolved before any is added,
+        # so that an alias is never used as a target.
         for claim in [self._resolve(plugin, alias) for plugin in plugins for alias in plugin.aliases]:
             self._add(claim)
 
     def find(self, name: str) -> list[Claim]:
-        """The claims to ``"Name"`` or ``"plugin:Name"`` that mean different things: none, one, or a conflict."""
+        """The distinct claims to ``"Name"`` or ``"plugin:Name"``: none, one, or a conflict."""
         plugin, key = split(name)
         return _distinct(c for c in self.claims.get(key, ()) if not plugin or fold(c.plugin.name) == plugin)
 
     def find_codec(self, name: str) -> list[tuple[Plugin, CodecSpec]]:
-        """The codecs named ``"codec"`` or ``"plugin:codec"`` that are different things."""
+        """The distinct codecs named ``"codec"`` or ``"plugin:codec"``."""
         plugin, _, short = name.rpartition(":")
         found: dict[str, tuple[Plugin, CodecSpec]] = {}
         for owner in self.snapshot.plugins:
@@ -85,7 +85,7 @@ class Index:
         return list(found.values())
 
     def names(self, aliases: bool) -> Iterator[str]:
-        """Every name that can be asked for; those in conflict in their qualified form."""
+        """Every name that can be looked up; conflicting names in their qualified form."""
         for claims in self.claims.values():
             distinct = _distinct(claims)
             for claim in distinct:
@@ -93,12 +93,12 @@ class Index:
                     yield claim.name if len(distinct) == 1 else claim.qualified
 
     def aliases_of(self, spec: OptimizerSpec) -> tuple[str, ...]:
-        """The aliases that stand for the optimizer, sorted."""
+        """The optimizer's aliases, sorted."""
         every = (claim for claims in self.claims.values() for claim in claims)
         return tuple(sorted({claim.name for claim in every if claim.alias and claim.spec == spec}))
 
     def conflicts(self) -> list[Conflict]:
-        """The names in conflict, sorted."""
+        """The conflicts, sorted."""
         found = (_distinct(claims) for claims in self.claims.values())
         return sorted((Conflict(c[0].name, tuple(c)) for c in found if len(c) > 1), key=str)
 
@@ -107,7 +107,7 @@ class Index:
 
     def _resolve(self, plugin: Plugin, alias: Alias) -> Claim:
         found = self.find(alias.target)
-        # A plugin's own optimizer comes first: somebody else's clash over the short name must not break its aliases.
+        # Prefer the plugin's own optimizer: another plugin's claim to the short name must not break its aliases.
         own = [claim for claim in found if claim.plugin is plugin]
         target = own[0] if own else found[0] if len(found) == 1 else None
         if target is None:

@@ -1,7 +1,7 @@
-"""Load one plugin's manifest and read its declarations, so that whatever goes wrong disables that plugin alone.
+"""Loads one plugin's manifest and reads its declarations; any failure disables only that plugin.
 
-Every plugin gets a plugin manager of its own. One shared manager would let one raising hook abort the call for all of
-them, and pluggy's own entry-point loader stops at the first plugin that does not import; hence neither is used.
+Every plugin has its own plugin manager: with a shared one, a hook that raises would abort the call for all plugins. For the
+same reason pluggy's entry-point loader is not used, which stops at the first plugin that fails to import.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Phase = Literal["metadata", "import", "api", "register", "hooks"]
 
 @dataclass(frozen=True)
 class PluginFailure:
-    """Why a plugin disabled itself. Text only: a stored exception would keep the frames of its traceback alive.
+    """Why a plugin is disabled. Text only: a stored exception would keep the frames of its traceback alive.
 
     Attributes:
-        distribution, version, entry: whose it is; ``entry`` is the plugin's name.
-        phase: how far it came.
+        distribution, version, entry: the plugin's origin; ``entry`` is its name.
+        phase: the phase that failed.
         cause: one line, ``"ModuleNotFoundError: No module named 'x'"``.
         location: the entry point's value and the folder of its distribution.
-        traceback: the full text, empty where hbcore itself refused the plugin.
-        provides: the optimizers it had declared before it failed.
+        traceback: the full text; empty if hbcore itself rejected the plugin.
+        provides: the optimizers that it declared before it failed.
     """
 
     distribution: str
@@ -52,7 +52,7 @@ class PluginFailure:
 
 @dataclass(frozen=True)
 class Plugin:
-    """A plugin whose manifest was loaded and whose declarations were read."""
+    """A plugin whose manifest and declarations have been loaded."""
 
     name: str
     distribution: str
@@ -67,22 +67,22 @@ class Plugin:
         return f"{self.name} ({self.distribution} {self.version})"
 
     def call(self, hook: str, **arguments: object) -> list[Any]:
-        """Call one hook of this plugin alone. Raises whatever the implementation raises."""
+        """Call one hook of this plugin only. Exceptions of the implementation propagate."""
         results: list[Any] = getattr(self.manager.hook, hook)(**arguments)
         return results
 
 
 class _Refusal(RegistryError):
-    """hbcore's own verdict on a plugin; its traceback would say nothing."""
+    """hbcore itself rejects a plugin; the traceback would carry no information."""
 
 
 def load(entry: Entry) -> Plugin | PluginFailure:
-    """The plugin behind an entry point, or why there is none. Never raises for what the plugin does."""
+    """The plugin behind an entry point, or why it failed. Exceptions of the plugin never propagate."""
     before = set(sys.modules)
     loader = _Loader(entry)
     try:
         return loader.load()
-    except (Exception, SystemExit) as error:  # a module may well call sys.exit(); Ctrl-C still gets through
+    except (Exception, SystemExit) as error:  # a module may call sys.exit(); Ctrl-C still propagates
         _forget_modules(entry.package, before)
         text = "" if isinstance(error, _Refusal) else traceback.format_exc()
         return entry.failure(loader.phase, one_line(error), text, loader.provides)
@@ -92,14 +92,14 @@ def import_target(target: str, owner: Plugin, what: str) -> Any:
     """Import ``"module:attribute"``.
 
     Raises:
-        PluginError: it does not import, with the cause chained; other optimizers of the plugin may still work.
+        PluginError: the import failed; the cause is chained. Other optimizers of the plugin may still work.
     """
     module, _, attribute = target.partition(":")
     known = module in sys.modules
     try:
         return reduce(getattr, attribute.split("."), importlib.import_module(module))
     except (Exception, SystemExit) as error:
-        # Nothing stale is left for the next try, which may come after a repair.
+        # Leave nothing stale behind: the plugin may be repaired before the next attempt.
         importlib.invalidate_caches()
         if not known:
             sys.modules.pop(module, None)
@@ -107,20 +107,20 @@ def import_target(target: str, owner: Plugin, what: str) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """The error as one line of text; hbcore's own verdicts go without their type."""
+    """The error on one line; hbcore's own refusals without the exception type."""
     text = " ".join(str(error).split())
     return text if isinstance(error, _Refusal) else f"{type(error).__name__}: {text}"
 
 
 def _forget_modules(package: str, before: set[str]) -> None:
-    """Drop what a failed load left of its own package, so that the next try reads the repaired files."""
+    """Remove the modules of a failed package, so that the next attempt reads the repaired files."""
     for name in set(sys.modules) - before:
         if name == package or name.startswith(package + "."):
             del sys.modules[name]
 
 
 class Entry:
-    """An entry point with its distribution's name and version, which an injected one may lack."""
+    """An entry point, and its distribution's name and version, which an injected entry point may lack."""
 
     def __init__(self, point: EntryPoint) -> None:
         self.point = point
@@ -138,7 +138,7 @@ class Entry:
 
 
 class _Loader:
-    """Takes one entry point to a :class:`Plugin`; ``phase`` and ``provides`` say how far it came."""
+    """Turns an entry point into a :class:`Plugin`; ``phase`` and ``provides`` record the progress."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
@@ -146,7 +146,7 @@ class _Loader:
         self.provides: tuple[str, ...] = ()
 
     def load(self) -> Plugin:
-        """Raises whatever the plugin raises, and :class:`RegistryError` for what hbcore refuses."""
+        """Load the plugin. Raises the plugin's own exceptions, and :class:`RegistryError` if hbcore rejects it."""
         entry = self.entry
         manifest = entry.point.load()
         self.phase = "api"
@@ -166,22 +166,22 @@ class _Loader:
 
 def _negotiate(required: object) -> None:
     if not (isinstance(required, tuple) and len(required) == 2 and all(type(part) is int for part in required)):
-        raise _Refusal(f"its manifest must declare API = {API_VERSION}, a pair of integers; it has {required!r}")
+        raise _Refusal(f"its manifest must declare API = {API_VERSION}, a pair of integers; found {required!r}")
     if required[0] != API_VERSION[0] or required[1] > API_VERSION[1]:
         ours, theirs = ".".join(map(str, API_VERSION)), ".".join(map(str, required))
         remedy = "upgrade hbcore" if required > API_VERSION else "upgrade the plugin"
-        raise _Refusal(f"it needs plugin API {theirs} and this hbcore has {ours}; {remedy}")
+        raise _Refusal(f"it needs plugin API {theirs}, but this hbcore has {ours}; {remedy}")
 
 
 def _register(manifest: Any, name: str) -> pluggy.PluginManager:
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
     manager.register(manifest, name)
-    manager.check_pending()  # a marked function that is no hook of ours: a typing error, or a hook of a newer API
+    manager.check_pending()  # rejects unknown hooks: misspelled, or of a newer API
     marked = {caller.name for caller in manager.get_hookcallers(manifest) or ()}
     for hook in HOOK_NAMES:
         if hook not in marked and callable(getattr(manifest, hook, None)):
-            raise _Refusal(f"its function {hook} lacks the @hookimpl decorator from hbcore.api; nothing would call it")
+            raise _Refusal(f"its function {hook} lacks the @hookimpl decorator from hbcore.api and would never be called")
     return manager
 
 
@@ -193,18 +193,18 @@ def _collect(manager: pluggy.PluginManager, hook: str, kind: type[Any], api: Api
         items.extend(result)
     for item in items:
         if not isinstance(item, kind):
-            raise _Refusal(f"{hook} must return {kind.__name__} objects only; among them is {item!r}")
+            raise _Refusal(f"{hook} must return only {kind.__name__} objects; found {item!r}")
     return tuple(items)
 
 
 def _check_names(optimizers: tuple[OptimizerSpec, ...], aliases: tuple[Alias, ...]) -> None:
-    """Within one plugin a name has one meaning; ``plugin:Name`` could not tell two apart."""
+    """A name must have a single meaning within a plugin, because ``plugin:Name`` could not distinguish two."""
     meanings: dict[str, tuple[str, object]] = {}
     claims: list[tuple[str, tuple[str, object]]] = [(spec.name, (fold(spec.name), {})) for spec in optimizers]
     claims += [(alias.name, (split(alias.target)[1], dict(alias.preset))) for alias in aliases]
     for name, meaning in claims:
         if meanings.setdefault(fold(name), meaning) != meaning:
-            raise _Refusal(f"it gives the name {name!r} two meanings (case, '-' and '_' do not count); rename one")
+            raise _Refusal(f"it gives the name {name!r} two meanings (case, '-' and '_' are ignored); rename one")
     targets: dict[str, str] = {}
     for spec in optimizers:
         if targets.setdefault(fold(spec.name), spec.target) != spec.target:

@@ -1,4 +1,4 @@
-"""From a name to a class: aliases, presets, suggestions, and the errors for all that can go wrong on the way."""
+"""Looks up classes by name: aliases, presets, suggestions, and errors that explain what went wrong."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ STRICT_ENV = "HBCORE_STRICT"
 
 
 class Registry:
-    """Every installed optimizer by name. hbcore has one; a test makes its own with injected entry points.
+    """All installed optimizers by name. hbcore has one instance; tests create their own with injected entry points.
 
-    Nothing is scanned before the first lookup, and no lookup imports torch: only :meth:`get`, :meth:`create` and
-    :meth:`load_codec` import the module that a target names.
+    The first lookup scans. Lookups do not import torch: only :meth:`get`, :meth:`create` and :meth:`load_codec` import a
+    target's module.
 
     Args:
         source: yields the plugins' entry points.
@@ -42,14 +42,14 @@ class Registry:
         self._presets_lock = threading.Lock()
 
     def get(self, name: str) -> type[Any]:
-        """The optimizer class. Case, ``-`` and ``_`` do not count; ``"plugin:Name"`` is never ambiguous.
+        """The optimizer class with this name. Case, ``-`` and ``_`` are ignored; ``"plugin:Name"`` is never ambiguous.
 
-        The core's own building blocks are found as well, see :mod:`hbcore.registry.blocks`.
+        Also finds the core's own building blocks, see :mod:`hbcore.registry.blocks`.
 
         Raises:
             UnknownOptimizerError: no installed plugin provides the name.
             AmbiguousNameError: two plugins claim it.
-            PluginError: the plugin that provides it does not work; the cause is chained.
+            PluginError: the plugin that provides it is broken; the cause is chained.
         """
         if block := blocks.find(name):
             if block.message:
@@ -63,19 +63,19 @@ class Registry:
         return cls
 
     def create(self, name: str, params_or_model: Any, **options: Any) -> Any:
-        """``get(name)(params, **options)``; a module is asked for its ``named_parameters()``, so names are kept.
+        """``get(name)(params, **options)``. For a module, ``params`` are its ``named_parameters()``, so that names are kept.
 
         Raises:
-            RegistryError: as :meth:`get`.
-            HbcoreError: whatever the optimizer's constructor finds wrong.
+            RegistryError: see :meth:`get`.
+            HbcoreError: the constructor rejects its arguments.
         """
-        named = getattr(params_or_model, "named_parameters", None)  # by duck type: torch need not be imported yet
+        named = getattr(params_or_model, "named_parameters", None)  # duck-typed, to avoid importing torch
         return self.get(name)(list(named()) if callable(named) else params_or_model, **options)
 
     def list_optimizers(self, pattern: str = "*", aliases: bool = False) -> list[str]:
-        """The canonical names that match the glob (case does not count), sorted, with or without the aliases.
+        """The canonical names that match the glob, ignoring case, sorted; optionally with the aliases.
 
-        A short name that two plugins claim is listed as ``plugin:Name``, so everything listed can be asked for.
+        A short name that two plugins claim is listed as ``plugin:Name``, so every listed name can be looked up.
         """
         glob = pattern.lower()
         return [
@@ -85,10 +85,10 @@ class Registry:
         ]
 
     def info(self, name: str) -> OptimizerInfo:
-        """Spec and origin of an optimizer or of what an alias stands for. Imports no torch and warns of no alias.
+        """Spec and origin of an optimizer, or of an alias' target. Does not import torch or warn about aliases.
 
         Raises:
-            UnknownOptimizerError, AmbiguousNameError, PluginError: as :meth:`get`.
+            UnknownOptimizerError, AmbiguousNameError, PluginError: see :meth:`get`.
         """
         claim = self._find(name)
         owner, spec = self._target(claim)
@@ -96,19 +96,19 @@ class Registry:
         return OptimizerInfo(spec, owner.name, owner.distribution, owner.version, aliases, claim.alias)
 
     def resolve(self, name: str) -> type[Any]:
-        """:meth:`get` without the alias' warning, for tools and for unpickling, which are nobody's line of code."""
+        """:meth:`get` without the alias warning, for tools and unpickling: no line of user code chose the alias."""
         return self._class(self._find(name))
 
     def preset_class(self, name: str) -> type[Any]:
-        """The class of an alias with a preset, without the alias' warning.
+        """The class of an alias with a preset, without the alias warning.
 
         Raises:
             UnknownOptimizerError: the name is unknown, or has no preset.
-            AmbiguousNameError, PluginError: as :meth:`get`.
+            AmbiguousNameError, PluginError: see :meth:`get`.
         """
         claim = self._find(name)
         if not (claim.alias and claim.alias.preset):
-            raise UnknownOptimizerError(f"{name!r} has no preset; hbcore.get({name!r}) gives the class itself")
+            raise UnknownOptimizerError(f"{name!r} has no preset; hbcore.get({name!r}) returns the class itself")
         return self._class(claim)
 
     def codecs(self) -> list[CodecSpec]:
@@ -117,12 +117,12 @@ class Registry:
         return sorted((codec for plugin in plugins for codec in plugin.codecs), key=lambda codec: codec.name)
 
     def load_codec(self, name: str) -> Any:
-        """Import what the codec's target names; ``"plugin:codec"`` works too.
+        """Import and return the target of ``"codec"`` or ``"plugin:codec"``.
 
         Raises:
-            UnknownOptimizerError: no installed plugin provides it; with the pip line for hb_ecc's.
-            AmbiguousNameError: two plugins provide different ones under the name.
-            PluginError: its plugin does not work.
+            UnknownOptimizerError: no installed plugin provides it; for hb_ecc's codecs, the message has the pip command.
+            AmbiguousNameError: two plugins provide different codecs with this name.
+            PluginError: its plugin is broken.
         """
         stale = self._indexed
         index = self._ready()
@@ -134,24 +134,24 @@ class Registry:
             raise notices.unknown_codec(index, name)
         if len(found) > 1:
             owners = " and ".join(f"{owner} as '{owner.name}:{codec.name}'" for owner, codec in found)
-            raise AmbiguousNameError(f"the codec name {name!r} is claimed by {owners}; write the longer form")
+            raise AmbiguousNameError(f"the codec name {name!r} is claimed by {owners}; use a qualified name")
         owner, codec = found[0]
         return import_target(codec.target, owner, f"codec {codec.name!r}")
 
     def migrations(self) -> list[object]:
-        """What every plugin's ``hb_migrations`` returns. One that raises is left out with a PluginWarning."""
+        """The migrations of all plugins. A hook that raises is skipped, with a PluginWarning."""
         found: list[object] = []
         for plugin in self._ready().snapshot.plugins:
             try:
                 for result in plugin.call("hb_migrations", api=Api(API_VERSION, plugin.name)):
                     found.extend(result)
             except Exception as error:
-                text = f"hb_migrations of plugin {plugin} raised {error!r}; its conversions are not available"
+                text = f"hb_migrations of plugin {plugin} raised {error!r}; its migrations are unavailable"
                 self._warn_once((plugin.name, "migrations"), text, PluginWarning)
         return found
 
     def examine(self, plugin: Plugin) -> DoctorReport:
-        """Run one plugin's ``hb_doctor``; a hook that raises is one more problem in the report."""
+        """Run one plugin's ``hb_doctor``; an exception becomes a problem in the report."""
         report = DoctorReport()
         try:
             plugin.call("hb_doctor", report=report)
@@ -160,15 +160,15 @@ class Registry:
         return report
 
     def plugins(self) -> tuple[Plugin, ...]:
-        """The plugins in use. Like the next three, it neither warns nor raises about broken ones."""
+        """The working plugins. Like the next three methods, this neither warns nor raises about broken ones."""
         return self._index().snapshot.plugins
 
     def failures(self) -> tuple[PluginFailure, ...]:
-        """The plugins that disabled themselves, and why."""
+        """The disabled plugins, and why they failed."""
         return self._index().snapshot.failures
 
     def blocked(self) -> tuple[BlockedPlugin, ...]:
-        """The installed plugins that were told to stay out."""
+        """The installed plugins that are blocked."""
         return self._index().snapshot.blocked
 
     def conflicts(self) -> list[Conflict]:
@@ -176,7 +176,7 @@ class Registry:
         return self._index().conflicts()
 
     def block(self, name: str) -> None:
-        """Take a plugin out of use, or keep it from loading, until :meth:`unblock`. It need not be installed."""
+        """Block a plugin, loaded or not, until :meth:`unblock`. It need not be installed."""
         self._discovery.block(name)
 
     def unblock(self, name: str) -> None:
@@ -188,7 +188,7 @@ class Registry:
         self._discovery.unblock(name)
 
     def refresh(self) -> None:
-        """Forget what was found; the next lookup scans again and reads the environment variables again."""
+        """Clear the cache; the next lookup scans again and rereads the environment variables."""
         self._discovery.refresh()
 
     def _index(self, rescan: bool = False) -> Index:
@@ -199,25 +199,25 @@ class Registry:
         return index
 
     def _ready(self, rescan: bool = False) -> Index:
-        """The index, after each failure was reported once; ``HBCORE_STRICT=1`` raises the first instead."""
+        """The index, after one warning for each failure; with ``HBCORE_STRICT=1`` the first failure raises instead."""
         index = self._index(rescan)
         for failure in index.snapshot.failures:
             text = notices.failure_text(failure)
             if os.environ.get(STRICT_ENV, "") not in ("", "0"):
                 remedy = f"Repair or uninstall it, or unset {STRICT_ENV}"
                 raise PluginError(f"{text}. {remedy}") from notices.cause_of(failure)
-            more = f"'hbcore doctor' has the traceback; HBCORE_DISABLE_PLUGINS={failure.entry} silences this"
+            more = f"'hbcore doctor' shows the traceback; HBCORE_DISABLE_PLUGINS={failure.entry} silences this"
             self._warn_once(failure, f"{text}. {more}", PluginWarning)
         return index
 
     def _warn_once(self, key: object, message: str, category: type[Warning]) -> None:
         if key not in self._warned:
             warn_at_caller(message, category)
-            self._warned.add(key)  # after the warning: turned into an error by a filter, it stays one
+            self._warned.add(key)  # after the warning: if a filter turns it into an error, the next call raises again
 
     def _find(self, name: str) -> Claim:
         if not isinstance(name, str):
-            raise UnknownOptimizerError(f"an optimizer's name is a string such as 'AdamW'; got {name!r}")
+            raise UnknownOptimizerError(f"an optimizer's name must be a string such as 'AdamW'; got {name!r}")
         stale = self._indexed
         index = self._ready()
         claims = index.find(name)
@@ -227,18 +227,18 @@ class Registry:
         if not claims:
             raise notices.unknown_optimizer(index, name)
         if len(claims) > 1:
-            raise AmbiguousNameError(f"{Conflict(name, tuple(claims))}; write the one you mean")
+            raise AmbiguousNameError(f"{Conflict(name, tuple(claims))}; use a qualified name")
         return claims[0]
 
     def _target(self, claim: Claim) -> tuple[Plugin, OptimizerSpec]:
-        """The plugin and the spec that a claim leads to."""
+        """The plugin and spec of the optimizer that a claim leads to."""
         if claim.owner is not None and claim.spec is not None:
             return claim.owner, claim.spec
-        # Only an alias can lead nowhere: its target is missing, or ambiguous, or another alias.
+        # Only an alias can be unresolved: its target is missing, ambiguous, or itself an alias.
         target = claim.alias.target if claim.alias else claim.name
         found = self._find(target)
         if found.owner is None or found.spec is None or found.alias is not None:
-            raise PluginError(f"plugin {claim.plugin}: {claim.name!r} is an alias of {target!r}, itself an alias")
+            raise PluginError(f"plugin {claim.plugin}: {claim.name!r} is an alias of {target!r}, which is itself an alias")
         return found.owner, found.spec
 
     def _class(self, claim: Claim) -> type[Any]:

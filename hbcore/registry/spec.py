@@ -1,8 +1,8 @@
-"""What a plugin says about itself: frozen, plain data. Nothing here imports torch, a plugin or the rest of hbcore.
+"""What a plugin declares: frozen, plain data. Nothing here imports torch, a plugin or the rest of hbcore.
 
-A manifest builds these at import, so they check themselves: a bad name or target is reported as that plugin's failure
-when it loads, not as a riddle when somebody first asks for the optimizer. Annotations bind no plugin's author, hence
-the checks of types.
+A manifest creates these objects when it is imported, so they validate themselves: a bad name or target is reported as that
+plugin's failure when it loads, not when the optimizer is first requested. Types are checked because annotations are not
+enforced.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Any
 from hbcore.errors import RegistryError
 
 CAPABILITIES = frozenset({"capturable", "modes", "primes", "closure", "random", "matrix", "sparse"})
-"""What an :class:`OptimizerSpec`, whose docstring says what each means, may declare."""
+"""The capabilities that an :class:`OptimizerSpec` may declare; its docstring explains each."""
 
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def fold(name: str) -> str:
-    """The key under which a name is looked up: case, ``-`` and ``_`` do not count."""
+    """The lookup key of a name: case, ``-`` and ``_`` are ignored."""
     return name.replace("-", "").replace("_", "").casefold()
 
 
 def split(name: str) -> tuple[str, str]:
-    """``"hb_psgd:PSGDKron"`` -> the folded plugin and name; without a prefix the plugin is the empty string."""
+    """``"hb_psgd:PSGDKron"`` -> the folded plugin and name; the plugin is empty if there is no prefix."""
     plugin, _, short = name.rpartition(":")
     return fold(plugin), fold(short)
 
 
 def _check_name(kind: str, name: object) -> None:
-    # An identifier, because `from hbcore import NAME` and the pickled name of a preset class both need one.
+    # `from hbcore import NAME` and the pickled name of a preset class both need an identifier.
     if not (isinstance(name, str) and name.isidentifier() and fold(name)):
         raise RegistryError(f"{kind} name {name!r} must be a Python identifier such as 'AdamW'")
 
@@ -48,21 +48,21 @@ class OptimizerSpec:
     """One optimizer that a plugin provides.
 
     Args:
-        name: canonical spelling, ``"AdamW"``. Start it with a capital if ``from hbcore import Name`` shall work.
-        target: ``"hb_adam.adamw:AdamW"``; imported by :func:`hbcore.get` and never before.
+        name: canonical spelling, ``"AdamW"``. ``from hbcore import Name`` works if it starts with a capital.
+        target: ``"hb_adam.adamw:AdamW"``; imported by :func:`hbcore.get`, not earlier.
         summary: one line for ``hbcore list``.
         paper: citation with an arXiv id or a URL.
-        capabilities: what the conformance kit (:mod:`hbcore.testing`) may expect of it, of :data:`CAPABILITIES`:
-            ``"capturable"``: takes ``capturable=True``;
-            ``"modes"``: has ``train()`` and ``eval()``, which change between two sets of weights;
-            ``"primes"``: the first gradient of a matrix prepares its state and moves nothing;
-            ``"closure"``: ``step`` needs a closure;
-            ``"random"``: draws random numbers, by the option ``seed``;
-            ``"matrix"``: sees whole matrices rather than one element at a time;
-            ``"sparse"``: takes sparse gradients, and no others.
+        capabilities: a subset of :data:`CAPABILITIES`; it selects the checks of the conformance kit (:mod:`hbcore.testing`):
+            ``"capturable"``: accepts ``capturable=True``;
+            ``"modes"``: has ``train()`` and ``eval()``, which switch between two sets of weights;
+            ``"primes"``: the first gradient of a matrix initializes its state without changing the matrix;
+            ``"closure"``: ``step`` requires a closure;
+            ``"random"``: draws random numbers, seeded by the option ``seed``;
+            ``"matrix"``: works on whole matrices rather than elementwise;
+            ``"sparse"``: accepts only sparse gradients.
 
     Raises:
-        RegistryError: the name is no identifier, the target does not read ``module:attribute``, or a capability is unknown.
+        RegistryError: the name is not an identifier, the target is not ``module:attribute``, or a capability is unknown.
     """
 
     name: str
@@ -75,10 +75,11 @@ class OptimizerSpec:
         _check_name("optimizer", self.name)
         _check_target(self.name, self.target)
         if isinstance(self.capabilities, str):
-            raise RegistryError(f"capabilities of {self.name!r} must be a set of words; got {self.capabilities!r}")
+            raise RegistryError(f"capabilities of {self.name!r} must be a set of strings; got {self.capabilities!r}")
         if unknown := sorted(map(repr, set(self.capabilities) - CAPABILITIES)):
             raise RegistryError(
-                f"{self.name!r} declares {', '.join(unknown)}, no capability; there are {', '.join(sorted(CAPABILITIES))}"
+                f"{self.name!r} declares unknown capabilities: {', '.join(unknown)}; choose from "
+                f"{', '.join(sorted(CAPABILITIES))}"
             )
         object.__setattr__(self, "capabilities", frozenset(self.capabilities))
 
@@ -90,13 +91,13 @@ class Alias:
     Args:
         name: the other name, ``"ForeachDelayedPSGD"``.
         target: canonical optimizer name, ``"PSGDKron"``, or ``"plugin:Name"``. Never another alias.
-        preset: keyword arguments that the name stands for. The mapping is copied and read-only.
-        since: version that made it an alias.
-        removed_in: version that will no longer know it; only announced, the plugin itself drops the alias.
-        message: one sentence added to the warning.
+        preset: keyword arguments that the name implies. The mapping is copied and read-only.
+        since: the version that introduced the alias.
+        removed_in: the version that will remove it. This is only announced; the plugin itself has to drop the alias.
+        message: a sentence to append to the warning.
 
     Raises:
-        RegistryError: the name is no identifier, the target is empty, or a preset key is no identifier.
+        RegistryError: the name is not an identifier, the target is empty, or a preset key is not an identifier.
     """
 
     name: str
@@ -118,12 +119,12 @@ class Alias:
         object.__setattr__(self, "preset", MappingProxyType(preset))
 
     def __reduce__(self) -> tuple[type[Alias], tuple[object, ...]]:
-        # A mappingproxy cannot be pickled; the plain dict that it shows can.
+        # A mappingproxy cannot be pickled; a plain dict can.
         return Alias, (self.name, self.target, dict(self.preset), self.since, self.removed_in, self.message)
 
     @property
     def preset_text(self) -> str:
-        """The preset as a call would write it: ``"palm=True, use_precond_schedule=True"``."""
+        """The preset as arguments of a call: ``"palm=True, use_precond_schedule=True"``."""
         return ", ".join(f"{key}={value!r}" for key, value in self.preset.items())
 
 
@@ -132,7 +133,7 @@ class CodecSpec:
     """One storage codec that a plugin provides: ``CodecSpec("bf16+8", "hb_ecc.codecs:BF16Plus8", "...")``.
 
     Raises:
-        RegistryError: the name is empty or holds a colon or a space, or the target does not read ``module:attribute``.
+        RegistryError: the name is empty or contains a colon or a space, or the target is not ``module:attribute``.
     """
 
     name: str
@@ -148,13 +149,13 @@ class CodecSpec:
 
 @dataclass(frozen=True)
 class OptimizerInfo:
-    """An optimizer's spec and where it comes from, as :func:`hbcore.info` reports it.
+    """An optimizer's spec and origin, as :func:`hbcore.info` returns it.
 
     Attributes:
-        spec: what the plugin declared.
-        plugin, distribution, version: who provides the class.
+        spec: the plugin's declaration.
+        plugin, distribution, version: the provider of the class.
         aliases: every other name that resolves to it, sorted.
-        alias: the alias that was asked for, or None when it was the optimizer itself.
+        alias: the alias that was requested, or None for the canonical name.
     """
 
     spec: OptimizerSpec

@@ -1,4 +1,4 @@
-"""The conformance kit: what every optimizer owes its users, as checks that a plugin's author runs over their own.
+"""The conformance kit: checks of what users expect from any optimizer, for plugin authors to run on their own.
 
 ::
 
@@ -7,11 +7,10 @@
     def test_lion_conforms():
         assert_conforms("Lion")
 
-Under pytest, ``pytest --pyargs hbcore.testing.suite --hbcore-optimizer Lion`` runs each check as a test of its own. Which
-checks apply is decided by the capabilities that the optimizer declares, see :class:`hbcore.api.OptimizerSpec`. They need a
-CPU, no GPU, and take some ten seconds.
+``pytest --pyargs hbcore.testing.suite --hbcore-optimizer Lion`` runs each check as a separate test. The capabilities that the
+optimizer declares select the checks, see :class:`hbcore.api.OptimizerSpec`. They run on the CPU and take less than a minute.
 
-Everything here is imported on first use: pytest loads :mod:`hbcore.testing.plugin` in every run, which must not import torch.
+Everything is imported on first use: pytest loads :mod:`hbcore.testing.plugin` in every run, which must not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints from strangers: refused as a whole, or taken for the plain data that they are."""
+"""Checks of untrusted and damaged checkpoints: rejected as a whole, or treated as plain data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Saved = dict[str, Any]
 
 
 def a_state_that_does_not_fit_is_refused(subject: Subject) -> None:
-    """If this fails, a wrong or damaged checkpoint trains on, or breaks the run long after it was loaded."""
+    """If this fails, a wrong or damaged checkpoint corrupts training, or fails long after it was loaded."""
     trial = subject.mlp()
     trial.train(2)
     sound = copy.deepcopy(trial.optimizer.state_dict())
@@ -28,7 +28,7 @@ def a_state_that_does_not_fit_is_refused(subject: Subject) -> None:
     for what, spoil in SPOILED.items():
         saved = copy.deepcopy(sound)
         if not spoil(saved):
-            continue  # an optimizer without tensors in its state has none to spoil
+            continue  # the optimizer's state has no tensors to spoil
         try:
             trial.optimizer.load_state_dict(saved)
         except CheckpointError:
@@ -49,7 +49,7 @@ def _expect_unchanged(trial: Trial, before: tuple[Any, Any, list[dict[str, Any]]
 
 
 def _first_tensor(saved: Saved) -> tuple[dict[str, Any], str] | None:
-    """A saved slot of one of the parameters, which every step needs."""
+    """A non-scalar slot in the saved state of some parameter."""
     for slots in saved["state"].values():
         for name, value in slots.items():
             if isinstance(value, Tensor) and value.ndim:
@@ -80,23 +80,23 @@ def _without(key: str) -> Callable[[Saved], bool]:
 
 
 SPOILED: dict[str, Callable[[Saved], bool]] = {
-    "state of a wrong shape": _slot(lambda slots, name: slots.update({name: torch.zeros(2, 5, 7)})),
+    "state of the wrong shape": _slot(lambda slots, name: slots.update({name: torch.zeros(2, 5, 7)})),
     "state that lacks a slot": _slot(lambda slots, name: slots.pop(name)),
-    "state that is no tensor": _slot(lambda slots, name: slots.update({name: "zeros"})),
+    "state that is not a tensor": _slot(lambda slots, name: slots.update({name: "zeros"})),
     "state without param_groups": _without("param_groups"),
     "param groups without state": _without("state"),
     "lr=nan": _group("lr", math.nan),
     "lr=-1": _group("lr", -1.0),
     "weight_decay=nan": _group("weight_decay", math.nan),
-    "lr of a wrong type": _group("lr", "high"),
+    "lr of the wrong type": _group("lr", "high"),
     "parameters of a larger model": _group("params", list(range(99))),
-    "garbage for metadata": _group("hbcore", "__import__('os')"),
+    "garbage as metadata": _group("hbcore", "__import__('os')"),
 }
-"""What is wrong with a state dict, and how to make it so; false where there is nothing to spoil."""
+"""Defect of a state dict -> function that introduces it, and returns False if there is nothing to spoil."""
 
 
 def names_of_attributes_are_only_keys(subject: Subject) -> None:
-    """If this fails, a checkpoint can replace the optimizer's methods, or run code, although it holds plain data."""
+    """If this fails, a checkpoint of plain data can replace the optimizer's methods, or run code."""
     plain = subject.mlp()
     plain.train(2)
     for key in ("__class__", "__dict__", "step", "state", "load_state_dict", "_plan"):
@@ -104,7 +104,7 @@ def names_of_attributes_are_only_keys(subject: Subject) -> None:
         trial.train(1)
         saved = copy.deepcopy(trial.optimizer.state_dict())
         saved["param_groups"][0][key] = "from the checkpoint"
-        with suppress(CheckpointError):  # as good as ignoring it
+        with suppress(CheckpointError):  # rejecting it is fine too
             trial.optimizer.load_state_dict(saved)
         assert type(trial.optimizer) is subject.cls, f"the key {key!r} of a loaded group changed the class"
         found = vars(trial.optimizer).get(key)

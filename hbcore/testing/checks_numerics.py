@@ -1,4 +1,4 @@
-"""How accurately, in how much memory, and with what compiler."""
+"""Checks of accuracy, memory, and independence of the compiler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hbcore.testing.subject import Check, Subject
 
 
 def without_a_compiler_the_result_is_the_same(subject: Subject) -> None:
-    """If this fails, a machine without a C++ compiler cannot train, or trains something else."""
+    """If this fails, machines without a C++ compiler cannot train, or get different results."""
     eager = subject.mlp(compile="eager")
     eager.train(3)
     with _no_compiler(), warnings.catch_warnings(record=True) as caught:
@@ -27,14 +27,14 @@ def without_a_compiler_the_result_is_the_same(subject: Subject) -> None:
         trial = subject.mlp(compile="inductor")
         with expect.working("three steps with compile='inductor' and no C++ compiler"):
             trial.train(3)
-    told = [str(w.message) for w in caught if issubclass(w.category, FallbackWarning)]
-    assert len(told) == 1, f"expected one FallbackWarning where there is no C++ compiler, found {len(told)}: {told}"
+    found = [str(w.message) for w in caught if issubclass(w.category, FallbackWarning)]
+    assert len(found) == 1, f"expected one FallbackWarning without a C++ compiler, found {len(found)}: {found}"
     expect.same_trial(trial, eager, "three steps without a C++ compiler, against compile='eager'")
 
 
 @contextmanager
 def _no_compiler() -> Iterator[None]:
-    """Hide every compiler from the code that runs inside."""
+    """Hide all compilers from the enclosed code."""
     saved = {name: os.environ.pop(name) for name in ("PATH", "CXX") if name in os.environ}
     with tempfile.TemporaryDirectory() as empty:
         os.environ["PATH"] = empty
@@ -46,55 +46,55 @@ def _no_compiler() -> Iterator[None]:
 
 
 def bfloat16_weights_follow_small_updates(subject: Subject) -> None:
-    """If this fails, bfloat16 weights stop learning where updates fall below half of their last bit."""
+    """If this fails, bfloat16 weights stop learning when updates are smaller than half of their last bit."""
     means = {}
     for dtype in (torch.float32, torch.bfloat16):
         model, ones = nn.Module(), torch.ones(512, dtype=dtype)
-        model.register_parameter("weight", nn.Parameter(torch.cat([ones, -ones])))  # at right angles to the gradient: OrthoGrad
+        model.register_parameter("weight", nn.Parameter(torch.cat([ones, -ones])))  # orthogonal to the gradient, for OrthoGrad
         trial = subject.trial(model, lr=1e-4, stochastic_rounding=True)
         for _ in range(300):
             trial.step(lambda p=trial.params["weight"]: p.float().sum())  # type: ignore[misc]
         means[dtype] = -float(trial.params["weight"].detach().double().mean())
     exact, found = means[torch.float32], means[torch.bfloat16]
     assert abs(found - exact) <= 0.05 * abs(exact), (
-        f"expected the mean of bfloat16 weights to move by {exact:g} in 300 small steps with stochastic_rounding=True, as "
-        f"float32 ones do; found {found:g}"
+        f"expected the mean of bfloat16 weights to move by {exact:g} in 300 small steps with stochastic_rounding=True, like "
+        f"that of float32 weights; found {found:g}"
     )
 
 
 def memory_is_as_described(subject: Subject) -> None:
-    """If this fails, a run that fits by the published bytes per parameter runs out of memory, at once or after a while."""
+    """If this fails, a run that should fit into memory, by the published bytes per parameter, runs out of memory."""
     trial = subject.loose((32, 32), (32, 32))
     trial.train(3)
     measured, live = _state_bytes(trial.optimizer), _live_bytes()
     wanted = _described(subject) * sum(p.numel() for p in trial.params.values())
-    assert abs(measured - wanted) <= 0.1 * wanted, f"expected {wanted:g} bytes of state, as described; found {measured}"
+    assert abs(measured - wanted) <= 0.1 * wanted, f"expected {wanted:g} bytes of state, as documented; found {measured}"
     trial.train(12)
     later, grown = _state_bytes(trial.optimizer), _live_bytes() - live
-    assert later == measured, f"expected {measured} bytes of state to stay, found {later} twelve steps later"
-    assert grown < 10_000, f"expected tensors in memory not to grow after step 3, found {grown} bytes more twelve steps later"
+    assert later == measured, f"expected the state to stay at {measured} bytes, found {later} twelve steps later"
+    assert grown < 10_000, f"expected no growth of tensors in memory after step 3, found {grown} bytes more twelve steps later"
 
 
 def _described(subject: Subject) -> float:
-    """The published bytes of state per parameter, with the subject's options."""
+    """The documented bytes of state per parameter, with the subject's options."""
     return float(describe(subject.cls, **subject.options)["bytes_per_parameter"])
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of state besides the step counters."""
+    """Bytes of state, without step counters."""
     slots = [v for s in optimizer.state.values() for k, v in s.items() if isinstance(v, Tensor) and k != "step"]
     return sum(t.numel() * t.element_size() for t in slots)
 
 
 def _live_bytes() -> int:
-    """Bytes of all tensors that Python can reach."""
+    """Bytes of all tensors that the garbage collector tracks."""
     gc.collect()
-    tensors = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]  # isinstance() would wake lazy modules
+    tensors = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]  # isinstance() would trigger lazy modules
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}.values())
 
 
 def capturable_steps_are_the_same(subject: Subject) -> None:
-    """If this fails, putting the training step into a CUDA graph trains another model."""
+    """If this fails, capturing the training step in a CUDA graph changes the result."""
     plain, captured = subject.mlp(), subject.mlp(capturable=True)
     for t in (plain, captured):
         t.train(5)

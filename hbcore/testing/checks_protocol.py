@@ -1,4 +1,4 @@
-"""What trainers, schedulers and torch itself expect of an optimizer."""
+"""Checks of what trainers, schedulers and torch itself expect from an optimizer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from hbcore.wrappers.composite import Composite
 
 
 def it_is_a_torch_optimizer(subject: Subject) -> None:
-    """If this fails, trainers, schedulers and configuration files do not take it."""
+    """If this fails, trainers, schedulers and configuration files do not accept the optimizer."""
     parameters = inspect.signature(subject.cls).parameters
     assert next(iter(parameters), "") == "params", f"expected 'params' as the first argument, found {list(parameters)[:3]}"
-    if not issubclass(subject.cls, Composite):  # which hands on what the optimizers inside take
+    if not issubclass(subject.cls, Composite):  # a composite forwards the arguments of its optimizers
         assert "lr" in parameters, f"expected an argument 'lr', found {list(parameters)}"
         vague = [n for n, p in parameters.items() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         assert not vague, f"expected a signature that names every argument, found {vague}"
@@ -35,19 +35,19 @@ def it_is_a_torch_optimizer(subject: Subject) -> None:
 
 
 def bad_numbers_are_refused(subject: Subject) -> None:
-    """If this fails, a typing error in a configuration trains for days before somebody sees it."""
+    """If this fails, a typo in a configuration can go unnoticed for days of training."""
     for lr in (-1.0, float("nan")):
         for build in (lambda lr=lr: subject.loose((3,), lr=lr), lambda lr=lr: _group_with(subject, lr=lr)):
             try:
                 build()
             except HyperparameterError as error:
-                assert "lr" in str(error), f"expected the refusal of lr={lr} to name it; it says: {error}"
+                assert "lr" in str(error), f"expected the error for lr={lr} to name lr, found: {error}"
             else:
                 raise AssertionError(f"expected a HyperparameterError for lr={lr}; it was accepted")
     try:
         subject.loose((3,), no_such_option=1)
     except TypeError as error:
-        assert "no_such_option" in str(error), f"expected the refusal to name the option 'no_such_option'; it says: {error}"
+        assert "no_such_option" in str(error), f"expected the error to name the option 'no_such_option', found: {error}"
     else:
         raise AssertionError("expected a TypeError for the option 'no_such_option'; it was accepted")
 
@@ -57,7 +57,7 @@ def _group_with(subject: Subject, **numbers: Any) -> None:
 
 
 def a_closure_is_called_and_its_loss_returned(subject: Subject) -> None:
-    """If this fails, trainers that pass a closure, as Lightning does, train on nothing or log nothing."""
+    """If this fails, trainers that pass a closure, such as Lightning, do not train, or log no loss."""
     trial, plain = subject.mlp(), subject.mlp()
     losses: list[Tensor] = []
 
@@ -78,7 +78,7 @@ def a_closure_is_called_and_its_loss_returned(subject: Subject) -> None:
 
 
 def copies_train_on(subject: Subject) -> None:
-    """If this fails, sweeps, SWA and workers that copy or pickle an optimizer break, or forget what it had learnt."""
+    """If this fails, sweeps, SWA and workers that copy or pickle an optimizer break, or lose its state."""
     ways: dict[str, Callable[[Any], Any]] = {
         "copy.deepcopy": copy.deepcopy,
         "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
@@ -100,7 +100,7 @@ def copies_train_on(subject: Subject) -> None:
 
 
 def every_hook_runs_once(subject: Subject) -> None:
-    """If this fails, whatever hooks into the optimizer (accumulation, logging, sharding) happens twice or never."""
+    """If this fails, features that use optimizer hooks (accumulation, logging, sharding) run twice or never."""
     subject.mlp()  # torch wraps step() when the first optimizer of a class is built
     trial = subject.mlp()
     calls: list[str] = []
@@ -116,7 +116,7 @@ def every_hook_runs_once(subject: Subject) -> None:
 
 
 def schedules_apply_and_compile_nothing(subject: Subject) -> None:
-    """If this fails, a learning rate schedule is ignored, or makes every step as slow as the first."""
+    """If this fails, a learning rate schedule is ignored, or causes a compilation in every step."""
     trial = subject.loose((6, 4), (5,), compile="inductor")
     cycles = "betas" in trial.optimizer.defaults or "momentum" in trial.optimizer.defaults
     schedules: dict[str, Callable[[Any], Any]] = {
@@ -134,42 +134,42 @@ def schedules_apply_and_compile_nothing(subject: Subject) -> None:
             trial.step()
             scheduler.step(*[1.0] * (name == "ReduceLROnPlateau"))
             found = report.compiles, report.programs
-            assert found == warm, f"{name}, step {step}: expected {warm} compiles and programs as after warm-up, found {found}"
+            assert found == warm, f"{name}, step {step}: expected {warm} compiles and programs, as after warm-up, found {found}"
         expect.moved(before, trial.values(), f"50 steps with {name}")
     _expect_obeyed(subject)
 
 
 def _expect_obeyed(subject: Subject) -> None:
-    """A scheduler's rate is the rate that is used."""
+    """Expect a step to use the scheduler's learning rate."""
     still, fast = subject.mlp(), subject.mlp()
     before = still.values()
     for trial, factor in ((still, 0.0), (fast, 2.0)):
         lr_scheduler.LambdaLR(trial.optimizer, lambda t, factor=factor: factor)  # type: ignore[misc]
         trial.train(2)
-    expect.moved(still.values(), fast.values(), "a scheduler that sets twice the lr, against one that sets 0")
+    expect.moved(still.values(), fast.values(), "a scheduler that doubles the lr, compared with one that sets it to 0")
     if "modes" not in subject.capabilities:
-        expect.same(still.values(), before, "two steps at the lr of 0 that a scheduler set")
+        expect.same(still.values(), before, "two steps at lr 0, set by a scheduler")
         return
     moved = []
-    for trial in (still, fast):  # weights to train with may be perturbed whatever the rate; those to evaluate with follow it
+    for trial in (still, fast):  # training weights may be perturbed at any lr, evaluation weights follow it
         trial.optimizer.eval()
         moved.append(max(float((value - before[name]).abs().max()) for name, value in trial.values().items()))
     assert moved[0] <= 1e-3 * moved[1], (
-        f"expected two steps at lr 0 to leave the weights to evaluate with, moved by {moved[0]:g}"
+        f"expected two steps at lr 0 not to change the evaluation weights, found a change of {moved[0]:g}"
     )
 
 
 def a_tensor_is_as_good_a_rate_as_a_number(subject: Subject) -> None:
-    """If this fails, an lr in a tensor, which keeps torch.compile from recompiling, is refused or rounded."""
+    """If this fails, a tensor lr, which prevents recompilation by torch.compile, is rejected or rounded."""
     number, tensor = subject.mlp(lr=2.0**-10), subject.mlp(lr=torch.tensor(2.0**-10))
     for t in (number, tensor):
-        with expect.working("three steps with an lr in a tensor"):
+        with expect.working("three steps with a tensor lr"):
             t.train(3)
-    expect.same(tensor.values(), number.values(), "three steps with an lr in a tensor")
+    expect.same(tensor.values(), number.values(), "three steps with a tensor lr")
 
 
 def a_grad_scaler_skips_infinite_steps(subject: Subject) -> None:
-    """If this fails, the first steps of a mixed-precision run, whose scale is too large, make the model NaN."""
+    """If this fails, the first steps of a mixed-precision run, while the scale is too large, turn the model into NaN."""
     trial, plain = subject.mlp(), subject.mlp()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
     before = trial.values()
@@ -182,19 +182,19 @@ def a_grad_scaler_skips_infinite_steps(subject: Subject) -> None:
         if step == 0:
             expect.same(trial.values(), before, "a step with infinite gradients, which the GradScaler skips")
     plain.train(3)
-    expect.same(trial.values(), plain.values(), "a skipped step and three with a GradScaler, against three without")
+    expect.same(trial.values(), plain.values(), "a skipped step and three steps with a GradScaler, compared with three without")
 
 
 def late_and_empty_groups_work(subject: Subject) -> None:
-    """If this fails, layers that are unfrozen later never train, or a run with them cannot be resumed."""
+    """If this fails, layers that are unfrozen late never train, or their run cannot be resumed."""
     trials = [_grouped(subject) for _ in range(2)]
     trial, other = trials
     before = trial.values()
-    with expect.working("three steps with an empty group and one that was added late"):
+    with expect.working("three steps with an empty and a late group"):
         trial.train(3)
     expect.finite(trial.values(), "three steps with a late group")
     expect.moved(before, trial.values(), "three steps with a late group")
-    with expect.working("saving and loading with an empty group and one that was added late"):
+    with expect.working("saving and loading with an empty and a late group"):
         other.model.load_state_dict(trial.model.state_dict())
         other.optimizer.load_state_dict(through_file(trial.optimizer.state_dict()))
     other.taken = trial.taken
@@ -202,11 +202,11 @@ def late_and_empty_groups_work(subject: Subject) -> None:
     assert not missing, f"expected the empty group to keep its hyperparameters; it lost {sorted(missing)}"
     for t in trials:
         t.train(2)
-    expect.same_trial(other, trial, "resumed with an empty group and one that was added late")
+    expect.same_trial(other, trial, "resumed with an empty and a late group")
 
 
 def _grouped(subject: Subject) -> Trial:
-    """One group, one that is empty, and after two steps a third. Unnamed, because torch takes an empty group for unnamed."""
+    """A group, an empty group, and after two steps a third. Without names: torch treats an empty group as unnamed."""
     trial = subject.loose((4, 3), (5,), (4, 3))
     params = list(trial.params.values())
     trial.optimizer = subject.optimizer([{"params": params[:2]}, {"params": [], "lr": 0.5}])
@@ -216,7 +216,7 @@ def _grouped(subject: Subject) -> Trial:
 
 
 def nothing_outlives_the_optimizer(subject: Subject) -> None:
-    """If this fails, every model that a sweep trains stays in memory."""
+    """If this fails, every model of a sweep stays in memory."""
     trial = subject.mlp()
     trial.train(2)
     watched = {f"parameter {name}": weakref.ref(p) for name, p in trial.params.items()}
@@ -224,11 +224,11 @@ def nothing_outlives_the_optimizer(subject: Subject) -> None:
     del trial
     gc.collect()
     alive = [name for name, w in watched.items() if w() is not None]
-    assert not alive, f"expected nothing to be left after del; still alive are {alive}"
+    assert not alive, f"expected everything to be freed after del; still alive: {alive}"
 
 
 def eval_and_train_return_to_where_they_were(subject: Subject) -> None:
-    """If this fails, evaluating a model between steps changes how it trains, or evaluates the wrong weights."""
+    """If this fails, evaluation between steps changes training, or uses the wrong weights."""
     trial = subject.loose((6, 4), (5,))
     trial.train(5)
     training = trial.values()
@@ -251,11 +251,11 @@ def the_loss_goes_down(subject: Subject) -> None:
         for _ in range(20):
             trial.step(lambda model=trial.model: loss_of(model, 0))  # type: ignore[misc]
         end = float(loss_of(trial.model, 0).detach())
-        assert end < start, f"expected 20 steps on one batch to lower its loss of {start:g}; it became {end:g}"
+        assert end < start, f"expected 20 steps on one batch to lower its loss from {start:g}; it became {end:g}"
 
 
 def the_first_gradient_moves_everything(subject: Subject) -> None:
-    """If this fails, the optimizer wastes a step without having said so: declare the capability ``"primes"``."""
+    """If this fails, the optimizer silently wastes its first step: declare the capability ``"primes"``."""
     trial = subject.loose((6, 4), (5,))
     before = trial.values()
     trial.step()
@@ -263,7 +263,7 @@ def the_first_gradient_moves_everything(subject: Subject) -> None:
 
 
 def the_first_gradient_of_a_matrix_only_primes(subject: Subject) -> None:
-    """If this fails, the optimizer declares the capability ``"primes"`` and does not prime."""
+    """If this fails, the optimizer declares the capability ``"primes"`` but does not prime."""
     trial = subject.loose((6, 4))
     before = trial.values()
     trial.step()

@@ -1,4 +1,4 @@
-"""Parameters of every shape that models have."""
+"""Checks of parameters of every shape that occurs in models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 
 def every_shape_trains_or_is_refused_when_built(subject: Subject) -> None:
-    """If this fails, a model with such a layer breaks in the middle of its training, or stays as it was."""
+    """If this fails, a model with such a layer fails during training, or the layer does not train."""
     taken = []
     for what, shape in SHAPES.items():
         if _trains(subject, f"{what}, shape {shape}", drawn(what, shape)):
@@ -35,20 +35,20 @@ def every_shape_trains_or_is_refused_when_built(subject: Subject) -> None:
     if taken:
         together = subject.loose(*taken)
         before = together.values()
-        with expect.working(f"three steps of parameters of shapes {taken} together"):
+        with expect.working(f"three steps of parameters with the shapes {taken} together"):
             together.train(3)
         expect.finite(together.values(), "three steps of all shapes together")
         expect.moved(before, together.values(), "three steps of all shapes together")
 
 
 def _trains(subject: Subject, what: str, weight: Tensor) -> bool:
-    """Three steps of one parameter; False if the optimizer refuses it, by name, when it is built."""
+    """Take three steps with one parameter; False if the constructor rejects it by name."""
     model = Loose(())
     model.register_parameter("odd_one", nn.Parameter(weight))
     try:
         trial = subject.trial(model)
     except ParameterError as error:
-        assert "odd_one" in str(error), f"{what}: expected the refusal to name 'odd_one'; it says: {error}"
+        assert "odd_one" in str(error), f"{what}: expected the error to name 'odd_one', found: {error}"
         return False
     before = trial.values()
     with expect.working(f"three steps of {what}"):
@@ -56,19 +56,19 @@ def _trains(subject: Subject, what: str, weight: Tensor) -> bool:
     expect.finite(trial.values(), f"three steps of {what}")
     expect.moved(before, trial.values(), f"three steps of {what}")
     strides = trial.params["odd_one"].stride()
-    assert strides == weight.stride(), f"{what}: expected strides {weight.stride()} to stay, found {strides}"
+    assert strides == weight.stride(), f"{what}: expected the strides to stay {weight.stride()}, found {strides}"
     return True
 
 
 def batching_changes_nothing(subject: Subject) -> None:
-    """If this fails, multi_tensor=False trains another model, and an option may work for the first parameter only."""
+    """If this fails, multi_tensor=False changes the result, or an option may apply only to the first parameter."""
     variants: tuple[dict[str, Any], ...] = ({}, {"weight_decay": 0.1, "caution": True})
     for options in variants:
         shapes = ((6, 4), (6, 4), (5,))
         try:
             together, alone = subject.loose(*shapes, **options), subject.loose(*shapes, **options, multi_tensor=False)
         except OptionError:
-            continue  # an option that the optimizer does not have breaks nothing
+            continue  # the optimizer does not have one of the options
         for t in (together, alone):
             t.train(3)
         expect.close(alone.values(), together.values(), 1e-6, f"three steps with multi_tensor=False and {options}")

@@ -1,4 +1,4 @@
-"""What an optimizer remembers: saving it, loading it, and going on as if nothing had happened."""
+"""Checks of saving, loading and resuming."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hbcore.testing.subject import Check, Subject, Trial, pull, through_file
 
 
 def loading_keeps_every_dtype_and_value(subject: Subject) -> None:
-    """If this fails, a resumed run goes on with state of less precision than it had."""
+    """If this fails, a resumed run continues with less precise state than before."""
     storages: tuple[dict[str, str], ...] = ({}, {"storage_dtype": "bfloat16"})
     for dtype in (torch.float32, torch.bfloat16):
         for storage in storages[:1] if "ecc" in subject.options else storages:
@@ -30,7 +30,7 @@ def loading_keeps_every_dtype_and_value(subject: Subject) -> None:
 
 
 def _expect_home(trial: Trial, what: str) -> None:
-    """Every tensor lies where its parameter does; counters may be on the host."""
+    """Expect every tensor on its parameter's device; counters may be on the host."""
     for name, p in trial.params.items():
         for slot, value in trial.optimizer.state[p].items():
             if isinstance(value, Tensor) and slot != "step":
@@ -38,19 +38,19 @@ def _expect_home(trial: Trial, what: str) -> None:
 
 
 def resuming_changes_no_bit(subject: Subject) -> None:
-    """If this fails, a run that was interrupted ends elsewhere than one that was not."""
+    """If this fails, an interrupted run gives a different result from an uninterrupted one."""
     _expect_exact_resume(subject.mlp, "float32 parameters", 10)
     _expect_exact_resume(lambda: subject.mlp(torch.bfloat16), "bfloat16 parameters", 10)
     _expect_exact_resume(subject.convnet, "a convolutional net", 3)
 
 
 def resuming_compiled_changes_no_bit(subject: Subject) -> None:
-    """If this fails, a run that compiles its steps cannot be interrupted and go on exactly."""
+    """If this fails, a run with compiled steps cannot be resumed exactly."""
     _expect_exact_resume(lambda: subject.loose((6, 4), (5,), compile="inductor"), "compiled steps", 3)
 
 
 def _expect_exact_resume(build: Callable[[], Trial], what: str, half: int) -> None:
-    """A new trial goes on from another's checkpoint as that one goes on by itself."""
+    """Expect a trial resumed from another's checkpoint to continue exactly like the other."""
     trial, resumed = build(), build()
     trial.train(half)
     model, optimizer = through_file(trial.model.state_dict()), through_file(trial.optimizer.state_dict())
@@ -64,7 +64,7 @@ def _expect_exact_resume(build: Callable[[], Trial], what: str, half: int) -> No
 
 
 def saving_early_leaves_no_trace(subject: Subject) -> None:
-    """If this fails, whoever looks at a fresh optimizer's state dict trains another model than who does not."""
+    """If this fails, calling state_dict() before the first step changes the result."""
     trial, plain = subject.mlp(), subject.mlp()
     with expect.working("state_dict() of a fresh optimizer"):
         trial.optimizer.state_dict()
@@ -76,7 +76,7 @@ def saving_early_leaves_no_trace(subject: Subject) -> None:
 
 
 def the_dry_step_of_distributed_checkpoints_leaves_no_trace(subject: Subject) -> None:
-    """If this fails, torch.distributed.checkpoint changes the run that it saves, or saves nothing at all."""
+    """If this fails, torch.distributed.checkpoint changes the run that it saves, or saves nothing."""
     if not torch.distributed.is_available():
         raise SkipTest("torch was built without torch.distributed")
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -98,13 +98,13 @@ def the_dry_step_of_distributed_checkpoints_leaves_no_trace(subject: Subject) ->
 
 
 def parameters_without_a_gradient_are_saved(subject: Subject) -> None:
-    """If this fails, ranks of which one saw no gradient save different keys, and their checkpoint cannot be written."""
+    """If this fails, a rank without gradients saves other keys than the rest, and the checkpoint cannot be written."""
     trial, other, plain = (subject.loose((4, 3), (4, 3)) for _ in range(3))
     for t in (trial, plain):
         t.step(lambda t=t: pull({"p0": t.params["p0"]}, 0))  # type: ignore[misc]
         t.step(lambda t=t: pull({"p0": t.params["p0"]}, 1))  # type: ignore[misc]
     saved = trial.optimizer.state_dict()["state"]
-    assert set(saved) >= {0, 1}, f"expected state for p0 and p1, which never had a gradient; found it for numbers {list(saved)}"
+    assert set(saved) >= {0, 1}, f"expected state for p0 and for p1, which never had a gradient; found entries {list(saved)}"
     lacks = sorted(saved[0].keys() - saved[1].keys())
     assert not lacks, f"expected p1, which never had a gradient, to be saved with the slots of p0; it lacks {lacks}"
     assert float(saved[1].get("step", 0)) == 0, f"expected p1 to be saved at step 0, found {saved[1]['step']}"
@@ -118,12 +118,12 @@ def parameters_without_a_gradient_are_saved(subject: Subject) -> None:
 
 
 def state_is_matched_by_name(subject: Subject) -> None:
-    """If this fails, a model whose layers were reordered resumes with other layers' moments, without a word."""
+    """If this fails, a model whose layers were reordered silently resumes with the moments of other layers."""
     trial = subject.mlp()
     trial.train(2)
     other = subject.mlp()
     other.optimizer = subject.optimizer(list(other.model.named_parameters())[::-1])
-    with expect.working("loading into an optimizer that lists its parameters in another order"):
+    with expect.working("loading into an optimizer with its parameters in a different order"):
         other.optimizer.load_state_dict(trial.optimizer.state_dict())
     expect.same(other.state(), trial.state(), "state loaded by name")
     saved = copy.deepcopy(trial.optimizer.state_dict())
@@ -132,13 +132,13 @@ def state_is_matched_by_name(subject: Subject) -> None:
     try:
         other.optimizer.load_state_dict(saved)
     except CheckpointError as error:
-        assert "3.bias" in str(error), f"expected the error to name '3.bias', which the checkpoint lacks; it says: {error}"
+        assert "3.bias" in str(error), f"expected the error to name '3.bias', which the checkpoint lacks, found: {error}"
     else:
         raise AssertionError("expected a CheckpointError for '3.bias', which the checkpoint lacks; it was loaded")
 
 
 def loaded_groups_are_obeyed(subject: Subject) -> None:
-    """If this fails, a scheduler changes numbers after a resume that the optimizer no longer reads."""
+    """If this fails, schedulers have no effect after a resume, because the optimizer no longer reads its groups."""
     trial, still, fast = subject.mlp(), subject.mlp(), subject.mlp()
     trial.train(2)
     before = still.values()
@@ -149,12 +149,12 @@ def loaded_groups_are_obeyed(subject: Subject) -> None:
             group["lr"] = lr
         t.train(2)
     expect.moved(still.values(), fast.values(), "lr=0.1 instead of lr=0 after loading")
-    if "modes" not in subject.capabilities:  # an average of the weights moves on at lr=0
+    if "modes" not in subject.capabilities:  # averaged weights keep moving at lr=0
         expect.same(still.values(), before, "two steps at lr=0 after loading")
 
 
 def loading_shares_nothing(subject: Subject) -> None:
-    """If this fails, two optimizers that load one state dict train on each other's moments."""
+    """If this fails, optimizers that load the same state dict share their moments."""
     trial, other = subject.mlp(), subject.mlp()
     trial.train(2)
     saved = trial.optimizer.state_dict()
@@ -192,5 +192,5 @@ CHECKS = (
     Check(state_is_matched_by_name),
     Check(loaded_groups_are_obeyed),
     Check(loading_shares_nothing),
-    Check(a_skipped_first_step_can_be_saved, excludes=frozenset({"closure"})),  # a GradScaler refuses closures
+    Check(a_skipped_first_step_can_be_saved, excludes=frozenset({"closure"})),  # a GradScaler does not support closures
 )

@@ -1,4 +1,4 @@
-"""What checks say: assertions whose messages name the tensor, what was expected and what was found."""
+"""Assertions for checks, whose messages name the tensor, the expected and the found value."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hbcore.testing.subject import Trial
 
 
 def same(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str) -> None:
-    """Expect the same names, and under each the same kind of value, bit for bit."""
+    """Expect the same names with the same values: same type, dtype, device and shape, and bitwise equal."""
     lacks, extra = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
-    assert not lacks and not extra, f"{what}: expected the same tensors; missing are {lacks}, added {extra}"
+    assert not lacks and not extra, f"{what}: expected the same tensors; missing: {lacks}, added: {extra}"
     for name, wanted in theirs.items():
         found = ours[name]
         if not (isinstance(found, Tensor) and isinstance(wanted, Tensor)):
@@ -28,7 +28,7 @@ def same(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str) -> None:
 
 
 def close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float, what: str) -> None:
-    """Expect each difference's norm to be at most ``tolerance`` of the tensor's norm."""
+    """Expect each tensor's relative error, in norm, to be at most ``tolerance``."""
     for name, wanted in theirs.items():
         a, b = ours[name].double(), wanted.double()
         error = float((a - b).norm() / b.norm().clamp(min=1e-30))
@@ -36,16 +36,16 @@ def close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: f
 
 
 def finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Expect neither NaN nor inf."""
+    """Expect finite values only."""
     for name, value in tensors.items():
-        assert bool(torch.isfinite(value).all()), f"{what}: expected finite numbers in {name}, found {_few(value)}"
+        assert bool(torch.isfinite(value).all()), f"{what}: expected finite values in {name}, found {_few(value)}"
 
 
 def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], what: str) -> None:
-    """Expect every tensor that has elements to have changed."""
+    """Expect every non-empty tensor to have changed."""
     for name, value in before.items():
         if value.numel():
-            assert not torch.equal(value, after[name]), f"{what}: expected {name} to move, and it did not"
+            assert not torch.equal(value, after[name]), f"{what}: expected {name} to change, but it did not"
 
 
 def same_trial(ours: Trial, theirs: Trial, what: str) -> None:
@@ -58,7 +58,7 @@ def same_trial(ours: Trial, theirs: Trial, what: str) -> None:
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Report an exception as what it is to a user: something that does not work."""
+    """Turn an exception into an AssertionError that says what failed."""
     try:
         yield
     except AssertionError:

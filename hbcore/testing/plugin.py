@@ -1,4 +1,4 @@
-"""The pytest plugin: ``--hbcore-optimizer NAME`` and the fixture ``hbcore_conformance``. Imports torch only when asked."""
+"""The pytest plugin: ``--hbcore-optimizer NAME`` and the fixture ``hbcore_conformance``. Imports torch only when used."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option; it may be given several times."""
+    """Add the option, which may be repeated."""
     parser.getgroup("hbcore").addoption(
         "--hbcore-optimizer",
         action="append",
         default=[],
         metavar="NAME",
-        help="run hbcore's conformance checks over this optimizer, in tests that use the fixture hbcore_conformance "
+        help="run hbcore's conformance checks on this optimizer, in tests that use the fixture hbcore_conformance "
         "(pytest --pyargs hbcore.testing.suite has one)",
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make one test of each check that applies to each optimizer of ``--hbcore-optimizer``."""
+    """Create one test for each optimizer of ``--hbcore-optimizer`` and each check that applies to it."""
     if "hbcore_conformance" not in metafunc.fixturenames:
         return
     cases = []
@@ -35,6 +35,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def hbcore_conformance(request: pytest.FixtureRequest) -> Callable[[], None]:
-    """Call it to run one check over one optimizer."""
+    """A function that runs one check on one optimizer."""
     check, subject = request.param
     return lambda: check.function(subject)

@@ -1,4 +1,4 @@
-"""Running the checks over an optimizer, with pytest or without."""
+"""Runs the checks on an optimizer, with or without pytest."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from hbcore.testing.catalog import CHECKS
 from hbcore.testing.subject import Check, Subject
 
 COMPRESSED = "bf16+8"
-"""The codec that every optimizer is also tested with, where it is installed."""
+"""The codec with which every optimizer is tested too, if it is installed."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A check that an optimizer does not pass.
+    """A check that an optimizer fails.
 
     Attributes:
-        check: its name.
+        check: the name of the check.
         subject: the optimizer and its options, ``"Lion(ecc='bf16+8')"``.
         message: what was expected and what was found.
     """
@@ -30,18 +30,18 @@ class Finding:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.subject} does not pass {self.check}: {self.message}"
+        return f"{self.subject} fails {self.check}: {self.message}"
 
 
 def subjects(optimizer: str | type[Any]) -> list[Subject]:
-    """What the checks run over: the optimizer with plain state, and with compressed state where hb_ecc is installed.
+    """The variants to check: the optimizer with plain state and, if hb_ecc is installed, with compressed state.
 
     Args:
-        optimizer: a registered name, or a class. A class has the capabilities of the registered optimizer that it is, or
-            that it derives from; none if there is no such.
+        optimizer: a registered name, or a class. A class has the capabilities of the registered optimizer that it is or
+            derives from, if any.
 
     Raises:
-        RegistryError: the name is unknown, ambiguous, or its plugin does not work.
+        RegistryError: the name is unknown or ambiguous, or its plugin is broken.
     """
     cls = registry.resolve(optimizer) if isinstance(optimizer, str) else optimizer
     variants = [{}, {"ecc": COMPRESSED}] if COMPRESSED in [c.name for c in registry.codecs()] else [{}]
@@ -49,11 +49,11 @@ def subjects(optimizer: str | type[Any]) -> list[Subject]:
 
 
 def check(optimizer: str | type[Any], only: Iterable[str] | None = None) -> list[Finding]:
-    """Run every check that applies, or those named ``only``, and return what does not pass.
+    """Run every applicable check, or those named in ``only``, and return the failures.
 
     Raises:
-        RegistryError: as :func:`subjects`.
-        ValueError: there is no check of a name in ``only``.
+        RegistryError: see :func:`subjects`.
+        ValueError: a name in ``only`` is unknown.
     """
     chosen = CHECKS if only is None else [_named(name) for name in only]
     findings = []
@@ -65,14 +65,14 @@ def check(optimizer: str | type[Any], only: Iterable[str] | None = None) -> list
 
 
 def assert_conforms(optimizer: str | type[Any]) -> None:
-    """Raise an AssertionError that lists every finding, if there is one.
+    """Raise an AssertionError that lists all findings, if there are any.
 
     Raises:
-        RegistryError: as :func:`subjects`.
+        RegistryError: see :func:`subjects`.
     """
     findings = check(optimizer)
     if findings:
-        raise AssertionError("\n".join([f"{len(findings)} checks do not pass:", *map(str, findings)]))
+        raise AssertionError("\n".join([f"{len(findings)} checks failed:", *map(str, findings)]))
 
 
 def _run(c: Check, subject: Subject) -> list[Finding]:
@@ -82,7 +82,7 @@ def _run(c: Check, subject: Subject) -> list[Finding]:
         return []
     except AssertionError as error:
         return [Finding(c.name, str(subject), str(error))]
-    except Exception as error:  # a step that raises is a finding like any other
+    except Exception as error:  # an exception is a finding like any other
         return [Finding(c.name, str(subject), f"it raised {type(error).__name__}: {error}")]
     return []
 
@@ -91,7 +91,7 @@ def _named(name: str) -> Check:
     for c in CHECKS:
         if c.name == name:
             return c
-    raise ValueError(f"there is no check {name!r}; there are {', '.join(c.name for c in CHECKS)}")
+    raise ValueError(f"no check is named {name!r}; choose from {', '.join(c.name for c in CHECKS)}")
 
 
 def _capabilities(cls: type[Any]) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""The optimizer under test, the models that it trains and the gradients that they give it."""
+"""The optimizer under test, its models, and their gradients."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 NOT_BY_HAND = frozenset({"closure", "sparse"})
-"""Optimizers that a check with gradients of its own making cannot step."""
+"""Capabilities of optimizers that a check cannot step with gradients that it assigns itself."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A property that optimizers owe their users.
+    """A property that users expect from optimizers.
 
     Args:
-        function: raises AssertionError, with a message for the optimizer's author, where the property does not hold, and
-            ``unittest.SkipTest`` where this machine cannot tell.
-        needs: applies only to optimizers that declare all of these capabilities.
-        excludes: applies to no optimizer that declares one of these.
+        function: raises AssertionError, with a message for the optimizer's author, if the property does not hold, and
+            ``unittest.SkipTest`` if it cannot be checked on this machine.
+        needs: the check applies only to optimizers that declare all of these capabilities.
+        excludes: the check does not apply to optimizers that declare any of these.
     """
 
     function: Callable[[Subject], None]
@@ -37,18 +37,18 @@ class Check:
         return self.function.__name__
 
     def applies(self, capabilities: frozenset[str]) -> bool:
-        """Whether an optimizer with these capabilities owes this."""
+        """Whether the check applies to an optimizer with these capabilities."""
         return self.needs <= capabilities and not self.excludes & capabilities
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An optimizer class, what it can do, and the options to test it with.
+    """An optimizer class with its capabilities, and the options to test it with.
 
     Args:
         cls: a subclass of :class:`hbcore.api.Optimizer`.
-        capabilities: of :data:`hbcore.registry.spec.CAPABILITIES`.
-        options: keyword arguments of every optimizer that is built.
+        capabilities: a subset of :data:`hbcore.registry.spec.CAPABILITIES`.
+        options: keyword arguments for every optimizer that is built.
     """
 
     cls: type[Any]
@@ -59,7 +59,7 @@ class Subject:
         return f"{self.cls.__name__}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
 
     def optimizer(self, params: Any, **options: Any) -> Any:
-        """A new optimizer; ``options`` are added to the subject's own."""
+        """A new optimizer; ``options`` extend the subject's own."""
         return self.cls(params, **{**self.options, **options})
 
     def trial(self, model: nn.Module, **options: Any) -> Trial:
@@ -71,17 +71,17 @@ class Subject:
         return self.trial(mlp(dtype), **options)
 
     def convnet(self, **options: Any) -> Trial:
-        """A small convolutional net, and its optimizer."""
+        """A small convolutional network, and its optimizer."""
         return self.trial(convnet(), **options)
 
     def loose(self, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, **options: Any) -> Trial:
-        """Single parameters ``p0``, ``p1``, ... of these shapes, and their optimizer."""
+        """Independent parameters ``p0``, ``p1``, ... of these shapes, and their optimizer."""
         return self.trial(Loose(shapes, dtype), **options)
 
 
 @dataclass
 class Trial:
-    """A model, its optimizer, and how many steps they have taken. The number of a step decides its batch."""
+    """A model, its optimizer, and the number of steps taken so far, which determines the next batch."""
 
     subject: Subject
     model: nn.Module
@@ -94,7 +94,7 @@ class Trial:
             self.step()
 
     def step(self, loss: Callable[[], Tensor] | None = None) -> None:
-        """Take one step down ``loss()``, by default the model's own; then clear the gradients."""
+        """Take one step on ``loss()``, by default the model's own; then clear the gradients."""
         if "closure" in self.subject.capabilities:
             self.optimizer.step(partial(self.backward, loss))
         else:
@@ -104,7 +104,7 @@ class Trial:
         self.taken += 1
 
     def backward(self, loss: Callable[[], Tensor] | None = None) -> Tensor:
-        """Replace the gradients by those of ``loss()``, by default the model's own for the coming step."""
+        """Replace the gradients with those of ``loss()``, by default the model's own loss for the coming step."""
         self.optimizer.zero_grad()
         with torch.enable_grad():
             value = loss_of(self.model, self.taken) if loss is None else loss()
@@ -124,7 +124,7 @@ class Trial:
         return {name: p.detach().clone() for name, p in self.params.items()}
 
     def state(self) -> dict[str, Any]:
-        """Copies of what a state dict holds, as ``"exp_avg of 0.weight"``."""
+        """Copies of the entries of the state dict, named like ``"exp_avg of 0.weight"``."""
         saved = self.optimizer.state_dict()
         named = [(g["params"], g.get("param_names", ())) for g in saved["param_groups"]]
         names = {key: name for keys, given in named for key, name in zip(keys, given, strict=False)}
@@ -135,12 +135,12 @@ class Trial:
         }
 
     def numbers(self) -> list[dict[str, Any]]:
-        """What the saved param groups hold besides their parameters."""
+        """The saved param groups, without their parameters."""
         return [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.state_dict()["param_groups"]]
 
 
 class Loose(nn.Module):
-    """Parameters that nothing connects."""
+    """Independent parameters."""
 
     def __init__(self, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -149,12 +149,12 @@ class Loose(nn.Module):
 
 
 def mlp(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Six inputs, sixteen hidden units, three outputs; the same weights each time."""
+    """Six inputs, sixteen hidden units, three outputs; always the same weights."""
     return _seeded(lambda: nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3))).to(dtype)
 
 
 def convnet() -> nn.Module:
-    """Two convolutions and a linear layer; the same weights each time."""
+    """Two convolutions and a linear layer; always the same weights."""
     return _seeded(
         lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(5 * 4 * 4, 3))
     )
@@ -170,18 +170,18 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
 
 
 def pull(params: Mapping[str, Tensor], step: int) -> Tensor:
-    """Half the squared distance of parameters to targets that change with each step: a gradient for any shape."""
+    """Half the squared distance to targets that change with each step; gives a gradient for any shape."""
     losses = [0.5 * (p - drawn(f"{name} {step}", p.shape).to(p.dtype)).square().sum() for name, p in params.items()]
     return torch.stack(losses).sum()
 
 
 def drawn(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers that depend on ``name`` alone."""
+    """Standard normal numbers, determined by ``name``."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
 
 
 def through_file(content: Any) -> Any:
-    """What comes back from a checkpoint file that holds ``content``, read as untrusted files are."""
+    """Save ``content`` to a checkpoint file and load it like an untrusted one."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     buffer.seek(0)

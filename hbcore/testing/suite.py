@@ -6,5 +6,5 @@ from collections.abc import Callable
 
 
 def test_conformance(hbcore_conformance: Callable[[], None]) -> None:
-    """One check over one optimizer."""
+    """Run one check on one optimizer."""
     hbcore_conformance()

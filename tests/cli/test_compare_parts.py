@@ -135,7 +135,7 @@ def test_too_little_text_says_how_much_is_needed(tmp_path: Path, monkeypatch: py
     path.write_bytes(b"x" * 170)
     assert data.load_corpus(str(path), 16).validation.numel() == 17
     path.write_bytes(b"x" * 169)
-    with pytest.raises(OptionError, match=r"short: 169 bytes of text, at least 17\d are needed"):
+    with pytest.raises(OptionError, match=r"short: 169 bytes of text, but at least 17\d are needed"):
         data.load_corpus(str(path), 16)
     monkeypatch.setattr(data, "stdlib_source", lambda: b"")
     with pytest.raises(OptionError, match="--data FILE"):

@@ -100,9 +100,9 @@ def test_broken_conflicting_and_blocked_plugins_are_all_reported(place: Place) -
     ("code", "said"),
     [
         ("raise OSError('libcudart.so.99 is missing')", "OSError: libcudart.so.99 is missing"),
-        ("import os; os._exit(7)", "ended with status 7"),
+        ("import os; os._exit(7)", "exited with status 7"),
         ("import sys; sys.exit('bye')", "SystemExit: bye"),
-        ("import os; os.abort()", "ended with status -6"),
+        ("import os; os.abort()", "exited with status -6"),
         ("raise ModuleNotFoundError('No module named torch')", "No module named torch"),
     ],
 )
@@ -117,7 +117,7 @@ def test_a_torch_that_does_not_work_is_reported_and_survived(place: Place, code:
 def test_without_pluggy_the_rest_is_still_reported(place: Place) -> None:
     (place.path / "pluggy.py").write_text("raise ImportError('damaged')")
     report = place.report()
-    assert report["broken"] == ["hbcore's registry does not import: ImportError: damaged"]
+    assert report["broken"] == ["cannot import hbcore's registry: ImportError: damaged"]
     assert report["versions"]["torch"] == "9.9" and "damaged" in report["registry_error"]
 
 
@@ -130,7 +130,7 @@ def test_a_torch_that_hangs_is_given_up(place: Place, monkeypatch: pytest.Monkey
 
 def test_no_second_process_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
-    assert "no second process" in doctor._probe()["torch_error"]
+    assert "cannot start a second process" in doctor._probe()["torch_error"]
 
 
 def test_the_compiler_is_cxx_first_then_the_usual_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

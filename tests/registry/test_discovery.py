@@ -38,18 +38,18 @@ def test_nothing_is_scanned_before_the_first_lookup() -> None:
         ("import no_such_module", "import", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("raise SystemExit(3)", "import", "SystemExit: 3"),
         ("def broken(:", "import", "SyntaxError"),
-        ("API = (2, 0)\n" + RAISING, "api", "needs plugin API 2.0 and this hbcore has 1.3; upgrade hbcore"),
-        ("API = (1, 4)\n" + RAISING, "api", "needs plugin API 1.4 and this hbcore has 1.3; upgrade hbcore"),
+        ("API = (2, 0)\n" + RAISING, "api", "needs plugin API 2.0, but this hbcore has 1.3; upgrade hbcore"),
+        ("API = (1, 4)\n" + RAISING, "api", "needs plugin API 1.4, but this hbcore has 1.3; upgrade hbcore"),
         ("API = (0, 9)\n" + RAISING, "api", "upgrade the plugin"),
         ("API = '1.0'", "api", "must declare API = (1, 3)"),
-        ("del API", "api", "it has None"),
+        ("del API", "api", "found None"),
         ("@hookimpl\ndef hb_optimisers(api): return []", "register", "hb_optimisers"),
         ("@hookimpl\ndef hb_optimizers(api, extra): return []", "register", "extra"),
         ("def hb_optimizers(api): return []", "register", "lacks the @hookimpl decorator"),
         (RAISING, "hooks", "RuntimeError: boom"),
         ("@hookimpl\ndef hb_optimizers(api): return 3", "hooks", "must return a list of OptimizerSpec"),
         ("@hookimpl\ndef hb_optimizers(api): return OptimizerSpec('A', 'm:C', '')", "hooks", "must return a list"),
-        ("@hookimpl\ndef hb_aliases(api): return ['Old']", "hooks", "among them is 'Old'"),
+        ("@hookimpl\ndef hb_aliases(api): return ['Old']", "hooks", "found 'Old'"),
         ("@hookimpl\ndef hb_aliases(api): return [Alias('O_ld', 'A'), Alias('Old', 'B')]", "hooks", "two meanings"),
         (
             "@hookimpl\ndef hb_optimizers(api): return [OptimizerSpec('A', 'm:C', ''), OptimizerSpec('a', 'm:D', '')]",
@@ -249,7 +249,7 @@ def test_a_manifest_that_uses_the_registry_while_loading_is_told_so(site: Any, m
     site.offer("hb_good", "Good")
     registry = site.registry()
     monkeypatch.setattr(package, "default", registry)
-    assert "used hbcore's registry while it was itself being loaded" in one_failure(registry).cause
+    assert "used hbcore's registry while it was being loaded" in one_failure(registry).cause
     with pytest.warns(PluginWarning):
         assert registry.get("Good").__name__ == "Good"  # and the registry works on
 

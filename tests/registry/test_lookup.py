@@ -72,7 +72,7 @@ def test_an_alias_warns_once_at_the_callers_line(site: Any) -> None:
         cls = registry.create("OldBase", [1])
     assert [(w.filename, w.lineno) for w in caught] == [(__file__, line)]
     text = str(caught[0].message)
-    assert text == "OldBase is another name for Base since 0.1 and will be removed in 0.9; write Base. See the notes."
+    assert text == "OldBase is another name for Base (since 0.1, to be removed in 0.9); use Base. See the notes."
     assert type(cls) is registry.get("Base")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -81,7 +81,7 @@ def test_an_alias_warns_once_at_the_callers_line(site: Any) -> None:
 
 def test_the_warning_of_a_preset_says_what_to_write(site: Any) -> None:
     site.offer("hb_x", "Base", aliases=OLD)
-    with pytest.warns(FutureWarning, match=r"write Base\(flag=True, betas=\[0\.9\]\)$"):
+    with pytest.warns(FutureWarning, match=r"use Base\(flag=True, betas=\[0\.9\]\)$"):
         site.registry().get("FlagBase")
 
 

@@ -32,7 +32,7 @@ def test_a_target_must_read_module_colon_attribute(target: str) -> None:
 
 def test_capabilities_become_a_frozenset_and_a_bare_string_is_refused() -> None:
     assert OptimizerSpec("A", "m:C", "", capabilities={"matrix"}).capabilities == frozenset({"matrix"})  # type: ignore[arg-type]
-    with pytest.raises(RegistryError, match="set of words"):
+    with pytest.raises(RegistryError, match="set of strings"):
         OptimizerSpec("A", "m:C", "", capabilities="fast")  # type: ignore[arg-type]
 
 

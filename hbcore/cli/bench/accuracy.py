@@ -1,4 +1,4 @@
-"""``--check``: is what is fast also right? Three steps against the same rule, run eagerly in float64."""
+"""``--check``: compares three steps with the same rule, run eagerly in float64."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hbcore.cli.bench.shapes import Shape
 
 STEPS = 3
 ADD_EPS = ("torch", "flashoptim")
-"""Peers that add eps to the divisor, where hbcore takes the larger: a difference of rules, which is no error of theirs."""
+"""Peers that add eps to the divisor, where hbcore takes the maximum. The rules differ; it is not an error of the peers."""
 LARGEST = 16_000_000
-"""Parameters up to which a set is checked: the reference runs one tensor at a time."""
+"""Largest number of parameters in a checked set: the reference runs one tensor at a time, slowly."""
 
 
 def check(
@@ -29,12 +29,12 @@ def check(
     device: torch.device,
     seed: int,
 ) -> None:
-    """Set ``row.check`` of every row that is "ok"; one that raises here fails.
+    """Set ``row.check`` of every row with status "ok"; a contender that raises here fails.
 
     Args:
-        contenders: what to check, with their rows.
-        ours: hbcore's contenders. Their rule is the reference, a peer's being the first of its family.
-        shapes, precision, device, seed: what to step.
+        contenders: the contenders to check, with their rows.
+        ours: hbcore's contenders, which serve as the reference; for a peer, the first one of its family.
+        shapes, precision, device, seed: determine parameters and gradients.
     """
     noise = Noise(shapes, getattr(torch, precision.param), device, seed)
     known: dict[str, list[Tensor]] = {}
@@ -53,21 +53,21 @@ def check(
             cls = contender.load()
             result = _run(cls, contender.arguments(cls, precision), noise, noise.params[0].dtype)
             row.check = errors(result, known[key], noise.params)
-        except Exception as error:  # as in measuring
+        except Exception as error:  # as while measuring
             row.fail(error)
 
 
 def reference_arguments(cls: type[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The rule of ``cls(**kwargs)`` with nothing that makes it fast or small: eager, its state as wide as its parameters."""
+    """The arguments of ``cls(**kwargs)`` for the reference: eager, with state in the parameters' dtype."""
     plain = {key: value for key, value in kwargs.items() if key not in ("compile", "storage_dtype", "compile_step")}
     wanted = plain | {"compile": "eager", "consume_grad": False}
     return {key: value for key, value in wanted.items() if key in kwargs or accepts(cls, key)}
 
 
 def errors(result: Sequence[Tensor], reference: Sequence[Tensor], start: Sequence[Tensor]) -> dict[str, float]:
-    """``||a - b|| / ||b||`` over all tensors together, of the parameters and of how far they moved.
+    """``||a - b|| / ||b||`` over all tensors together, for the parameters and for their displacement.
 
-    The first hides a wrong update under a large parameter; the second shows, in 16 bits, mostly how parameters are rounded.
+    The first hides a wrong update of a large parameter; the second, in 16 bits, mostly shows the rounding of parameters.
     """
     difference = _norm(a.double() - b for a, b in zip(result, reference, strict=True))
     moved = _norm(b - p.double() for b, p in zip(reference, start, strict=True))

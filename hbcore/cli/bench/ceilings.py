@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured in the same run as everything that is held against it."""
+"""The limits of the machine, measured in the same run as the figures that are compared with them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def measure_ceilings(device: torch.device, *, quick: bool, windows: int = 6) -> 
     """Copy bandwidth and matmul rate.
 
     Returns:
-        ``copy_bytes_per_second`` counts bytes read plus bytes written; ``matmul_flops_per_second`` counts a product and its
-        sum as two. Both are medians over windows, which are there as well, in ms for each copy or product.
+        ``copy_bytes_per_second`` counts bytes read plus bytes written; ``matmul_flops_per_second`` counts a multiplication
+        and an addition as two. Both are medians over windows; the windows are included, in ms per copy or product.
     """
     watch = Stopwatch(device)
     copy_bytes, copy_ms = _copy(device, watch, quick, windows)
@@ -34,16 +34,16 @@ def measure_ceilings(device: torch.device, *, quick: bool, windows: int = 6) -> 
 
 
 def _copy(device: torch.device, watch: Stopwatch, quick: bool, windows: int) -> tuple[int, list[float]]:
-    """Copy a buffer that no cache holds."""
+    """Copy a buffer that is larger than any cache."""
     size = (32 if quick else 2048 if device.type == "cuda" else 256) * MIB
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    watch.window(lambda: target.copy_(source), 2)  # the first touch of fresh pages is not copying
+    watch.window(lambda: target.copy_(source), 2)  # exclude the first touch of new pages
     return size, [watch.window(lambda: target.copy_(source), 2 if quick else 10) for _ in range(windows)]
 
 
 def _matmul(device: torch.device, watch: Stopwatch, quick: bool, windows: int) -> tuple[torch.dtype, int, list[float]]:
-    """Multiply square matrices: in bfloat16 on a GPU, where matrix methods run so, in float32 elsewhere."""
+    """Multiply square matrices: in bfloat16 on a GPU, as matrix methods do there, in float32 elsewhere."""
     cuda = device.type == "cuda"
     dtype, size = (torch.bfloat16 if cuda else torch.float32), 512 if quick else 8192 if cuda else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

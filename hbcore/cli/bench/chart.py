@@ -1,4 +1,4 @@
-"""``bench.png``: window times relative to torch fused, grouped by shape set, a panel for each rule and precision."""
+"""Draws ``bench.png``: window times relative to torch fused, grouped by shape set; one panel per rule and precision."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from hbcore.cli.compare.plot import COLOURS, INK
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BAR = 0.62  # inches for a bar and its figure
+BAR = 0.62  # width in inches of a bar with its label
 TALLEST = 3.0
-"""Bars beyond this many times the baseline are cut off, and say so: one slow library must not flatten the others."""
+"""Bars longer than this many baselines are truncated and labelled, so that one slow library does not flatten the others."""
 
 
 def draw(rows: Sequence[Row], title: str, subtitle: str, path: Path) -> None:
-    """Draw the rows that have windows and write them to ``path`` as PNG. Without any, nothing is written.
+    """Draw the rows that have windows and write them to ``path`` as PNG. Writes nothing if there are none.
 
-    A bar's height is its time over that of torch fused (else of torch's other implementation, else of the first row),
-    the figure on it the milliseconds. A line across it is the time that moving the bytes takes at copy speed.
+    A bar's height is its time relative to torch fused (or to torch's other implementation, or to the first row), and its
+    label is the time in milliseconds. The line across a bar is the time to move its bytes at copy speed.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -51,7 +51,7 @@ def draw(rows: Sequence[Row], title: str, subtitle: str, path: Path) -> None:
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, dict[str, object]]:
-    """Label -> its look, the same in every panel; the second time round the palette is hatched."""
+    """Label -> style, the same in every panel; the second pass through the palette is hatched."""
     labels = list(dict.fromkeys(row.label for row in rows))
     return {
         label: {"facecolor": COLOURS[i % len(COLOURS)], "hatch": (None, "///", "...")[i // len(COLOURS) % 3]}
@@ -82,7 +82,7 @@ def _panel(axes: Axes, rows: Sequence[Row], colours: Mapping[str, dict[str, obje
 
 
 def _bar(axes: Axes, x: float, row: Row, base: Row, look: dict[str, object]) -> float:
-    """Draw one bar with its figure and its floor; return the height it takes."""
+    """Draw one bar with its label and floor; return the height that it occupies."""
     ratio, ms = relative_ms(row, base), row.summary()["window_ms"]
     assert ratio is not None
     height = min(ratio, TALLEST)
@@ -91,14 +91,14 @@ def _bar(axes: Axes, x: float, row: Row, base: Row, look: dict[str, object]) -> 
     axes.annotate(
         text, (x, height), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=8, color=INK
     )  # fmt: skip
-    if ratio > TALLEST:  # a gap near the top, as on any axis that is cut
+    if ratio > TALLEST:  # a gap near the top, like that of a broken axis
         axes.plot([x - 0.45, x + 0.45], [height * 0.93, height * 0.96], color="white", linewidth=3)
     if row.floor_ms is not None:
         floor = row.floor_ms / (ms / ratio)
         if floor <= height:
             axes.plot([x - 0.41, x + 0.41], [floor, floor], color="white", linewidth=3.2, zorder=3)
             axes.plot([x - 0.41, x + 0.41], [floor, floor], color="black", linewidth=1.6, zorder=4)
-    return height if ratio <= TALLEST else height * 1.06  # the second line of the figure
+    return height if ratio <= TALLEST else height * 1.06  # room for the second line of the label
 
 
 def _legend(colours: Mapping[str, dict[str, object]]) -> tuple[list[Any], list[str]]:

@@ -1,4 +1,4 @@
-"""``hbcore bench`` from parsed arguments to exit status."""
+"""Runs ``hbcore bench``, from parsed arguments to exit status."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _LISTS = ("shapes", "dtypes", "peers", "compile")
 _VALUES = ("windows", "steps", "warmup", "singles", "device", "threads", "core", "seed", "first_step_timeout", "out")
 _SWITCHES = ("quick", "first_step", "check")
 _METHOD = (
-    "gradients are noise of the parameters' dtype; consume_grad=False wherever it exists, as every step of a window uses the "
-    "same gradient tensors; contenders take turns in one process; Python's garbage collector is off while a clock runs"
+    "gradients are noise of the parameters' dtype; consume_grad=False where available, because every step of a window uses the "
+    "same gradient tensors; contenders are interleaved in one process; Python's garbage collector is off while timing"
 )
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the arguments say, looked up and found to exist."""
+    """The parsed arguments, with every name resolved."""
 
     ours: list[Contender]
     peers: list[Contender]
@@ -50,7 +50,7 @@ class Job:
     out: Path
 
     def contenders(self, shapes: str) -> list[Contender]:
-        """Those that take part in a shape set: hbcore's first."""
+        """The contenders in a shape set, hbcore's first."""
         return [one for one in [*self.ours, *self.peers] if not one.only or shapes in one.only]
 
 
@@ -61,7 +61,7 @@ def bench(args: argparse.Namespace) -> int:
         _say(note)
     ceilings = measure_ceilings(job.device, quick=args.quick)
     copy, flops = ceilings["copy_bytes_per_second"], ceilings["matmul_flops_per_second"]
-    _say(f"copy {copy / 1e9:.1f} GB/s read plus written, {ceilings['matmul_dtype']} matmul {flops / 1e12:.3g} TFLOP/s")
+    _say(f"copy {copy / 1e9:.1f} GB/s (read plus write), {ceilings['matmul_dtype']} matmul {flops / 1e12:.3g} TFLOP/s")
     rows: list[Row] = []
     facts: dict[str, Any] = {
         "command": command_line(args),
@@ -85,17 +85,17 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> Job:
-    """Look everything up before anything is measured. Raises HbcoreError."""
+    """Resolve everything before the first measurement. Raises HbcoreError."""
     device = _device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.core is not None:
         if not hasattr(os, "sched_setaffinity"):
-            raise OptionError("--core needs an operating system that can pin a process, such as Linux; leave it out.")
+            raise OptionError("--core needs an operating system that can pin processes, such as Linux; omit it.")
         os.sched_setaffinity(0, {args.core})
     names = [*(DEFAULT_SHAPES if args.shapes is None and not args.model else args.shapes or ()), *args.model]
     if not names:
-        raise OptionError("--shapes: no shape set is left to measure")
+        raise OptionError("--shapes: no shape set to measure")
     unknown = [name for name in args.dtypes if name not in PRECISIONS]
     if unknown or not args.dtypes:
         raise OptionError(f"--dtypes: expected some of {', '.join(PRECISIONS)}, got {', '.join(unknown) or 'none'}")
@@ -116,23 +116,23 @@ def _prepare(args: argparse.Namespace) -> Job:
 def _device(text: str | None) -> torch.device:
     try:
         device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()  # a well-formed name is not yet a device that works
+        torch.zeros(1, device=device).item()  # a well-formed name may still be a device that does not work
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # events and memory counters are those of the current one
-    except Exception as error:  # each backend has its own
+            torch.cuda.set_device(device)  # events and memory counters belong to the current device
+    except Exception as error:  # each backend raises its own type
         raise OptionError(f"--device {text}: {str(error).strip().splitlines()[0]}") from error
     return device
 
 
 def _one_set(args: argparse.Namespace, job: Job, name: str, shapes: Sequence[Shape], precision: Precision) -> list[Row]:
-    """Everything about one shape set at one precision."""
+    """Measure one shape set at one precision."""
     contenders = job.contenders(name)
     rows = Bench(job.device, job.pace, args.seed, _say).measure(name, shapes, precision, contenders)
     pairs = list(zip(contenders, rows, strict=True))
     if precision.name == "bf16+fp32state":
         for row in rows:
             if row.source in ("torch", "flashoptim"):
-                row.notes.append("chooses the dtype of its state itself, as in bf16")
+                row.notes.append("chooses the dtype of its state itself, as with bf16")
     if args.check and count(shapes) <= LARGEST:
         check(pairs, job.ours, shapes, precision, job.device, args.seed)
     if args.first_step:
@@ -146,12 +146,12 @@ def _one_set(args: argparse.Namespace, job: Job, name: str, shapes: Sequence[Sha
 
 
 def _say(text: str) -> None:
-    """Progress goes to stderr: stdout holds the tables."""
+    """Print progress to stderr; stdout is for the tables."""
     print(f"hbcore bench: {text}", file=sys.stderr, flush=True)
 
 
 def command_line(args: argparse.Namespace) -> str:
-    """A shell line that repeats this run."""
+    """The shell command that repeats this run."""
     words = ["hbcore", "bench", *args.optimizers]
     if args.optimizer_args:
         words += ["--optimizer-args", *args.optimizer_args]
@@ -181,7 +181,7 @@ def _draw(rows: Sequence[Row], environment: dict[str, Any], ceilings: dict[str, 
             path,
         )
     except ImportError:
-        print(f"no picture: matplotlib is not installed ({PIP_LINE})", file=sys.stderr)
+        print(f"no plot: matplotlib is not installed ({PIP_LINE})", file=sys.stderr)
     else:
         if path.exists():
             print(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""What is measured: an optimizer class, how it is built, and for which precision. Imports no torch."""
+"""The measured optimizers: class, arguments and precision. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hbcore.errors import OptionError, UnknownOptimizerError
 
 
 class Precision(NamedTuple):
-    """A column of the benchmark: the dtype of parameters and gradients, and the one that state is asked to be in."""
+    """One precision of the benchmark: the dtype of parameters and gradients, and the requested dtype of state."""
 
     name: str
     param: str
@@ -35,12 +35,12 @@ class Contender:
     """One bar of the chart.
 
     Attributes:
-        label: what tables call it.
-        family: the rule, by class name. Peers of one family get the same hyperparameters and are compared to each other.
-        source: ``hbcore``, or the library it comes from.
+        label: its name in tables.
+        family: the rule, by class name. Peers of a family get the same hyperparameters and are compared with each other.
+        source: ``hbcore``, or the library that provides it.
         target: a registered name, or ``module:Class``.
         kwargs: constructor arguments.
-        only: the shape sets it takes part in; all, if empty.
+        only: the shape sets to measure it on; all if empty.
     """
 
     label: str
@@ -57,25 +57,25 @@ class Contender:
     def arguments(self, cls: type[Any], precision: Precision) -> dict[str, Any]:
         """The constructor arguments at this precision.
 
-        A step that consumes its gradients leaves nothing to do for the next one, and a window of ten would time nine that
-        return at once: ``consume_grad=False`` wherever the class has it.
+        ``consume_grad=False`` is set if the class has it: a step that consumes its gradients leaves nothing for the next one,
+        and nine steps of a window of ten would return at once.
         """
         arguments, wanted = dict(self.kwargs), {"consume_grad": False}
         if precision.storage != "float32":
             wanted["storage_dtype"] = precision.storage  # type: ignore[assignment]
         arguments.update((key, value) for key, value in wanted.items() if key not in arguments and accepts(cls, key))
         if self.source == "flashoptim" and precision.param == "float32":
-            arguments["master_weight_bits"] = None  # float32 parameters have no bits to spare; it refuses any other value
+            arguments["master_weight_bits"] = None  # it refuses any other value for float32 parameters
         return arguments
 
 
 def accepts(cls: type[Any], key: str) -> bool:
-    """Whether the constructor names ``key``."""
+    """Whether the constructor has a parameter ``key``."""
     return key in inspect.signature(cls).parameters
 
 
 def imported(target: str) -> type[Any]:
-    """The attribute that ``module:Class`` names. Raises ImportError or AttributeError."""
+    """Import ``module:Class``. Raises ImportError or AttributeError."""
     module, _, name = target.partition(":")
     found: type[Any] = getattr(import_module(module), name)
     return found
@@ -85,13 +85,13 @@ def find(name: str) -> type[Any]:
     """The class registered as ``name``, or else imported from ``module:Class``.
 
     Raises:
-        RegistryError: it is not registered, and is no importable class either.
+        RegistryError: it is neither registered nor importable.
     """
-    import hbcore  # looked up here, so that a fresh process times discovery with the rest
+    import hbcore  # imported here, so that timing in a fresh process includes discovery
 
     try:
         return hbcore.get(name)
-    except (UnknownOptimizerError, ModuleNotFoundError) as unknown:  # in a bare checkout, what the registry needs may be absent
+    except (UnknownOptimizerError, ModuleNotFoundError) as unknown:  # a bare checkout may lack the registry's dependencies
         if ":" not in name:
             raise
         try:
@@ -101,10 +101,10 @@ def find(name: str) -> type[Any]:
 
 
 def from_entries(entries: Iterable[Entry], backends: Sequence[str]) -> list[Contender]:
-    """hbcore's contenders: every entry, or every entry with each of ``backends``.
+    """hbcore's contenders: one per entry, or one per entry and backend.
 
     Raises:
-        HbcoreError: a name is unknown, or its class knows no backends.
+        HbcoreError: a name is unknown, or its class has no backends.
     """
     contenders: list[Contender] = []
     for entry in entries:

@@ -1,7 +1,7 @@
-"""The first step in a process of its own: what a user waits for between starting a training and seeing it move.
+"""Times the first step in a fresh process: how long a user waits until training starts.
 
-``python -m hbcore.cli.bench.first_step JSON`` runs one and prints one line of JSON, last. Nothing here imports torch or an
-optimizer before its turn, as importing is part of what is timed.
+``python -m hbcore.cli.bench.first_step JSON`` runs one; the last line of its output is JSON. Torch and optimizers are imported
+late, because importing them is timed.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from hbcore.cli.bench.contenders import PRECISIONS, Contender, Precision
 from hbcore.cli.bench.shapes import shapes_of
 
 CACHES = ("HBCORE_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-"""Where compiled code is kept between processes."""
+"""Environment variables that locate the caches of compiled code."""
 
 
 def measure_first_step(
     contender: Contender, shapes: str, precision: Precision, device: str, *, threads: int | None, timeout: float
 ) -> dict[str, dict[str, Any]]:
-    """Run two fresh processes that share empty caches: the first finds nothing there, the second what the first left.
+    """Run two fresh processes with the same cache folders: empty for the first, filled by the first for the second.
 
     Returns:
-        For ``cold`` and ``warm``: ``seconds`` (importing the optimizer, constructor, first step, synchronized), the parts
-        of it, and ``torch_seconds`` (importing torch and starting the device), which is not in it. Or ``error``.
+        For ``cold`` and ``warm``: ``seconds`` (importing the optimizer, constructor, first step, synchronized), its parts, and
+        ``torch_seconds`` (importing torch and initializing the device), which ``seconds`` excludes. Or ``error``.
     """
     payload: dict[str, Any] = {"contender": {**vars(contender), "kwargs": dict(contender.kwargs)}, "shapes": shapes}
     payload |= {"precision": precision.name, "device": device, "threads": threads}
@@ -43,17 +43,17 @@ def _process(payload: dict[str, Any], caches: dict[str, str], timeout: float) ->
     try:
         done = subprocess.run(command, env={**os.environ, **caches}, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return {"error": f"not done after {timeout:g} s"}
+        return {"error": f"timed out after {timeout:g} s"}
     try:
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        said = done.stderr.strip().splitlines() or ["nothing"]
-        return {"error": f"exit status {done.returncode}; it said: {said[-1]}"}
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        return {"error": f"exit status {done.returncode}: {lines[-1]}"}
     return result
 
 
 def first_step(payload: dict[str, Any]) -> dict[str, Any]:
-    """Time the first step in this process. ``payload`` is what :func:`measure_first_step` makes."""
+    """Time the first step in this process. ``payload`` comes from :func:`measure_first_step`."""
     contender, precision = Contender(**payload["contender"]), PRECISIONS[payload["precision"]]
     start = time.perf_counter()
     import torch
@@ -61,7 +61,7 @@ def first_step(payload: dict[str, Any]) -> dict[str, Any]:
     if payload["threads"] is not None:
         torch.set_num_threads(payload["threads"])
     device = torch.device(payload["device"])
-    torch.zeros(1, device=device).add_(1).item()  # a context, and a kernel that has run
+    torch.zeros(1, device=device).add_(1).item()  # creates the context and runs a kernel
     torch_seconds = time.perf_counter() - start
 
     from hbcore.cli.bench.measure import Noise, Stopwatch
@@ -86,7 +86,7 @@ def first_step(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _thawed(value: Any) -> Any:
-    """``value`` with tuples where JSON has lists: optimizers compare and hash their betas."""
+    """``value`` with tuples instead of JSON's lists, because optimizers compare and hash their betas."""
     if isinstance(value, dict):
         return {key: _thawed(item) for key, item in value.items()}
     return tuple(map(_thawed, value)) if isinstance(value, list) else value
@@ -95,6 +95,6 @@ def _thawed(value: Any) -> Any:
 if __name__ == "__main__":
     try:
         answer = first_step(_thawed(json.loads(sys.argv[1])))
-    except Exception as error:  # the parent makes a row of it
+    except Exception as error:  # reported by the parent process
         answer = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(answer))

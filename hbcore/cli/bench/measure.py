@@ -1,7 +1,7 @@
-"""One shape set at one precision, all contenders taking turns.
+"""Measures one shape set at one precision, with all contenders interleaved.
 
-Each contender has its own parameters, equal at the start. The gradients are the same tensors for all of them, which none
-may change. They take turns window by window and step by step, so that a clock that drifts drifts for all.
+Each contender has its own parameters, with equal initial values. They all share the same gradient tensors, which none may
+change. Contenders alternate by window and by step, so that clock drift affects all of them equally.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from hbcore.cli.bench.record import Row
 from hbcore.cli.bench.shapes import Shape, count, names_of
 
 PARAM_SCALE, GRAD_SCALE = 0.02, 0.01
-"""Standard deviations of the noise that stands for parameters and gradients; those of a usual initialisation."""
+"""Standard deviations of the noise used as parameters and gradients, as after a typical initialisation."""
 STATE_COPIES = 4
-"""Copies of the parameters, in float32, that a contender is taken to need: two moments, and temporaries."""
+"""Assumed memory of a contender, in float32 copies of the parameters: two moments, and temporaries."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Pace:
     """How much to measure.
 
     Attributes:
-        windows: how many windows count, and ``warmup`` how many go before them.
-        steps: steps in a window.
-        singles: synchronized steps with still gradients, and as many with moving ones.
+        windows: number of measured windows; ``warmup`` windows precede them.
+        steps: steps per window.
+        singles: number of synchronized steps with still gradients, and of those with moving ones.
     """
 
     windows: int = 6
@@ -52,7 +52,7 @@ class Stopwatch:
         self.wait: Callable[[], None] = getattr(torch, device.type).synchronize
 
     def window(self, step: Callable[[], Any], steps: int) -> float:
-        """Milliseconds a step, back to back. By the device's own clock on CUDA: host time shows only where it is longer."""
+        """Milliseconds per step, back to back. On CUDA by events, so that host time counts only where it is the bottleneck."""
         with _no_collector():
             self.wait()
             if self._cuda:
@@ -70,7 +70,7 @@ class Stopwatch:
             return (time.perf_counter() - start) * 1e3 / steps
 
     def single(self, step: Callable[[], Any]) -> tuple[float, float]:
-        """One step with nothing before it in the queue: until ``step()`` returned, and until the device was done."""
+        """Milliseconds of one step on an idle device: until ``step()`` returned, and until the device finished."""
         with _no_collector():
             self.wait()
             start = time.perf_counter()
@@ -83,7 +83,7 @@ class Stopwatch:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Python's garbage collector walks everything that every contender made, in the middle of whosever turn it is."""
+    """Disable Python's garbage collector, which would scan every contender's objects while one of them is timed."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -94,7 +94,7 @@ def _no_collector() -> Iterator[None]:
 
 
 class Noise:
-    """Parameters to start from, and two sets of gradients."""
+    """Initial parameters, and two sets of gradients."""
 
     def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device, seed: int) -> None:
         generator = torch.Generator(device=device).manual_seed(seed)
@@ -106,7 +106,7 @@ class Noise:
 
 
 class Subject:
-    """A contender at work: its parameters, its optimizer, and the row it fills in."""
+    """A contender while it runs: its parameters, its optimizer, and its row of results."""
 
     def __init__(self, contender: Contender, precision: Precision, noise: Noise, watch: Stopwatch, row: Row) -> None:
         self.row, self.params, self.grads = row, [nn.Parameter(p.clone()) for p in noise.params], noise.grads
@@ -117,7 +117,7 @@ class Subject:
         named = zip(names_of([tuple(p.shape) for p in self.params]), self.params, strict=True)
         self.optimizer: Any = cls(list(named) if contender.source == "hbcore" else self.params, **row.kwargs)
         if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()  # schedulefree's does not step otherwise
+            self.optimizer.train()  # schedulefree requires it before a step
         self.attach(0)
         self.optimizer.step()
         watch.wait()
@@ -125,27 +125,27 @@ class Subject:
         self._check_that_it_works(noise)
 
     def _check_that_it_works(self, noise: Noise) -> None:
-        """A step that does nothing is fast: one without gradients, one that moves no parameter."""
+        """Detect steps that are fast because they do nothing: without gradients, or without moving a parameter."""
         if any(p.grad is None for p in self.params):
-            raise RuntimeError("its step clears the gradients, so that a window would time steps without any")
+            raise RuntimeError("its step clears the gradients, so a window would time steps without gradients")
         largest = max(range(len(self.params)), key=lambda i: self.params[i].numel())
         if torch.equal(self.params[largest], noise.params[largest]):
-            self.row.notes.append("its first step left the largest parameter as it was")
+            self.row.notes.append("its first step did not change the largest parameter")
 
     def attach(self, which: int) -> None:
-        """Hand a set of gradients to the parameters."""
+        """Assign a set of gradients to the parameters."""
         for p, grad in zip(self.params, self.grads[which], strict=True):
             p.grad = grad
 
     def facts(self, device: torch.device) -> None:
-        """What is known once it runs: bytes, and what hbcore reports of itself."""
+        """Record what is known only after a step: memory, and hbcore's report."""
         row, report = self.row, getattr(self.optimizer, "report", None)
         row.state_bytes = memory.state_bytes(self.optimizer)
         row.traffic_bytes = memory.traffic_bytes(self.params, row.state_bytes)
         row.peak_bytes = memory.peak_bytes(device, self.optimizer.step)
         if report is not None:
             row.backend, row.compiles = report.backend, report.compiles
-            row.launches = report.launches or None  # 0 is what a backend says that does not count
+            row.launches = report.launches or None  # backends that do not count launches report 0
             row.notes += [*report.reasons, *report.notes]
 
 
@@ -154,7 +154,7 @@ class Bench:
     """Measures shape sets on one device.
 
     Attributes:
-        say: called with a line of text as the work goes on.
+        say: called with progress messages.
     """
 
     device: torch.device
@@ -163,14 +163,14 @@ class Bench:
     say: Callable[[str], None]
 
     def measure(self, name: str, shapes: Sequence[Shape], precision: Precision, contenders: Sequence[Contender]) -> list[Row]:
-        """A row for each contender, in the order given. One that raises fails alone."""
+        """A row for each contender, in the given order. A contender that raises fails only its own row."""
         rows = [_row(one, name, shapes, precision) for one in contenders]
         noise = Noise(shapes, getattr(torch, precision.param), self.device, self.seed)
         pairs = list(zip(contenders, rows, strict=True))
         together = self._fit_together(shapes, precision, len(pairs))
         for batch in [pairs] if together else [[pair] for pair in pairs]:
             if not together:
-                batch[0][1].notes.append("measured on its own: all contenders together do not fit into memory")
+                batch[0][1].notes.append("measured on its own, because all contenders together do not fit into memory")
             self._measure(batch, precision, noise)
             _forget()
         return rows
@@ -209,7 +209,7 @@ class Bench:
 
 
 def _single(watch: Stopwatch, subject: Subject, which: int, host: list[float], total: list[float]) -> None:
-    """A synchronized step. Gradients are attached outside the time: in training, the backward pass does it."""
+    """Time a synchronized step, without attaching the gradients: in training, the backward pass does that."""
     subject.attach(which)
     returned, done = watch.single(subject.optimizer.step)
     host.append(returned)
@@ -217,7 +217,7 @@ def _single(watch: Stopwatch, subject: Subject, which: int, host: list[float], t
 
 
 def _turns(subjects: Sequence[Subject], turn: int) -> list[Subject]:
-    """Those that still run, another one first each time: whoever follows a given neighbour finds its traces in the cache."""
+    """The working subjects, starting with a different one each turn, since each runs with caches left by the previous one."""
     running = [subject for subject in subjects if subject.row.status == "ok"]
     first = turn % len(running) if running else 0
     return running[first:] + running[:first]
@@ -225,10 +225,10 @@ def _turns(subjects: Sequence[Subject], turn: int) -> list[Subject]:
 
 @contextmanager
 def _alone(row: Row) -> Iterator[None]:
-    """An exception fails the row, and nobody else's."""
+    """Turn an exception into a failure of this row only."""
     try:
         yield
-    except Exception as error:  # whatever a library raises
+    except Exception as error:  # a library may raise anything
         row.fail(error)
 
 
@@ -238,7 +238,7 @@ def _row(one: Contender, name: str, shapes: Sequence[Shape], precision: Precisio
 
 
 def _forget() -> None:
-    """Leave nothing to the next set: neither memory, nor a place on torch.compile's list of what it compiled too often."""
+    """Free memory and reset torch.compile's recompilation counters for the next set."""
     gc.collect()
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""Bytes: those that an optimizer keeps, those that a step needs for a moment, and those that it cannot but move."""
+"""Memory of an optimizer: its state, the temporary peak of a step, and the minimum traffic of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, 
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterable[Tensor]:
-    """Every tensor inside ``value``: in mappings, sequences and the attributes of objects (quantised tensors are such)."""
+    """Every tensor in ``value``: in mappings, sequences and attributes of objects (such as quantised tensors)."""
     seen = set() if seen is None else seen
     if isinstance(value, _PLAIN) or callable(value) or id(value) in seen:
         return
@@ -31,10 +31,10 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterable[Tensor]:
 
 
 def state_bytes(optimizer: Any) -> int:
-    """Bytes of the storages that ``optimizer.state`` holds, each once.
+    """Bytes of the distinct storages in ``optimizer.state``.
 
-    Views share what they view (a row of a slab, a counter among many), and some rules keep the parameter itself in their
-    state, which costs nothing.
+    Views share a storage (rows of a stack, step counters). Some rules keep the parameter itself in their state, which takes no
+    extra memory.
     """
     own = {_address(p) for group in optimizer.param_groups for p in group["params"]}
     sizes = {_address(t): t.untyped_storage().nbytes() for t in tensors_in(dict(optimizer.state))}
@@ -46,12 +46,12 @@ def _address(tensor: Tensor) -> tuple[str, int]:
 
 
 def traffic_bytes(parameters: Iterable[Tensor], state: int) -> int:
-    """What a step moves at least: it reads and writes parameters and state, and reads gradients of the same dtype."""
+    """Minimum bytes moved by a step: it reads and writes parameters and state, and reads gradients of the parameters' dtype."""
     return sum(3 * p.numel() * p.element_size() for p in parameters) + 2 * state
 
 
 def peak_bytes(device: torch.device, step: Callable[[], Any]) -> int | None:
-    """What ``step()`` allocates at its worst moment, beyond what is allocated before it. None where torch does not count."""
+    """Peak allocation of ``step()`` in bytes, on top of what is already allocated. None where torch does not track it."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -63,7 +63,7 @@ def peak_bytes(device: torch.device, step: Callable[[], Any]) -> int | None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """How much can still be allocated, None where that is not known."""
+    """Bytes that can still be allocated; None if unknown."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]

@@ -1,4 +1,4 @@
-"""The same rule in other libraries: which class, and with which arguments the comparison is fair."""
+"""The same rules in other libraries, and the arguments that make a comparison fair."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from hbcore.cli.bench.contenders import Contender, accepts
 from hbcore.errors import OptionError
 
 FAIR = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov")
-"""What a peer is given as well, where both constructors name it."""
+"""Hyperparameters that a peer gets too, if both constructors have them."""
 
 HEAVYBALL_SETS = ("square", "sq8")
-"""HeavyBall compiles a kernel for each tensor: models of a hundred shapes would take it many minutes."""
+"""HeavyBall compiles a kernel for each tensor, which would take many minutes for a model of a hundred tensors."""
 
 
 def fair_hyperparameters(cls: type[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of :data:`FAIR` that ``cls(**kwargs)`` would run with."""
+    """The values of :data:`FAIR` that ``cls(**kwargs)`` would use."""
     parameters = inspect.signature(cls).parameters
     defaults = {key: parameters[key].default for key in FAIR if key in parameters}
     values = {**defaults, **{key: value for key, value in kwargs.items() if key in FAIR}}
-    if values.get("momentum", 0) is None and "betas" in values:  # another spelling: None leaves it to the first of betas
+    if values.get("momentum", 0) is None and "betas" in values:  # None means the first of betas
         values["momentum"] = values["betas"][0]
     return {key: value for key, value in values.items() if value is not inspect.Parameter.empty}
 
@@ -40,7 +40,7 @@ def _torch(module: Any, family: str) -> list[tuple[str, str, dict[str, Any]]]:
 def _heavyball(module: Any, family: str) -> list[tuple[str, str, dict[str, Any]]]:
     if not hasattr(module, family):
         return []
-    # Not every class names consume_grad; all take it.
+    # Every class accepts consume_grad, though not all name it.
     return [(f"HeavyBall {family}", f"heavyball:{family}", {"consume_grad": False})]
 
 
@@ -67,17 +67,17 @@ PEERS: Mapping[str, tuple[str, Finder, tuple[str, ...]]] = {
     "schedulefree": ("schedulefree", _schedulefree, ()),
     "dion": ("dion", _dion, ()),
 }
-"""Peer -> the module to import, which of its classes to take as (label, target, arguments), and the shape sets."""
+"""Peer -> the module to import, a function that finds its classes as (label, target, arguments), and the shape sets."""
 
 
 def find_peers(names: Iterable[str], ours: Sequence[Contender]) -> tuple[list[Contender], list[str]]:
-    """The peers of hbcore's contenders, once for each family, with the hyperparameters of the family's first.
+    """The peers of hbcore's contenders, once per family, with the hyperparameters of the family's first contender.
 
     Returns:
-        The contenders, and a note for each peer that is not installed or does not have the rule.
+        The peers, and a note for each one that is not installed or does not have the rule.
 
     Raises:
-        OptionError: there is no such peer.
+        OptionError: a peer is unknown.
     """
     first: dict[str, Contender] = {}
     for one in ours:
@@ -86,23 +86,23 @@ def find_peers(names: Iterable[str], ours: Sequence[Contender]) -> tuple[list[Co
     notes: list[str] = []
     for name in names:
         if name not in PEERS:
-            raise OptionError(f"--peers: no peer is named {name!r}; there are {', '.join(PEERS)}")
+            raise OptionError(f"--peers: no peer is named {name!r}; choose from {', '.join(PEERS)}")
         package, finder, only = PEERS[name]
         try:
             module = import_module(package)
         except Exception as error:  # a package built for another torch may fail in any way
-            notes.append(f"{name} is left out: {type(error).__name__}: {error}")
+            notes.append(f"{name} is skipped: {type(error).__name__}: {error}")
             continue
         for family, one in first.items():
             classes = finder(module, family)
             if not classes:
-                notes.append(f"{name} is left out for {family}: it has no such optimizer")
+                notes.append(f"{name} is skipped for {family}: it has no such optimizer")
             found += [_peer(name, only, one, label, target, extra) for label, target, extra in classes]
     return found, notes
 
 
 def _peer(name: str, only: tuple[str, ...], one: Contender, label: str, target: str, extra: dict[str, Any]) -> Contender:
-    """A peer of ``one``, with its hyperparameters where both have them."""
+    """A peer of ``one``, with the hyperparameters that both have."""
     peer = Contender(label, one.family, name, target, {}, only)
     cls = peer.load()
     fair = {key: value for key, value in fair_hyperparameters(one.load(), one.kwargs).items() if accepts(cls, key)}

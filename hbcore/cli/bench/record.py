@@ -1,4 +1,4 @@
-"""What one measurement leaves behind: one optimizer, one shape set, one precision. Plain numbers, no torch."""
+"""The record of one measurement: one optimizer, shape set and precision. Plain numbers, without torch."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 
 @dataclass
 class Row:
-    """Times are in milliseconds a step unless they say seconds; sizes are bytes of the whole set.
+    """One row of results. Times are milliseconds per step unless named seconds; sizes are bytes for the whole set.
 
     Attributes:
         label, family, source, optimizer: as in :class:`~hbcore.cli.bench.contenders.Contender`.
-        kwargs: what the constructor was given, once it was.
-        shapes, dtype, tensors, parameters: what was stepped.
-        status: ``"ok"`` or ``"failed"``; ``error`` says how it failed.
-        windows_ms: one figure for each window of steps back to back, the same gradient tensors in every step.
-        still_ms: single synchronized steps, host time included, same gradient tensors.
-        moving_ms: the same with gradient tensors that are elsewhere in every step.
-        host_ms: how long ``step()`` of a moving single took to return, the device's queue being empty. None on a CPU.
-        setup_seconds: constructor and first step, in this process, where others may have compiled before.
+        kwargs: the constructor's arguments, once it has been called.
+        shapes, dtype, tensors, parameters: the shape set, precision, and number of tensors and of elements.
+        status: ``"ok"`` or ``"failed"``; ``error`` has the reason.
+        windows_ms: one value per window of back-to-back steps, all with the same gradient tensors.
+        still_ms: single synchronized steps, including host time, with the same gradient tensors.
+        moving_ms: the same, with gradient tensors at a different address in every step.
+        host_ms: time until ``step()`` returns, for moving gradients and an empty device queue. Empty on a CPU.
+        setup_seconds: constructor and first step in this process, where earlier contenders may have compiled already.
         first_step: ``{"cold": {...}, "warm": {...}}`` from fresh processes.
-        state_bytes: of all storages in ``optimizer.state``.
-        peak_bytes: what a step allocates on top of what is there before it. None on a CPU.
-        traffic_bytes: what a step cannot but read and write: parameters twice, gradients once, state twice.
-        floor_ms: ``traffic_bytes`` at the copy bandwidth of the run.
+        state_bytes: size of all storages in ``optimizer.state``.
+        peak_bytes: temporary allocation of a step. None on a CPU.
+        traffic_bytes: minimum traffic of a step: parameters twice, gradients once, state twice.
+        floor_ms: time to move ``traffic_bytes`` at the copy bandwidth of the run.
         check: errors against float64, relative to the norm of the parameters and of their displacement.
     """
 
@@ -58,11 +58,11 @@ class Row:
     check: dict[str, float] | None = None
 
     def fail(self, error: BaseException) -> None:
-        """Keep what was measured so far, and say why there is no more."""
+        """Record the failure; the values measured so far are kept."""
         self.status, self.error = "failed", f"{type(error).__name__}: {error}".strip()
 
     def floor_at(self, bytes_per_second: float) -> None:
-        """Set the floor from the bandwidth that was measured in this run."""
+        """Set the floor from the bandwidth measured in this run."""
         self.floor_ms = None if self.traffic_bytes is None else self.traffic_bytes / bytes_per_second * 1e3
 
     def summary(self) -> dict[str, Any]:
@@ -91,12 +91,12 @@ class Row:
 
 
 def median(values: Sequence[float]) -> float | None:
-    """The median, None of nothing."""
+    """The median; None if there are no values."""
     return statistics.median(values) if values else None
 
 
 def deciles(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """The first and the ninth, interpolated between the values seen; None of nothing."""
+    """The first and ninth decile, interpolated; None if there are no values."""
     if len(values) < 2:
         return median(values), median(values)
     cuts = statistics.quantiles(values, n=10, method="inclusive")
@@ -104,7 +104,7 @@ def deciles(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 
 def baseline(rows: Sequence[Row]) -> Row | None:
-    """What the rows of one set are compared to: torch fused, else another of torch's, else the first that worked."""
+    """The row that the others are compared with: torch fused, else another of torch's, else the first that worked."""
     done = [row for row in rows if row.windows_ms]
     torch_rows = [row for row in done if row.source == "torch"]
     fused = [row for row in torch_rows if row.kwargs.get("fused")]

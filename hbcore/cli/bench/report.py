@@ -22,7 +22,7 @@ _PACKAGES = ("triton", "heavyball", "flashoptim", "schedulefree", "dion", "hb_ad
 
 
 def milliseconds(ms: float) -> str:
-    """Three digits or so, whatever the size."""
+    """Milliseconds with about three significant digits."""
     return f"{ms:.3f}" if ms < 10 else f"{ms:.2f}" if ms < 100 else f"{ms:.1f}"
 
 
@@ -65,13 +65,13 @@ _COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("backend", _of("backend", str)),
 )
 KEY = """\
-window: steps back to back, median over windows; still, moving: single synchronized steps, gradients in place or elsewhere
-each time; host: until step() returns; of floor: time to move the bytes at copy speed, over window; state, peak: bytes per
-parameter; error: against float64 after 3 steps."""
+window: back-to-back steps, median over windows; still, moving: single synchronized steps, with gradients at the same address
+or at a different one each time; host: time until step() returns; of floor: time to move the bytes at copy speed, relative to
+window; state, peak: bytes per parameter; error: against float64 after 3 steps."""
 
 
 def relative_ms(row: Row, base: Row | None) -> float | None:
-    """A row's window over its baseline's."""
+    """A row's window time relative to its baseline's."""
     own, other = row.summary()["window_ms"], None if base is None else base.summary()["window_ms"]
     return own / other if own is not None and other else None
 
@@ -85,7 +85,7 @@ def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """Cells, the header first, of rows that share shapes and dtype. Columns that nobody has a figure for are left out."""
+    """Cells, header first, for rows with the same shapes and dtype. Columns without any figure are omitted."""
     bases = {key: baseline(group) for key, group in grouped(rows, "family").items()}
     facts = []
     for row in rows:
@@ -99,7 +99,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def show(rows: Sequence[Row], *, rich: bool) -> None:
-    """Print the table of one shape set at one precision, then what went wrong and what is worth knowing."""
+    """Print the table of one shape set at one precision, followed by errors and notes."""
     row = rows[0]
     title = f"{row.shapes}, {row.dtype}: {row.tensors} tensors, {row.parameters:,} parameters"
     lines = table(rows)
@@ -118,7 +118,7 @@ def show(rows: Sequence[Row], *, rich: bool) -> None:
 
 
 def _rich(title: str, lines: Sequence[Sequence[str]]) -> bool:
-    """Print with rich; False where it is not installed, or would have to break figures over two lines."""
+    """Print with rich; False if it is not installed or would wrap figures."""
     try:
         from rich.console import Console
         from rich.markup import escape
@@ -139,7 +139,7 @@ def _rich(title: str, lines: Sequence[Sequence[str]]) -> bool:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on besides the arguments."""
+    """Everything that the numbers depend on besides the arguments."""
     facts = compare_report.environment(device) | {
         "cuda": torch.version.cuda,
         "cpu": _cpu_name(),
@@ -169,15 +169,15 @@ def _cpu_name() -> str:
 
 
 def document(rows: Sequence[Row], **sections: Any) -> dict[str, Any]:
-    """The content of ``bench.json``: every window and every single step, with the medians that the tables show."""
+    """The content of ``bench.json``: every window and single step, and the medians shown in the tables."""
     content = {"schema": SCHEMA, **sections, "rows": [vars(row) | {"summary": row.summary()} for row in rows]}
-    # There and back: JSON has no infinity and no NaN, which become null, and no other objects, which become their repr.
+    # A round trip turns infinity and NaN into null, and other objects into their repr.
     plain: dict[str, Any] = json.loads(json.dumps(content, default=repr), parse_constant=lambda _: None)
     return plain
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write ``content`` to ``path`` in one step: a run that is killed leaves the rows it had. Raises OSError."""
+    """Write ``content`` to ``path`` atomically, so that a killed run keeps its earlier rows. Raises OSError."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)

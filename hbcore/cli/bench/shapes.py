@@ -1,4 +1,4 @@
-"""Sets of parameter shapes: those of known models, synthetic ones, and any model's that can be imported. No torch here."""
+"""Sets of parameter shapes: known models, synthetic sets, and any importable model. Does not import torch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _resnet50() -> list[Shape]:
         for block in range(blocks):
             convolutions += [(width, channels, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
             if block == 0:
-                convolutions.append((4 * width, channels, 1, 1))  # the shortcut, where the width changes
+                convolutions.append((4 * width, channels, 1, 1))  # the shortcut of a block that changes the width
             channels = 4 * width
     normed = [shape for conv in convolutions for shape in (conv, (conv[0],), (conv[0],))]
     return [*normed, (1000, 2048), (1000,)]
@@ -71,34 +71,34 @@ SETS: Mapping[str, Callable[[], list[Shape]]] = {
     "vit_b": _vit_b,
     "resnet50": _resnet50,
 }
-"""Name -> the shapes. ``gpt2_2d`` and ``qwen2d`` hold the hidden matrices alone, for rules that take nothing else."""
+"""Name -> shapes. ``gpt2_2d`` and ``qwen2d`` contain only the hidden matrices, for rules that accept nothing else."""
 
 
 def count(shapes: Sequence[Shape]) -> int:
-    """How many parameters the shapes hold."""
+    """Number of parameters (scalars) in the shapes."""
     return sum(map(math.prod, shapes))
 
 
 VOCABULARY = 20_000
-"""From this many rows on, a matrix is taken for a token embedding."""
+"""A matrix with at least this many rows is considered a token embedding."""
 
 
 def names_of(shapes: Sequence[Shape]) -> list[str]:
-    """What to call parameters of these shapes, for rules that route by name: ``embed.0``, ``layer.1``, ..."""
+    """Names for parameters of these shapes, for rules that route by name: ``embed.0``, ``layer.1``, ..."""
     return [f"{'embed' if len(s) == 2 and s[0] >= VOCABULARY else 'layer'}.{i}" for i, s in enumerate(shapes)]
 
 
 def shapes_of(name: str) -> list[Shape]:
-    """The shapes of a set, or of the model that ``module:factory`` makes.
+    """The shapes of a set, or of the model returned by ``module:factory``.
 
     Raises:
-        OptionError: there is no such set, or the factory does not make a model.
+        OptionError: the set is unknown, or the factory does not return a model.
     """
     if name in SETS:
         return SETS[name]()
     if ":" in name:
         return _of_model(name)
-    raise OptionError(f"--shapes: no set is named {name!r}; there are {', '.join(SETS)}, and --model MODULE:FACTORY")
+    raise OptionError(f"--shapes: no set is named {name!r}; choose from {', '.join(SETS)}, or use --model MODULE:FACTORY")
 
 
 def _of_model(target: str) -> list[Shape]:
@@ -110,7 +110,7 @@ def _of_model(target: str) -> list[Shape]:
     try:
         shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
     except AttributeError as error:
-        raise OptionError(f"--model {target}: returned a {type(model).__name__}, which is no nn.Module") from error
+        raise OptionError(f"--model {target}: returned a {type(model).__name__}, not an nn.Module") from error
     if not shapes:
         raise OptionError(f"--model {target}: the model has no parameters that require a gradient")
     return shapes

@@ -1,12 +1,12 @@
-"""``hbcore compare``: train one small model once per optimizer, then show who got where, how fast, at what memory.
+"""``hbcore compare``: train one small model once per optimizer, then compare loss, speed and memory.
 
-This module holds the command line alone and imports no torch, so that ``hbcore --help`` stays quick. The work is in
+This module contains only the command line and does not import torch, so that ``hbcore --help`` stays fast. The other modules:
 
-- ``options.py``  words on the command line -> entries (label, name, keyword arguments)
-- ``data.py``     real text found on every machine: the standard library of the running Python
+- ``options.py``  command-line words -> entries (label, name, keyword arguments)
+- ``data.py``     real text that every machine has: the standard library of the running Python
 - ``model.py``    a byte-level GPT
-- ``train.py``    the loop that all optimizers share, and what is timed in it
-- ``record.py``   what one run leaves behind: plain lists of numbers
+- ``train.py``    the training loop shared by all optimizers, and its timing
+- ``record.py``   the record of one run: plain lists of numbers
 - ``progress.py`` the live display
 - ``report.py``   the table and ``compare.json``; ``plot.py`` draws ``compare.png``
 - ``command.py``  ties these together
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 _DESCRIPTION = """\
-Train a small byte-level GPT from one initialisation on the same batches, once per optimizer; print a table and write
-compare.png and compare.json. The text is the source of Python's own standard library: nothing is downloaded.
+Train a small byte-level GPT once per optimizer, with the same initial weights and batches; print a table and write
+compare.png and compare.json. The text is the source of Python's standard library: nothing is downloaded.
 """
 _EPILOG = """\
 examples:
@@ -46,12 +46,12 @@ _positive.__name__ = "positive integer"  # argparse names the type in "invalid .
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``hbcore compare`` to ``parser``. Imports no torch."""
+    """Add the arguments of ``hbcore compare`` to ``parser``. Does not import torch."""
     parser.description = _DESCRIPTION
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("optimizers", nargs="+", metavar="[LABEL=]NAME", help="optimizers to train with; a label allows one name twice")
+    add("optimizers", nargs="+", metavar="[LABEL=]NAME", help="optimizers to compare; labels distinguish two of one name")
     add(
         "--optimizer-args",
         nargs="+",
@@ -64,22 +64,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model-size", choices=("nano", "small", "medium"), default="nano", help="0.5, 3 or 26 M parameters")
     add("--data", metavar="FILE", help="train on this file's bytes (default: the standard library's source)")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: cuda if there is one, else cpu)")
-    add("--seed", type=int, default=0, help="of weights, batches and torch's generator (default: 0)")
+    add("--seed", type=int, default=0, help="seed of weights, batches and torch's generator (default: 0)")
     add("--batch-size", type=_positive, help="sequences per batch (default: 32)")
     add("--eval-every", type=_positive, metavar="STEPS", help="steps between validations (default: a tenth of --steps)")
     add("--threads", type=_positive, help="CPU threads (default: torch's choice)")
-    add("--out", default=".", metavar="DIR", help="where compare.png and compare.json go (default: here)")
+    add("--out", default=".", metavar="DIR", help="folder for compare.png and compare.json (default: the current one)")
 
 
 def run(args: argparse.Namespace, *, resolve: Resolver | None = None) -> int:
     """Run the comparison.
 
     Args:
-        args: what a parser prepared by :func:`add_arguments` returned.
-        resolve: name -> optimizer class; :func:`hbcore.get` unless given.
+        args: parsed by a parser from :func:`add_arguments`.
+        resolve: name -> optimizer class; default: :func:`hbcore.get`.
 
     Returns:
-        The exit status: 0, 1 (a run raised), 2 (unusable arguments; nothing was trained), 130 (Ctrl-C; what was done is
+        The exit status: 0, 1 (a run raised), 2 (invalid arguments; nothing was trained), 130 (Ctrl-C; the completed part is
         reported and written).
     """
     from hbcore.cli.compare.command import compare

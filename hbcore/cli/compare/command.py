@@ -1,4 +1,4 @@
-"""``hbcore compare`` from parsed arguments to exit status."""
+"""Runs ``hbcore compare``, from parsed arguments to exit status."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Resolver = Callable[[str], Callable[..., torch.optim.Optimizer]]
 DEFAULT_BATCH_SIZE = 32
 VALIDATIONS = 10
 _OPTIONS = ("steps", "model_size", "data", "device", "seed", "batch_size", "eval_every", "threads", "out")
-RAISED, UNUSABLE, INTERRUPTED = 1, 2, 130  # exit statuses; 130 is the shell's own for Ctrl-C
+RAISED, UNUSABLE, INTERRUPTED = 1, 2, 130  # exit statuses; shells use 130 for Ctrl-C
 
 
 def compare(args: argparse.Namespace, resolve: Resolver | None = None) -> int:
@@ -38,14 +38,14 @@ def compare(args: argparse.Namespace, resolve: Resolver | None = None) -> int:
         task = _prepare(args)
         factories = _build_all(entries, resolve or _registry(), task)
     except HbcoreError as error:
-        message = " ".join(str(error).split())  # one line, whatever a plugin put into it
+        message = " ".join(str(error).split())  # on one line, whatever a plugin's message contains
         print(f"hbcore compare: error: {message}", file=sys.stderr)
         return UNUSABLE
     runs = [Run(entry.label, entry.name, entry.kwargs) for entry in entries]
     print(f"{_title(args, task)}: {_subtitle(args, task)}", flush=True)
     task.warm_up()
     interrupted = _train_all(runs, factories, task)
-    runs = [run for run in runs if run.status != "pending"]  # Ctrl-C leaves those behind it without a trace
+    runs = [run for run in runs if run.status != "pending"]  # omit runs that Ctrl-C prevented
     print(f"\n{report.table(runs)}\n")
     _write(runs, args, task, out)
     if interrupted:
@@ -60,7 +60,7 @@ def _registry() -> Resolver:
 
 
 def _output_folder(text: str) -> Path:
-    """Make the folder now: not being able to write is better known before the training than after it."""
+    """Create the folder now, so that an unwritable one is found before training rather than after it."""
     out = Path(text)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -72,8 +72,8 @@ def _output_folder(text: str) -> Path:
 def _device(text: str | None) -> torch.device:
     try:
         device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()  # a well-formed name is not yet a device that works
-    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: each backend has its own
+        torch.zeros(1, device=device).item()  # a well-formed name may still be a device that does not work
+    except Exception as error:  # each backend raises its own type: RuntimeError, AssertionError, NotImplementedError
         reason = str(error).strip().splitlines()
         raise OptionError(f"--device {text}: {reason[0] if reason else type(error).__name__}") from error
     return device
@@ -95,12 +95,12 @@ def _prepare(args: argparse.Namespace) -> Task:
 
 
 def _build_all(entries: Sequence[Entry], resolve: Resolver, task: Task) -> list[OptimizerFactory]:
-    """Resolve every name and build every optimizer once, on a throwaway model: a typo is found before any training.
+    """Resolve every name and build every optimizer once, on a throwaway model, so that typos are found before training.
 
-    It also keeps torch's imports, which the first optimizer of a process pays for, off the first run's stopwatch.
+    This also keeps the imports that torch makes for a process' first optimizer out of the first run's timing.
 
     Raises:
-        HbcoreError: an unknown name, or a constructor that refuses its arguments; the message names the run.
+        HbcoreError: a name is unknown, or a constructor rejects its arguments; the message names the run.
     """
     factories: list[OptimizerFactory] = []
     for entry in entries:
@@ -108,14 +108,14 @@ def _build_all(entries: Sequence[Entry], resolve: Resolver, task: Task) -> list[
         factory = partial(cls, **entry.kwargs)
         try:
             factory(task.new_model().named_parameters())
-        except Exception as error:  # whatever a plugin's constructor raises, the user gets one line
+        except Exception as error:  # a plugin's constructor may raise anything; the user gets one line
             raise OptionError(f"{entry.label}: {type(error).__name__}: {error}") from error
         factories.append(factory)
     return factories
 
 
 def _train_all(runs: Sequence[Run], factories: Sequence[OptimizerFactory], task: Task) -> bool:
-    """Train run after run; True where Ctrl-C ended it. An optimizer that raises fails its own run alone."""
+    """Train all runs in order; True if Ctrl-C interrupted them. An optimizer that raises fails only its own run."""
     with make_display([run.label for run in runs], task.steps, sys.stdout) as display:
         for run, factory in zip(runs, factories, strict=True):
             display.start(run.label)
@@ -125,7 +125,7 @@ def _train_all(runs: Sequence[Run], factories: Sequence[OptimizerFactory], task:
                 display.finish(run)
                 return True
             except BrokenPipeError:
-                raise  # the reader of our output is gone (`| head`): not the optimizer's fault
+                raise  # the reader of our output has exited (`| head`), which is not the optimizer's fault
             except Exception as error:
                 run.status, run.error = "failed", f"{type(error).__name__}: {error}"
                 traceback.print_exc()
@@ -143,7 +143,7 @@ def _subtitle(args: argparse.Namespace, task: Task) -> str:
 
 
 def _command_line(args: argparse.Namespace) -> str:
-    """A shell line that repeats this comparison."""
+    """The shell command that repeats this comparison."""
     words = ["hbcore", "compare", *args.optimizers]
     if args.optimizer_args:
         words += ["--optimizer-args", *args.optimizer_args]
@@ -165,7 +165,7 @@ def _document(runs: Sequence[Run], args: argparse.Namespace, task: Task) -> dict
 
 
 def _write(runs: Sequence[Run], args: argparse.Namespace, task: Task, out: Path) -> None:
-    """Write both files; the numbers first, as drawing needs a package that may be missing."""
+    """Write both files, the numbers first: drawing needs a package that may be missing."""
     report.write_json(_document(runs, args, task), out / "compare.json")
     print(f"wrote {out / 'compare.json'}")
     try:
@@ -173,6 +173,6 @@ def _write(runs: Sequence[Run], args: argparse.Namespace, task: Task, out: Path)
 
         plot.draw(runs, _title(args, task), _subtitle(args, task), out / "compare.png")
     except ImportError:
-        print(f"no picture: matplotlib is not installed ({PIP_LINE})", file=sys.stderr)
+        print(f"no plot: matplotlib is not installed ({PIP_LINE})", file=sys.stderr)
     else:
         print(f"wrote {out / 'compare.png'}")

@@ -1,4 +1,4 @@
-"""Text to train on, as bytes: the standard library's source, or a file of the user's."""
+"""Training text, as bytes: the source of the standard library, or a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hbcore.errors import OptionError
 
-MAX_BYTES = 16 * 2**20  # a few hundred steps see a fraction of this; a larger file would only cost time to read
+MAX_BYTES = 16 * 2**20  # a few hundred steps use a fraction of this; reading more would only take time
 VALIDATION_SHARE = 0.1
 VALIDATION_WINDOWS = 256
 _SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -31,15 +31,15 @@ class Corpus:
 
     @property
     def num_bytes(self) -> int:
-        """How many bytes both parts hold."""
+        """Number of bytes in both parts together."""
         return self.train.numel() + self.validation.numel()
 
 
 def _stdlib_files(root: Path) -> list[Path]:
     """Source files under ``root``, without tests and installed packages.
 
-    They are ordered by a checksum of their relative path: the same on every machine, and shuffled, so that the held-out
-    block at the end resembles the rest. In alphabetical order it would be ``xml`` and ``zipfile`` alone.
+    Sorted by a checksum of the relative path: the same order on every machine, but shuffled, so that the held-out block at
+    the end resembles the rest. In alphabetical order it would consist of ``xml`` and ``zipfile``.
     """
 
     def key(path: Path) -> tuple[int, str]:
@@ -53,7 +53,7 @@ def _stdlib_files(root: Path) -> list[Path]:
 def stdlib_source(root: Path | None = None, limit: int = MAX_BYTES) -> bytes:
     """At most ``limit`` bytes of Python source from ``root``, by default the running Python's standard library.
 
-    Files that cannot be read are left out; an installation that ships no source yields ``b""``.
+    Unreadable files are skipped; an installation without source files yields ``b""``.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     chunks, size = [], 0
@@ -69,11 +69,11 @@ def stdlib_source(root: Path | None = None, limit: int = MAX_BYTES) -> bytes:
 
 
 def load_corpus(file: str | None, context: int) -> Corpus:
-    """Read the text and hold out its last tenth.
+    """Read the text and hold out its last tenth for validation.
 
     Args:
-        file: path of the user's text, or None for the standard library.
-        context: sequence length in bytes; each part must hold one sequence and the byte after it.
+        file: path of a text, or None for the standard library.
+        context: sequence length in bytes; each part must contain at least one sequence and the byte after it.
 
     Raises:
         OptionError: the file cannot be read, or there is too little text.
@@ -90,21 +90,21 @@ def load_corpus(file: str | None, context: int) -> Corpus:
     held_out = int(len(text) * VALIDATION_SHARE)
     if held_out < context + 1:
         needed = int((context + 1) / VALIDATION_SHARE) + 1
-        remedy = "this Python ships no source: give a text with --data FILE" if file is None else "give a longer text"
-        raise OptionError(f"{name}: {len(text)} bytes of text, at least {needed} are needed; {remedy}")
-    # bytearray: torch refuses to promise that it will not write into immutable bytes
+        remedy = "this Python has no source files; pass a text with --data FILE" if file is None else "use a longer text"
+        raise OptionError(f"{name}: {len(text)} bytes of text, but at least {needed} are needed; {remedy}")
+    # bytearray, because torch warns about immutable buffers
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return Corpus(name, data[:-held_out], data[-held_out:], hashlib.sha256(text).hexdigest())
 
 
 def _windows(data: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets ``[len(starts), context]``, int64: the target is the input moved on by one byte."""
+    """Inputs and targets ``[len(starts), context]``, int64: the targets are the inputs shifted by one byte."""
     rows = data[starts[:, None] + torch.arange(context + 1)].long()
     return rows[:, :-1], rows[:, 1:]
 
 
 def training_batches(data: Tensor, context: int, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless random batches ``[batch_size, context]`` that depend on ``seed`` alone, not on the global generator."""
+    """Endless random batches ``[batch_size, context]``; they depend only on ``seed``, not on the global generator."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(data.numel() - context, (batch_size,), generator=generator)
@@ -112,7 +112,7 @@ def training_batches(data: Tensor, context: int, batch_size: int, seed: int) -> 
 
 
 def validation_batches(data: Tensor, context: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-    """Windows spread evenly over the held-out bytes, in batches: the same for every run, so losses compare exactly."""
+    """Batches of evenly spaced windows of the held-out bytes: the same for every run, so losses are comparable."""
     last = data.numel() - context - 1
     count = min(VALIDATION_WINDOWS, last + 1)
     starts = torch.linspace(0, last, count, dtype=torch.float64).long()

@@ -1,6 +1,6 @@
-"""A byte-level GPT: small enough for two CPU cores, complete enough to be a fair judge of optimizers.
+"""A byte-level GPT: small enough for two CPU cores, complete enough to compare optimizers fairly.
 
-Its parameters are of every kind an optimizer treats apart: embeddings, square and oblong matrices, biases, norm scales.
+It has every kind of parameter that optimizers treat differently: embeddings, square and oblong matrices, biases, norm scales.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCABULARY = 256  # one token per byte value
-EMBEDDING_STD = 0.2  # ten times GPT-2's: 300 steps are too few to grow 0.02 first (loss 2.3 against 2.0 at the end)
+EMBEDDING_STD = 0.2  # ten times GPT-2's: 300 steps are too few to grow from 0.02 (final loss 2.3 instead of 2.0)
 MATRIX_STD = 0.02
 
 
@@ -26,8 +26,8 @@ class GPTConfig:
     context: int
 
 
-# "nano" trains for 300 steps in about 12 seconds on two cores; "medium" wants a GPU. The wider ones want lower
-# learning rates than nano: at AdamW's 0.0025, medium is past its best.
+# "nano" trains for 300 steps in about 12 seconds on two cores; "medium" needs a GPU. The wider models need lower
+# learning rates than nano: AdamW's 0.0025 is too high for medium.
 SIZES = {
     "nano": GPTConfig(dim=128, depth=2, heads=4, context=64),
     "small": GPTConfig(dim=256, depth=4, heads=8, context=128),
@@ -36,7 +36,7 @@ SIZES = {
 
 
 class Attention(nn.Module):
-    """Causal self-attention, ``[batch, time, dim]`` to the same."""
+    """Causal self-attention, ``[batch, time, dim]`` -> ``[batch, time, dim]``."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes ``[batch, time]`` (int64, ``time <= context``) to next-byte logits ``[batch, time, 256]``."""
+    """Bytes ``[batch, time]`` (int64, ``time <= context``) -> next-byte logits ``[batch, time, 256]``."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class GPT(nn.Module):
         return self.head(self.norm(x))  # type: ignore[no-any-return]
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per byte, a 0-d tensor. ``log(256) = 5.55`` is a guess."""
+        """Mean cross-entropy in nats per byte, a 0-d tensor. Guessing gives ``log(256) = 5.55``."""
         return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
 
 
@@ -101,7 +101,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def build_model(config: GPTConfig, seed: int) -> GPT:
-    """A freshly initialised model on the CPU, the same for the same seed. The global generator is left as it was."""
+    """A newly initialised model on the CPU, determined by ``seed``. Does not change the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT(config)

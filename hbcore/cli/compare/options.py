@@ -1,4 +1,4 @@
-"""Words on the command line -> which optimizers to build, and with what."""
+"""Parses the command line into optimizers and their arguments."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class Entry:
 
 
 def parse_value(text: str) -> Any:
-    """The Python value that ``text`` stands for.
+    """Parse ``text`` into a Python value.
 
-    A literal is itself (``0.1``, ``None``, ``(1, 2)``), a comma list is a tuple (``0.9,0.95``), ``true``, ``false`` and
-    ``none`` mean what they say in any case (as a string, ``false`` would be true), and any other word is a string.
+    Python literals (``0.1``, ``None``, ``(1, 2)``) are evaluated, and a comma-separated list (``0.9,0.95``) is a tuple.
+    ``true``, ``false`` and ``none`` are recognised in any case, since the string ``"false"`` would be true. Anything else is a
+    string.
     """
     text = text.strip()
     if text.lower() in _WORDS:
@@ -39,7 +40,7 @@ def parse_value(text: str) -> Any:
 
 
 def _split_label(word: str) -> tuple[str, str]:
-    """``fast=AdamW`` -> ``("fast", "AdamW")``; without a label, the name is the label."""
+    """``fast=AdamW`` -> ``("fast", "AdamW")``; the label defaults to the name."""
     label, equals, name = word.partition("=")
     if equals and not (label and name):
         raise OptionError(f"expected NAME or LABEL=NAME, got {word!r}")
@@ -47,9 +48,9 @@ def _split_label(word: str) -> tuple[str, str]:
 
 
 def _split_assignment(word: str) -> tuple[str | None, str, Any]:
-    """``AdamW:lr=0.1`` -> ``("AdamW", "lr", 0.1)``; the label is None where there is none."""
+    """``AdamW:lr=0.1`` -> ``("AdamW", "lr", 0.1)``; without a label, ``(None, "lr", 0.1)``."""
     target, equals, text = word.partition("=")
-    # A label may hold a colon itself ("hb_psgd:PSGDKron"); a keyword never does.
+    # A label may contain a colon ("hb_psgd:PSGDKron"); a keyword never does.
     label, _, key = target.rpartition(":")
     if not equals or not key.isidentifier():
         hint = "" if equals else "; optimizers come before --optimizer-args"
@@ -62,16 +63,16 @@ def parse_entries(optimizers: Sequence[str], assignments: Iterable[str]) -> list
 
     Args:
         optimizers: ``NAME`` or ``LABEL=NAME``.
-        assignments: ``KEY=VALUE`` for every run, ``LABEL:KEY=VALUE`` for one. What is said of one label wins over what
-            is said of all, whichever comes first.
+        assignments: ``KEY=VALUE`` for every run, ``LABEL:KEY=VALUE`` for one. Assignments to a label take precedence,
+            whatever the order.
 
     Raises:
-        OptionError: a malformed word, a label used twice, or an assignment to a label that is not there.
+        OptionError: a word is malformed, a label is used twice, or an assignment names an unknown label.
     """
     names: dict[str, str] = {}
     for label, name in map(_split_label, optimizers):
         if label in names:
-            raise OptionError(f"label {label!r} is used twice; tell the runs apart: first={name} second={name}")
+            raise OptionError(f"label {label!r} is used twice; distinguish the runs: first={name} second={name}")
         names[label] = name
     shared: dict[str, Any] = {}
     own: dict[str, dict[str, Any]] = {label: {} for label in names}

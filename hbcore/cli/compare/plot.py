@@ -1,4 +1,4 @@
-"""``compare.png``: the same runs over steps and over seconds."""
+"""Draws ``compare.png``: loss over steps and over seconds."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
-# Okabe and Ito's palette, told apart by colour-blind readers too; its yellow is too pale for a line on white.
+# Okabe and Ito's palette, which colour-blind readers can distinguish; without its yellow, too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "h", "p")
-STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)))  # the second and third time round the palette
+STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)))  # the second and third pass through the palette use dashes
 _KEY = "line: training loss, smoothed; points and figures: validation loss"
 INK = "#333333"
 
@@ -24,7 +24,7 @@ INK = "#333333"
 def draw(runs: Sequence[Run], title: str, subtitle: str, path: Path) -> None:
     """Draw two panels, loss over steps and over seconds, and write them to ``path`` as PNG.
 
-    Lines are the smoothed training loss, points the validation loss. Runs keep their colour whatever their rank.
+    Lines show the smoothed training loss, points the validation loss. A run's colour does not depend on its rank.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -64,10 +64,10 @@ def draw(runs: Sequence[Run], title: str, subtitle: str, path: Path) -> None:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """The mean over a window around every value, a fifteenth of them wide.
+    """Centred moving average; the window spans a fifteenth of the values.
 
-    A window has no lag where a moving average trails behind a steep fall. It narrows towards the start, so that the
-    curve begins where the run did. Values that are not finite are left out; a window of nothing else is NaN.
+    Unlike a trailing average, it does not lag behind a steep fall. The window narrows towards the start, so that the curve
+    begins at the first loss. Non-finite values are skipped; a window without finite values yields NaN.
     """
     half, means = max(1, len(values) // 30), []
     for i in range(len(values)):
@@ -111,7 +111,7 @@ def _dress(axes: Axes, label: str) -> None:
 
 
 def _limits(runs: Sequence[Run]) -> tuple[float, float] | None:
-    """From just under the lowest loss to just over the first: a run that blows up must not flatten the rest."""
+    """From just below the lowest loss to just above the first, so that a diverging run does not flatten the others."""
     lowest = [v for run in runs for v in (*_training(run), *(p.loss for p in run.validations)) if math.isfinite(v)]
     first = [run.validations[0].loss for run in runs if math.isfinite(run.validations[0].loss)]
     if not lowest or not first:
@@ -121,7 +121,7 @@ def _limits(runs: Sequence[Run]) -> tuple[float, float] | None:
 
 
 def _legend(shown: Sequence[tuple[int, Run]]) -> tuple[list[Line2D], list[str]]:
-    """Best first. A run that was cut short says so, as its loss is not comparable."""
+    """Best first. Incomplete runs are marked, because their loss is not comparable."""
     from matplotlib.lines import Line2D
 
     def rank(entry: tuple[int, Run]) -> float:

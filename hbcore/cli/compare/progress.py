@@ -1,4 +1,4 @@
-"""The live display: a bar for each run on a terminal, a line for each tenth of a run elsewhere."""
+"""The live display: a progress bar per run on a terminal, otherwise a line per tenth of a run."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ PIP_LINE = 'pip install "hbcore[cli]"'
 
 
 class Display(Protocol):
-    """What the training loop reports to. A context manager, so that a terminal is left in order whatever happens."""
+    """Receives progress from the training loop. A context manager, so that the terminal is always restored."""
 
     def __enter__(self) -> Display: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
     def start(self, label: str) -> None:
-        """The run ``label`` begins."""
+        """The run ``label`` starts."""
 
     def update(self, step: int, loss: float) -> None:
         """``step`` steps are done; ``loss`` is a moving average of the training loss."""
 
     def finish(self, run: Run) -> None:
-        """The current run ended, in whatever way ``run.status`` says."""
+        """The current run ended; ``run.status`` says how."""
 
 
 def outcome(run: Run) -> str:
@@ -40,7 +40,7 @@ def outcome(run: Run) -> str:
 
 
 class PlainDisplay:
-    """Lines of text, about ten a run: for logs, pipes and terminals without rich."""
+    """About ten lines of text per run: for logs, pipes and terminals without rich."""
 
     def __init__(self, labels: Sequence[str], steps: int, stream: TextIO) -> None:
         self._width, self._steps, self._stream = max(map(len, labels)), steps, stream
@@ -53,11 +53,11 @@ class PlainDisplay:
         return None
 
     def start(self, label: str) -> None:
-        """Note whose lines come next."""
+        """Set the label of the following lines."""
         self._label = label
 
     def update(self, step: int, loss: float) -> None:
-        """Print a line when another tenth of the run is done."""
+        """Print a line after each tenth of the run."""
         if step * 10 // self._steps > (step - 1) * 10 // self._steps:
             self._print(f"step {step:>{len(str(self._steps))}}/{self._steps}  train loss {loss:.4f}")
 
@@ -70,7 +70,7 @@ class PlainDisplay:
 
 
 class RichDisplay:
-    """One progress bar a run, with the loss as it falls. Raises ImportError where rich is not installed."""
+    """One progress bar per run, with the current loss. Raises ImportError if rich is not installed."""
 
     def __init__(self, labels: Sequence[str], steps: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -94,11 +94,11 @@ class RichDisplay:
         self._progress.stop()
 
     def start(self, label: str) -> None:
-        """Add the bar of this run under the earlier ones."""
+        """Add a bar for this run below the earlier ones."""
         self._bar = self._progress.add_task(label.ljust(self._width), total=self._steps, news="")
 
     def update(self, step: int, loss: float) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         self._progress.update(self._bar, completed=step, news=f"train loss {loss:.4f}")
 
     def finish(self, run: Run) -> None:
@@ -108,7 +108,7 @@ class RichDisplay:
 
 
 def make_display(labels: Sequence[str], steps: int, stream: TextIO) -> Display:
-    """Bars on a terminal, lines elsewhere; lines too, with a hint on stderr, where rich is missing."""
+    """Bars on a terminal, lines elsewhere. Without rich, lines and a hint on stderr."""
     if stream.isatty():
         try:
             return RichDisplay(labels, steps)

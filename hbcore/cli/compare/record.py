@@ -1,4 +1,4 @@
-"""What one run leaves behind: plain numbers, noted as the run goes, so that an interrupted one is worth reporting."""
+"""The record of one run: plain numbers, appended as the run proceeds, so that an interrupted run can be reported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Status = Literal["pending", "partial", "completed", "diverged", "failed"]
 
 
 class Step(NamedTuple):
-    """One training step. ``loss`` and ``seconds`` (of training so far) were taken before the update."""
+    """One training step. ``loss`` and ``seconds`` (of training so far) are measured before the update."""
 
     loss: float
     seconds: float
@@ -31,9 +31,8 @@ class Validation(NamedTuple):
 class Run:
     """The record of one optimizer's run. Losses are nats per byte.
 
-    Seconds count from just before the optimizer's constructor and include compiling; validation is left out, so that a
-    run that is validated more often does not look slower. Everything measured together is appended in one go: Ctrl-C
-    cannot leave half of it behind.
+    Seconds start just before the optimizer's constructor and include compilation, but not validation: validating more often
+    must not make a run look slower. Values measured together are appended together, so Ctrl-C cannot leave half of them.
     """
 
     label: str
@@ -49,26 +48,26 @@ class Run:
 
     @property
     def last_validation(self) -> Validation | None:
-        """The one that counts; None where the run diverged, or none has been made since the first step."""
+        """The final validation; None if the run diverged, or was not validated after the first step."""
         if self.status == "diverged" or len(self.validations) < 2 or not math.isfinite(self.validations[-1].loss):
             return None
         return self.validations[-1]
 
     @property
     def final_val_loss(self) -> float | None:
-        """Its loss."""
+        """The loss of :attr:`last_validation`."""
         return None if self.last_validation is None else self.last_validation.loss
 
     @property
     def first_step_seconds(self) -> float | None:
-        """Constructor plus first ``step()``, compiling included."""
+        """Constructor plus first ``step()``, including compilation."""
         return self.constructor_seconds + self.steps[0].step_ms / 1e3 if self.steps else None
 
     def summary(self) -> dict[str, Any]:
-        """The numbers of the table. Timings leave the first step out, which has a figure of its own.
+        """The numbers of the table. Timings exclude the first step, which has its own figure.
 
-        ``ms_per_step`` is a median and says what a usual step costs. ``ms_per_iteration`` is a mean: a rule that does
-        its expensive part every tenth step pays for it there.
+        ``ms_per_step`` is a median, the cost of a typical step. ``ms_per_iteration`` is a mean, which includes the cost of
+        rules that do expensive work every tenth step, for example.
         """
         later = self.steps[1:]
         return {
@@ -83,13 +82,13 @@ class Run:
 
 
 class Average:
-    """An exponential moving average without the pull of its starting value: the first result is the first value."""
+    """An exponential moving average without bias towards zero: the first result is the first value."""
 
     def __init__(self, decay: float = 0.95) -> None:
         self._decay, self._sum, self._weight = decay, 0.0, 0.0
 
     def add(self, value: float) -> float:
-        """Take ``value`` in and return the average so far."""
+        """Add ``value`` and return the average so far."""
         self._sum = self._decay * self._sum + (1 - self._decay) * value
         self._weight = self._decay * self._weight + (1 - self._decay)
         return self._sum / self._weight

@@ -32,9 +32,9 @@ _COLUMNS: tuple[tuple[str, Callable[[Any], str], str], ...] = (
 
 
 def table(runs: Sequence[Run]) -> str:
-    """The summaries as text, one row a run in the order given; ``*`` marks the lowest validation loss.
+    """The summaries as text, one row per run in the given order; ``*`` marks the lowest validation loss.
 
-    A row of a run that did not complete ends with how it ended. A partial run is never marked: it had fewer steps.
+    The row of an incomplete run ends with its status. Partial runs are never marked, because they took fewer steps.
     """
     finals = [run.final_val_loss for run in runs if run.status == "completed" and run.final_val_loss is not None]
     best = min(finals) if len(finals) > 1 else None
@@ -42,7 +42,7 @@ def table(runs: Sequence[Run]) -> str:
     for run in runs:
         summary = run.summary()
         cells = ["-" if summary[key] is None else show(summary[key]) for _, show, key in _COLUMNS]
-        # Every figure ends in "*" or a space, so that the decimal points stay in line.
+        # Every figure ends in "*" or a space, so that the decimal points are aligned.
         cells[0] += "*" if best is not None and run.status == "completed" and run.final_val_loss == best else " "
         rows.append([run.label, *cells, _remark(run)])
     rows[0][1] += " "
@@ -64,7 +64,7 @@ def _remark(run: Run) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on besides the arguments."""
+    """Everything that the numbers depend on besides the arguments."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "python": platform.python_version(),
@@ -78,7 +78,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` in what JSON knows. It has no NaN or infinity: they become null; other objects become their repr."""
+    """``value`` as JSON types. NaN and infinity become null; other objects become their repr."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -103,11 +103,11 @@ def _entry(run: Run) -> dict[str, Any]:
 
 
 def document(runs: Sequence[Run], *, command: str, args: Mapping[str, Any], **sections: Any) -> dict[str, Any]:
-    """The content of ``compare.json``: plain data, arrays of one run side by side.
+    """The content of ``compare.json``: plain data.
 
     Args:
         runs: the records, complete or not.
-        command: a shell line that repeats the comparison.
+        command: the shell command that repeats the comparison.
         args: the parsed arguments.
         sections: further objects to include (``model``, ``data``, ``environment``).
     """
@@ -116,5 +116,5 @@ def document(runs: Sequence[Run], *, command: str, args: Mapping[str, Any], **se
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write ``content`` to ``path`` as UTF-8. Raises OSError where that cannot be done."""
+    """Write ``content`` to ``path`` as UTF-8. Raises OSError if that fails."""
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

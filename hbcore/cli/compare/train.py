@@ -1,4 +1,4 @@
-"""The loop that every optimizer goes through, and the stopwatch in it."""
+"""The training loop shared by all optimizers, and its timing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """What is the same for every run: initial weights, batches, held-out batches, schedule."""
+    """Everything that the runs share: initial weights, batches, held-out batches, schedule."""
 
     initial: GPT
     corpus: Corpus
@@ -54,7 +54,7 @@ class Task:
 
     @property
     def num_parameters(self) -> int:
-        """Scalars in the model."""
+        """Number of parameters (scalars) of the model."""
         return sum(p.numel() for p in self.initial.parameters())
 
     def new_model(self) -> GPT:
@@ -62,18 +62,18 @@ class Task:
         return copy.deepcopy(self.initial).to(self.device)
 
     def warm_up(self) -> None:
-        """One forward and backward on a throwaway model, so that no run pays for what torch does once a process."""
+        """One forward and backward pass on a throwaway model, so that no run pays for torch's one-time initialisation."""
         loss: Tensor = self.new_model().loss(*next(self.batches()))
         loss.backward()  # type: ignore[no-untyped-call]
 
     def batches(self) -> Iterator[Batch]:
-        """The batches of a run, from the first, on the device."""
+        """The batches of a run, from the beginning, on the device."""
         for tokens, targets in training_batches(self.corpus.train, self.context, self.batch_size, self.seed):
             yield tokens.to(self.device), targets.to(self.device)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in ``optimizer.state``, step counters included."""
+    """Bytes of all tensors in ``optimizer.state``, including step counters."""
 
     def count(value: Any) -> int:
         if isinstance(value, Tensor):
@@ -88,28 +88,28 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def train(factory: OptimizerFactory, task: Task, run: Run, on_step: Callable[[int, float], None]) -> None:
     """Train a fresh copy of the model and fill in ``run``.
 
-    ``run.status`` ends as "completed" or, at the first loss that is not finite, "diverged". An exception, Ctrl-C among
-    them, passes through and leaves in ``run`` what was measured until then.
+    ``run.status`` becomes "completed" or, at the first non-finite loss, "diverged". Exceptions, Ctrl-C included, propagate;
+    ``run`` then contains everything measured so far.
 
     Args:
         factory: named parameters -> optimizer.
         task: what to train, shared by all runs.
         run: the record to fill in.
-        on_step: called after every step with the number of steps done and a moving average of the training loss.
+        on_step: called after every step with the number of completed steps and a moving average of the training loss.
     """
     _Trainer(factory, task, run).train(on_step)
 
 
 class _Trainer:
-    """One run: a model, its optimizer, a stopwatch that stands still during validation."""
+    """One run: a model, its optimizer, and a clock that stops during validation."""
 
     def __init__(self, factory: OptimizerFactory, task: Task, run: Run) -> None:
         self.task, self.run = task, run
         self.model = task.new_model()
-        run.status = "partial"  # until it proves otherwise
-        # Seeded for each run, then left alone: what a run draws must not depend on which runs came before it.
+        run.status = "partial"  # until it completes
+        # Seeded once per run: a run's random numbers must not depend on earlier runs.
         torch.manual_seed(task.seed)
-        self._validate(step=0, seconds=0.0)  # before there is an optimizer: none has a say in it
+        self._validate(step=0, seconds=0.0)  # before the optimizer exists, so that it cannot influence the result
         start = self._now()
         self.optimizer = factory(self.model.named_parameters())
         self.seconds = run.constructor_seconds = self._now() - start
@@ -131,7 +131,7 @@ class _Trainer:
                     return
             run.status = "completed"
         finally:
-            # The state exists from the first step on, and a backend may fall back to another while it compiles.
+            # Read at the end: state is created by the first step, and a backend may fall back while it compiles.
             run.state_bytes_per_param = state_bytes(self.optimizer) / task.num_parameters
             run.backend = str(getattr(getattr(self.optimizer, "report", None), "backend", "torch"))
 
@@ -147,7 +147,7 @@ class _Trainer:
             return loss
 
         if getattr(self.optimizer, "requires_closure", False):
-            # Such a rule evaluates the loss itself, perhaps several times: that is part of what its step costs.
+            # The optimizer evaluates the loss itself, perhaps several times, which is part of the cost of its step.
             before_step = self._now()
             loss: Any = self.optimizer.step(closure)  # type: ignore[arg-type]
         else:
@@ -173,12 +173,12 @@ class _Trainer:
         return loss
 
     def _set_mode(self, mode: str) -> None:
-        """Schedule-free methods validate at other weights than they train at; the rest have no modes."""
+        """Schedule-free methods validate with different weights than they train with; other optimizers have no modes."""
         switch = getattr(self.optimizer, mode, None)
         if callable(switch):
             switch()
 
     def _now(self) -> float:
-        """Seconds, once the device has done all it was asked to. Launching a kernel is not running it."""
+        """Seconds, after the device has finished all queued work: launching a kernel does not wait for it."""
         getattr(torch, self.task.device.type).synchronize()
         return time.perf_counter()
