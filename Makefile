@@ -50,6 +50,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@test ! -x $(BIN)/lint-imports || $(BIN)/lint-imports  # it needs Python 3.11
 
 # Remove earlier builds: anything left in build/lib, deleted modules included, would end up in the wheels.
 wheels: $(INSTALLED)

@@ -17,11 +17,11 @@ from hbcore.engine import weight_modes
 from hbcore.engine.chain_spec import ChainSpec
 from hbcore.engine.core import Group, OptimizerCore
 from hbcore.engine.graph.scalar_inputs import Amp, capturing
+from hbcore.engine.graph.segment_spec import fixed
 from hbcore.engine.options import Settings, resolve
 from hbcore.engine.param_codec import narrow
 from hbcore.engine.params import check_params
-from hbcore.engine.planning.plan import Plan
-from hbcore.engine.planning.sparse_plan import SparsePlan, check
+from hbcore.engine.planning.sparse_plan import check, plan_for
 from hbcore.engine.report import Report
 from hbcore.engine.shared_options import OPTIONS, SharedOptions
 from hbcore.errors import OptionError, ParameterTypeError, RuleError
@@ -78,8 +78,8 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         settings, scheduled = resolve(name, self._own, {**self.option_defaults, **options})
         if self.sparse_gradients:
             check(name, settings)
-        defaults = {k: _tupled(v) for k, v in {**scheduled, **hyperparameters}.items()}
-        self.core = OptimizerCore(name, ChainSpec(type(self).chain, settings, defaults))
+        defaults = {k: fixed(v) for k, v in {**scheduled, **hyperparameters}.items()}
+        self.core = OptimizerCore(name, ChainSpec(type(self).chain, settings, defaults), self.sparse_gradients)
         torch.optim.Optimizer.__init__(self, check_params(name, params), defaults)
 
     @property
@@ -173,7 +173,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
             dry_step.allocate(core)
             return loss
         if core.plan is None:
-            core.plan = self.new_plan(core)
+            core.plan = plan_for(core)
         core.modes.reset(training=True)
         stepped = core.plan.step(Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
         if core.settings.consume_grad and not capturing():
@@ -224,7 +224,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
             )
         [group["params"]] = [g["params"] for g in check_params(name, [group], self.param_groups)]
         for key in chain.keys:
-            group[key] = _tupled(group.get(key, self.defaults[key]))
+            group[key] = fixed(group.get(key, self.defaults[key]))
         chain.admit(group, f"{name}, parameter group {index}")
         members = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
         chain.refuse_complex({**group, "params": members}, f"{name}, parameter group {index}")
@@ -238,8 +238,8 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state and the param groups as plain data, in torch's layout. Changes nothing.
 
-        Every trained parameter has all of its slots, zeros and step 0 before its first step. With parameters that are spread
-        over ranks this is collective.
+        Every trained parameter has all of its slots, zeros and step 0 before its first step. With sharded parameters this is
+        collective.
         """
         return save.with_hooks(self, lambda: save.state_dict(self.core))
 
@@ -262,10 +262,6 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         with load.hooks(self, state_dict) as given:
             load.put(self.core, load.read(self.core, given, strict))
 
-    def new_plan(self, core: OptimizerCore) -> Plan:
-        """A plan for gradients of the kind that this optimizer takes. Not part of the API."""
-        return (SparsePlan if self.sparse_gradients else Plan)(core)
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """torch.amp.GradScaler then hands over its scale and lets the step itself skip infinite gradients."""
@@ -285,7 +281,8 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rest = dict(state)
-        core = self.core = OptimizerCore(type(self).__name__, ChainSpec(type(self).chain, *rest.pop("_structure")))
+        chain = ChainSpec(type(self).chain, *rest.pop("_structure"))
+        core = self.core = OptimizerCore(type(self).__name__, chain, self.sparse_gradients)
         core.state, core.groups = StateMap(rest.pop("state")), rest.pop("param_groups")
         core.group_scalars, core.modes.training = rest.pop("_progress"), rest.pop("_training", True)
         super().__setstate__(rest)
@@ -303,7 +300,3 @@ def _observed(optimizer: Optimizer) -> bool:
         or hooks._global_optimizer_post_hooks
         or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     )
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

@@ -56,6 +56,7 @@ class OptimizerCore:
     Args:
         name: the optimizer's class name, for messages.
         chain: its rule with its options' stages around it.
+        sparse: whether its gradients are sparse.
 
     Attributes:
         groups: the param groups, the very list that the optimizer shows.
@@ -66,8 +67,8 @@ class OptimizerCore:
         plan: what runs a step; None before the first one, and after :meth:`invalidate`.
     """
 
-    def __init__(self, name: str, chain: ChainSpec) -> None:
-        self.name, self.chain = name, chain
+    def __init__(self, name: str, chain: ChainSpec, sparse: bool = False) -> None:
+        self.name, self.chain, self.sparse = name, chain, sparse
         self.groups: list[Group] = []
         self.state = StateMap({})
         self.group_scalars: list[GroupScalars] = []

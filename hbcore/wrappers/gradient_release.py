@@ -15,6 +15,7 @@ from hbcore.distributed.placement import is_dtensor
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.scalar_inputs import NO_AMP
 from hbcore.engine.group_scalars import GroupScalars
+from hbcore.engine.planning.sparse_plan import plan_for
 from hbcore.errors import OptionError, ParameterError, RuleError
 from hbcore.optimizer import Optimizer
 from hbcore.rules.transform import Domain
@@ -64,7 +65,7 @@ class ParameterCore(OptimizerCore):
     """
 
     def __init__(self, core: OptimizerCore, g: int, i: int) -> None:
-        super().__init__(core.name, core.chain)
+        super().__init__(core.name, core.chain, core.sparse)
         self.whole, self.g, self.i = core, g, i
         self.report, self.modes, self.state = core.report, core.modes, core.state
         param = core.groups[g]["params"][i]
@@ -94,7 +95,7 @@ class Hooked:
             raise RuleError(f"{whole.name}: backward with the weights to evaluate with; call optimizer.train().")
         if self.core is None or self.core.state is not whole.state:
             self.core = ParameterCore(whole, self.group, self.index)
-            self.core.plan = self.optimizer.new_plan(self.core)
+            self.core.plan = plan_for(self.core)
         assert self.core.plan is not None
         self.core.group_scalars[:] = [dict(whole.scalars_of(self.group))]
         self.core.plan.step(NO_AMP)

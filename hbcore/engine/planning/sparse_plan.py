@@ -76,6 +76,11 @@ class SparsePlan(Plan):
         return 0  # a step takes a few rows of a table: compile="auto" compiles nothing on a CPU
 
 
+def plan_for(core: OptimizerCore) -> Plan:
+    """A plan for gradients of the kind that the optimizer takes."""
+    return SparsePlan(core) if core.sparse else Plan(core)
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of one parameter that have a gradient.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hbcore._version import __version__
 from hbcore.engine.backends.base import Batch, Executable
-from hbcore.engine.backends.triton.codegen import Layout, module_source
+from hbcore.engine.backends.triton.codegen import KernelLayout, module_source
 from hbcore.engine.backends.triton.launch_tables import Launch, Tables
 from hbcore.engine.graph.program import Program
 from hbcore.engine.graph.scalar_inputs import capturing
@@ -60,7 +60,7 @@ class TritonExecutable:
     def __init__(self, program: Program, kernels: Sequence[Any], interpreted: bool) -> None:
         self.program, self.kernels, self.interpreted = program, kernels, interpreted
         self.compiles = 0
-        self.layout = Layout.of(program)
+        self.layout = KernelLayout.of(program)
         narrow = min(dtype.itemsize for dtype in program.dtypes.values()) < 4
         self.chunk = CHUNK_REDUCED if len(program.phases) > 1 else CHUNK_NARROW if narrow else CHUNK
         self.block = 2048 if narrow else 1024  # 16 bytes for each of 256 threads

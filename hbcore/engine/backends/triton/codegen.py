@@ -44,7 +44,7 @@ def phase_{index}(
 
 
 @dataclass(frozen=True)
-class Layout:
+class KernelLayout:
     """Where a program's kernels find things: the columns of ``table``, and the reductions' places in ``partials``."""
 
     columns: tuple[str, ...]
@@ -53,7 +53,7 @@ class Layout:
     noise: tuple[str, ...]
 
     @classmethod
-    def of(cls, program: Program) -> Layout:
+    def of(cls, program: Program) -> KernelLayout:
         """The layout all phases of ``program`` share."""
         noise = tuple(name for name in program.dtypes if name.startswith(NOISE))
         columns = tuple(name for name in program.dtypes if name != "grad" and name not in noise)
@@ -72,7 +72,7 @@ def module_source(program: Program, chain: str, version: str) -> str:
     Raises:
         CompileError: an operation is outside the generator's vocabulary; the message names it.
     """
-    layout = Layout.of(program)
+    layout = KernelLayout.of(program)
     kernels = [PhaseWriter(program, layout, i).write() for i in range(len(program.phases))]
     return HEADER.format(version=version, chain=chain) + "\n" + "\n\n".join(kernels)
 
@@ -80,7 +80,7 @@ def module_source(program: Program, chain: str, version: str) -> str:
 class PhaseWriter:
     """Writes the kernel of one phase."""
 
-    def __init__(self, program: Program, layout: Layout, index: int) -> None:
+    def __init__(self, program: Program, layout: KernelLayout, index: int) -> None:
         self.program, self.layout, self.index = program, layout, index
         self.phase: Phase = program.phases[index]
         self.compute = compute_dtype(program.dtypes["param"])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hbcore.engine.backends.base import Batch
-from hbcore.engine.backends.triton.codegen import Layout
+from hbcore.engine.backends.triton.codegen import KernelLayout
 from hbcore.errors import CompileError
 
 WORD = 8
@@ -54,7 +54,7 @@ class Launch:
 class Tables:
     """The tables of one batch, in one launch for aligned tensors and one for the rest."""
 
-    def __init__(self, batch: Batch, layout: Layout, chunk: int, rows: int) -> None:
+    def __init__(self, batch: Batch, layout: KernelLayout, chunk: int, rows: int) -> None:
         self.layout, self.chunk, self.capacity = layout, chunk, rows
         self.batch = batch
         self.device = batch.tensors["param"][0].device
