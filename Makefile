@@ -2,7 +2,8 @@
 #
 #   make demo             train the same model with six optimizers and draw the curves   -> build/demo/
 #   make test             the tests
-#   make test-full        the tests and the long ones; writes tests/full/result.json
+#   make test-full        the tests and the long ones, numeric ones at every vector width, mutants of the engine (hours);
+#                         writes tests/full/result.json
 #   make lint             ruff and mypy
 #   make wheels           the six wheels                                                 -> dist/
 #   make install          only the virtual environment

@@ -37,7 +37,7 @@ ENGINE = "hbcore/engine"
 
 CORE = (
     "tracing input_errors replans refreshes old_slots split palm parallel checkpoints ema oracles host schedulers state "
-    "complex contract release fallback triton_source slabs backends"
+    "complex matrix_chains contract release fallback triton_source slabs backends"
 )
 RULES = (
     "soap/test_soap_rule muon/test_muon_adamw muon/test_scion psgd/test_kron "
@@ -74,7 +74,7 @@ class Mutant:
     new: str
 
     def __str__(self) -> str:
-        old, new = (textwrap.shorten(text, 80, placeholder=" ...") for text in (self.old, self.new))
+        old, new = (textwrap.shorten(text, 120, placeholder=" ...") for text in (self.old, self.new))
         return f"{self.file}:{self.line}: {old} -> {new}"
 
     def apply(self, source: str) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -155,3 +157,102 @@ class TestMutants:
         files = [name for name in mutants.TESTS if name.endswith(".py")]
         assert len(files) > 20
         assert [name for name in files if not (ROOT / name).exists()] == []
+
+
+class TestFullRuns:
+    """scripts/test_full.py, and the notice that reads what it writes."""
+
+    @pytest.fixture
+    def full(self, scripts, monkeypatch, tmp_path):
+        """The script in a checkout of its own, with a pytest that finds one test passed in 3 seconds and one in 7.5."""
+        module = scripts("test_full")
+
+        def passes(arguments, plugins):
+            for nodeid, durations in {"quick": (1, 2, 0), "slow": (0.5, 6, 1)}.items():
+                for when, duration in zip(("setup", "call", "teardown"), durations, strict=True):
+                    report = SimpleNamespace(
+                        nodeid=nodeid, when=when, duration=duration, failed=False, skipped=False, outcome="passed"
+                    )
+                    plugins[0].pytest_runtest_logreport(report)
+            return 0
+
+        monkeypatch.setattr(module.pytest, "main", passes)
+        monkeypatch.setattr(module, "RESULT", tmp_path / "full" / "result.json")
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+        monkeypatch.setattr(module, "code_hash", lambda: "this code")
+        monkeypatch.setattr(module, "capabilities", lambda: ("default", "avx2"))
+        monkeypatch.setattr(
+            module, "numeric_run", lambda capability, threads, arguments: {"passed": 9, "failed": 0, "status": 0}
+        )
+        monkeypatch.setattr(
+            module, "survey", lambda count, seed: {"count": count, "killed": 30, "survivors": ["a.py:1: b -> c"]}
+        )
+        monkeypatch.chdir(tmp_path)
+        return module
+
+    def test_the_result_has_all_three_parts_and_the_notice_reads_it(self, full, scripts, monkeypatch):
+        assert full.main([]) == 0
+        result = json.loads(full.RESULT.read_text())
+        assert (result["code"], result["status"], result["passed"], result["failed"]) == ("this code", 0, 2, 0)
+        assert list(result["slowest"].items()) == [("slow", 7.5), ("quick", 3)]
+        assert {name: run.get("passed") for name, run in result["numeric"].items()} == {
+            "default, 1 thread": 9, "default, 2 threads": 9, "avx2, 1 thread": 9, "avx2, 2 threads": 9,
+            "avx512, 1 thread": None, "avx512, 2 threads": None,
+        }  # fmt: skip
+        assert result["numeric"]["avx512, 1 thread"] == {"skipped": "this processor has no avx512"}
+        assert result["mutants"] == {"count": full.MUTANTS, "killed": 30, "survivors": ["a.py:1: b -> c"]}
+        notices = scripts("full_result_notice")
+        for name in ("RESULT", "ROOT", "code_hash"):
+            monkeypatch.setattr(notices, name, getattr(full, name))
+        assert notices.notice().startswith("full/result.json belongs to this code (2 passed, 0 failed, 0 skipped, on ")
+
+    def test_a_narrowed_run_ends_after_pytest_and_writes_nothing(self, full, monkeypatch, capsys):
+        monkeypatch.setattr(full, "numeric_run", lambda *_: pytest.fail("nothing that would be recorded"))
+        assert full.main(["-k", "quick"]) == 0
+        assert not full.RESULT.exists()
+        assert "not written, because arguments may narrow a run: -k quick" in capsys.readouterr().out
+
+    def test_a_run_whose_sources_changed_writes_nothing(self, full, monkeypatch, capsys):
+        hashes = iter(["before", "after"])
+        monkeypatch.setattr(full, "code_hash", lambda: next(hashes))
+        assert full.main([]) == 1
+        assert not full.RESULT.exists()
+
+    @pytest.mark.parametrize("part", ["numeric", "mutants"])
+    def test_what_goes_wrong_behind_the_tests_is_a_failure_too(self, full, monkeypatch, part):
+        def fails(count, seed):
+            raise RuntimeError("the tests fail without a mutant")
+
+        if part == "numeric":
+            monkeypatch.setattr(full, "numeric_run", lambda *_: {"passed": 8, "failed": 1, "status": 1})
+        else:
+            monkeypatch.setattr(full, "survey", fails)
+        assert full.main([]) == 1
+        assert json.loads(full.RESULT.read_text())["status"] == 1
+
+    def test_numeric_runs_have_the_width_and_the_threads_that_they_name(self, scripts, tmp_path):
+        tests = tmp_path / "test_it.py"
+        tests.write_text(
+            "import os, pytest, torch\n"
+            "def test_width():\n    assert torch.backends.cpu.get_cpu_capability() == 'DEFAULT'\n"
+            "def test_threads():\n    assert torch.get_num_threads() == 2\n"
+            "def test_red():\n    assert os.environ['CUDA_VISIBLE_DEVICES']\n"
+            "def test_skipped():\n    pytest.skip('says nothing')\n"
+        )
+        full = scripts("test_full")
+        assert full.numeric_run("default", 2, [str(tests)]) == {"passed": 2, "failed": 1, "status": 1}
+        assert full.numeric_run("default", 2, [str(tmp_path / "missing.py")])["status"] != 0
+
+    def test_the_widths_of_a_processor_are_all_up_to_its_widest(self, scripts, monkeypatch):
+        import torch
+
+        full, best = scripts("test_full"), torch.backends.cpu.get_cpu_capability().lower()
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")  # which does not make a processor a lesser one
+        found = full.capabilities()
+        assert found[0] == "default"
+        assert best not in full.CAPABILITIES or best in found
+
+    def test_the_numeric_tests_are_there(self, scripts):
+        paths = [name for name in scripts("test_full").NUMERIC if name.startswith("tests/")]
+        assert len(paths) > 5
+        assert [name for name in paths if not (ROOT / name).exists()] == []
