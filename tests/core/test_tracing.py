@@ -182,7 +182,19 @@ class Always(Rule):
         return u * 0.5, {}
 
 
-@pytest.mark.parametrize(("offender", "meant"), [(InPlace, Pure), (RawMean, ByTheBook), (Branch, Always)])
+@dataclass(frozen=True)
+class BranchOnMean(Rule):
+    """A rule that reduces, as it may, and branches, as it may not: it falls back with whole tensors in view."""
+
+    domain = Domain.TENSOR
+
+    def update(self, u, s, c):
+        return (u - c.mean(u) if c.step > 0 else u), {}  # here
+
+
+@pytest.mark.parametrize(
+    ("offender", "meant"), [(InPlace, Pure), (RawMean, ByTheBook), (Branch, Always), (BranchOnMean, ByTheBook)]
+)
 def test_a_rule_that_cannot_be_fused_runs_with_one_warning_and_right_results(offender, meant):
     params, expected = parameters(SHAPES), parameters(SHAPES)
     optimizer, fused = optimizer_of(offender)(params), optimizer_of(meant)(expected)
