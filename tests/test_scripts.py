@@ -108,14 +108,17 @@ class TestMutants:
 
     @pytest.fixture
     def project(self, tmp_path):
-        """A package with two functions, and a test of one of them."""
+        """Two functions in two files, and a test of one; it wants nothing hidden, built or installed beside it."""
         files = {
-            "toy/engine/deep/sums.py": "def total(a, b):\n    return a + b\n\n\ndef difference(a, b):\n    return a - b\n",
+            "toy/engine/deep/sums.py": "def total(a, b):\n    return a + b\n",
+            "toy/engine/differences.py": "def difference(a, b):\n    return a - b\n",
             "plugins/hb_x/src/toy_plugin.py": "value = 3\n",
-            "tests/test_sums.py": "import toy_plugin\nfrom toy.engine.deep.sums import total\n\n\n"
-            "def test_sums():\n    assert total(2, toy_plugin.value) == 5\n",
+            "tests/test_sums.py": "import toy_plugin\nfrom pathlib import Path\nfrom toy.engine.deep.sums import total\n\n\n"
+            "def test_sums():\n    assert total(2, toy_plugin.value) == 5\n"
+            "    assert sorted(p.name for p in Path().iterdir()) == ['plugins', 'tests', 'tests.log', 'toy']\n",
             "environment/pyvenv.cfg": "",
             ".hidden/file": "",
+            "build/file": "",
         }
         for name, text in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -124,22 +127,22 @@ class TestMutants:
 
     def test_survivors_and_killed_ones_are_told_apart(self, mutants, project, capfd):
         before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
-        found = mutants.survey(9, 0, root=project, folder="toy/engine", arguments=["tests"])
-        survivor = "toy/engine/deep/sums.py:6: a - b -> (a + b)"
-        assert found == {"possible": 2, "seed": 0, "count": 2, "killed": 1, "rate": 0.5, "survivors": [survivor]}
-        told = capfd.readouterr().err.splitlines()
-        assert sorted(told) == [f"SURVIVED {survivor}", "killed   toy/engine/deep/sums.py:2: a + b -> (a - b)"]
+        found = mutants.survey(9, 1, root=project, folder="toy/engine", arguments=["tests"])
+        killed, survivor = "toy/engine/deep/sums.py:2: a + b -> (a - b)", "toy/engine/differences.py:2: a - b -> (a + b)"
+        assert found == {"possible": 2, "seed": 1, "count": 2, "killed": 1, "rate": 0.5, "survivors": [survivor]}
+        # in this order: the second is tried without the first
+        assert capfd.readouterr().err.splitlines() == [f"killed   {killed}", f"SURVIVED {survivor}"]
         assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
 
-    def test_a_sample_is_drawn_by_its_seed(self, mutants, project, monkeypatch):
-        monkeypatch.setattr(mutants, "tests_pass", lambda tree, arguments, limit: True)
-        drawn = [
-            mutants.survey(1, seed, root=project, folder="toy/engine", arguments=[])["survivors"]
-            for seed in (0, 1, 2, 3, 0, 1, 2, 3)
-        ]
+    def test_a_sample_is_drawn_by_its_seed_and_each_mutant_has_a_minute_at_the_least(self, mutants, project, monkeypatch):
+        limits = []
+        monkeypatch.setattr(mutants, "tests_pass", lambda tree, arguments, limit: limits.append(limit) or True)
+        seeds = (0, 1, 2, 3, 0, 1, 2, 3)
+        drawn = [mutants.survey(1, seed, root=project, folder="toy/engine", arguments=[])["survivors"] for seed in seeds]
         assert drawn[:4] == drawn[4:]
         assert len({str(survivors) for survivors in drawn}) == 2
         assert all(len(survivors) == 1 for survivors in drawn)
+        assert min(limits) >= 60
 
     def test_tests_that_fail_anyway_judge_nothing(self, mutants, project):
         (project / "tests" / "test_sums.py").write_text("def test_sums():\n    assert 2 + 2 == 5\n")
@@ -152,6 +155,12 @@ class TestMutants:
         assert not mutants.tests_pass(project, ["tests"], 5)
         with pytest.raises(ProcessLookupError):
             os.kill(int((project / "started").read_text()), 0)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such bound")
+    def test_tests_that_want_memory_without_end_do_not_get_it(self, mutants, project):
+        (project / "tests" / "test_sums.py").write_text("def test_it():\n    assert len(bytearray(2**33)) > 0\n")
+        assert not mutants.tests_pass(project, ["tests"], 60)
+        assert "MemoryError" in (project / "tests.log").read_text()
 
     def test_the_tests_that_it_runs_are_there(self, mutants):
         files = [name for name in mutants.TESTS if name.endswith(".py")]
@@ -238,9 +247,11 @@ class TestFullRuns:
             "def test_threads():\n    assert torch.get_num_threads() == 2\n"
             "def test_red():\n    assert os.environ['CUDA_VISIBLE_DEVICES']\n"
             "def test_skipped():\n    pytest.skip('says nothing')\n"
+            "@pytest.fixture\ndef broken():\n    assert False\n"
+            "def test_error(broken):\n    pass\n"
         )
         full = scripts("test_full")
-        assert full.numeric_run("default", 2, [str(tests)]) == {"passed": 2, "failed": 1, "status": 1}
+        assert full.numeric_run("default", 2, [str(tests)]) == {"passed": 2, "failed": 2, "status": 1}
         assert full.numeric_run("default", 2, [str(tmp_path / "missing.py")])["status"] != 0
 
     def test_the_widths_of_a_processor_are_all_up_to_its_widest(self, scripts, monkeypatch):
