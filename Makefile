@@ -2,7 +2,8 @@
 #
 #   make demo             train the same model with six optimizers and plot the losses   -> build/demo/
 #   make test             run the tests, without the long ones
-#   make test-full        run all tests, and write tests/full/result.json
+#   make test-full        run all tests, numeric ones at every vector width, and mutants of the engine (hours);
+#                         writes tests/full/result.json
 #   make lint             run ruff and mypy
 #   make wheels           build the six wheels                                           -> dist/
 #   make install          create the virtual environment only

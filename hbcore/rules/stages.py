@@ -16,7 +16,6 @@ from hbcore.rules.numerics import ema
 from hbcore.rules.transform import Context, Domain, Slot, State, Transform, hyper, zeros
 
 ORDER: tuple[str, ...] = (
-    "promote",
     "mars",
     "clip_gradient",
     "couple_decay",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.kit import distance, gradients, parameters, run
+from core.kit import distance, gradients, parameters, run, same
 from torch import nn
 
 from hb_adam import SGD, AdamW, SFAdamW
 from hb_muon import Muon
+from hbcore import SplitOpt
 from hbcore.errors import OptionError, RuleError
 
 
@@ -78,6 +79,25 @@ def test_turned_on_as_a_checkpoint_is_resumed_it_begins_with_the_weights_of_then
         history.append([p.detach().clone() for p in params])
     with second.ema_weights():
         assert distance(params, average(history, 0.1)) < {torch.float32: 1e-4, torch.bfloat16: 0.01, torch.float64: 1e-4}[dtype]
+
+
+def test_several_optimizers_as_one_lend_the_averages_of_those_that_keep_one():
+    params = parameters()
+    specs = [
+        {"optimizer": "AdamW", "when": lambda p: p.ndim > 1, "use_ema": True, "ema_decay": 0.2, "compile": "eager"},
+        {"optimizer": "SGD", "when": lambda p: p.ndim == 1, "compile": "eager"},
+        {"optimizer": "SGD", "use_ema": True, "ema_decay": 0.5, "compile": "eager"},
+    ]
+    optimizer = SplitOpt(params, specs)
+    history = []
+    for step in gradients(4):
+        run(optimizer, params, [step])
+        history.append([p.detach().clone() for p in params])
+    slow, fast = average(history, 0.2), average(history, 0.5)
+    with optimizer.ema_weights():
+        for p, last, a, b in zip(params, history[-1], slow, fast, strict=True):
+            assert distance([p], [a if p.ndim > 1 else last if p.ndim == 1 else b]) < 1e-6
+    assert same(params, history[-1])
 
 
 def test_without_it_there_are_no_averages_to_have():
