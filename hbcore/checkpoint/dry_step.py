@@ -20,10 +20,10 @@ def is_dry(core: OptimizerCore) -> bool:
     params = [p for group in core.groups for p in group["params"]]
     grads = [p.grad for p in params if p.grad is not None]
     flags = torch.tensor([bool(grads), any(bool(local(g).any()) for g in grads)], dtype=torch.float32)
-    spread = next((p for p in params if is_dtensor(p)), None)
-    if spread is not None:  # every rank takes part, with or without gradients
-        flags = flags.to(local(spread).device)
-        shards = shards_of(spread)
+    sharded = next((p for p in params if is_dtensor(p)), None)
+    if sharded is not None:  # every rank takes part, with or without gradients
+        flags = flags.to(local(sharded).device)
+        shards = shards_of(sharded)
         assert shards is not None
         all_reduce(flags, "amax", shards)
     return bool(flags[0]) and not bool(flags[1])

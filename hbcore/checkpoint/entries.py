@@ -221,7 +221,7 @@ def spread_as(part: Tensor, like: Tensor, param: Tensor) -> Tensor:
         return spread_like(part, param)
     from torch.distributed.tensor import DTensor
 
-    spread: Any = like
+    sharded: Any = like
     return DTensor.from_local(
-        part, spread.device_mesh, spread.placements, run_check=False, shape=like.shape, stride=like.stride()
+        part, sharded.device_mesh, sharded.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

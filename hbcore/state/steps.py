@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Address(NamedTuple):
-    """Location of a parameter's counter: a slab and a row."""
+    """Location of a parameter's counter: the index of a tensor in ``slabs``, and of an entry in it."""
 
     slab: int
     row: int
@@ -62,8 +62,8 @@ class Selection:
             i: None if len(r) == slabs[i].shape[1] else torch.tensor(r, dtype=torch.int64, device=slabs[i].device)
             for i, r in rows.items()
         }
-        self._counters = [slab[0] for slab in self._slabs.values()]
-        self._copies = [slab[1] for slab in self._slabs.values()]
+        self._counters = [t[0] for t in self._slabs.values()]
+        self._copies = [t[1] for t in self._slabs.values()]
         self._base: list[float] | None = None
         self._ahead = 0
 
@@ -78,7 +78,7 @@ class Selection:
         if self._base is None or not (trusted or all(map(torch.equal, self._counters, self._copies))):
             for counters, copy in zip(self._counters, self._copies, strict=True):
                 copy.copy_(counters)
-            counts = {i: slab[0].tolist() for i, slab in self._slabs.items()}
+            counts = {i: t[0].tolist() for i, t in self._slabs.items()}
             self._base, self._ahead = [counts[a.slab][a.row] for a in self._addresses], 0
         return self._base, self._ahead + 1
 
