@@ -1,10 +1,10 @@
-"""What hb_muon's tables rest on: symmetric products against cuBLAS, and methods of orthogonalization, on one CUDA device.
+"""Measurements behind hb_muon's tables: symmetric products against cuBLAS, and orthogonalization methods, on one CUDA device.
 
     python benchmarks/muon_sweep.py --out muon-sweep.json [--seconds 240] [--only check,products,methods]
 
 ``check`` compares the kernel with float64, ``products`` times each tiling against ``torch.baddbmm`` by size, and ``methods``
-times whole orthogonalizations of the hidden matrices of two models, and states the singular values that they leave of
-matrices of condition number 100. What fails is a row with its error. What the time did not suffice for is listed at the end.
+times whole orthogonalizations of the hidden matrices of two models and reports the resulting singular values for matrices of
+condition number 100. Failures become rows with their error. Measurements skipped for lack of time are listed at the end.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SPECTRA = ("geometric", "linear", "one small")
 
 
 class Clock:
-    """The time that is left, and what it did not suffice for."""
+    """A time budget, and the measurements skipped once it is used up."""
 
     def __init__(self, seconds: float) -> None:
         self.end, self.missed = time.monotonic() + seconds, list[str]()
@@ -69,7 +69,7 @@ class Clock:
 
 
 def milliseconds(run: Callable[[], Any], windows: int = 5, about: float = 8.0) -> float:
-    """The median of windows of calls back to back, each of ``about`` that many ms, by CUDA events."""
+    """Median time per call in ms over windows of back-to-back calls, each about ``about`` ms long, by CUDA events."""
 
     def window(calls: int) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -86,16 +86,16 @@ def milliseconds(run: Callable[[], Any], windows: int = 5, about: float = 8.0) -
 
 
 def tried(run: Callable[[], Any]) -> Any:
-    """What ``run`` returns, or the error as text."""
+    """The result of ``run``, or its error as text."""
     try:
         return run()
-    except Exception as error:  # one tiling that does not compile, or does not fit, must not cost the others
+    except Exception as error:  # a tiling that does not compile or fit must not stop the others
         torch.cuda.synchronize()
         return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
 
 
 def stack(batch: int, n: int, k: int, dtype: torch.dtype, columns: bool = False) -> torch.Tensor:
-    """Gaussian matrices ``[batch, n, k]`` with rows of norm 1, stored by rows, or by columns."""
+    """Gaussian matrices ``[batch, n, k]`` with rows of norm 1, stored by rows or by columns."""
     x = torch.randn(batch, *((k, n) if columns else (n, k)), device="cuda") / k**0.5
     return x.to(dtype).mT if columns else x.to(dtype)
 
@@ -104,7 +104,7 @@ def stack(batch: int, n: int, k: int, dtype: torch.dtype, columns: bool = False)
 
 
 def check(clock: Clock) -> list[dict[str, Any]]:
-    """Each tiling, both dtypes and storages, whole and ragged sizes, against float64; NaN around what may be read."""
+    """Each tiling, dtype and storage order, with even and ragged sizes, against float64; NaN surrounds the input."""
     rows = []
     for tiling in TILINGS:
         for dtype in DTYPES:
@@ -122,12 +122,13 @@ def check(clock: Clock) -> list[dict[str, Any]]:
 
 
 def worst_error(n: int, k: int, dtype: torch.dtype, columns: bool, tiling: Tiling) -> float:
-    """The largest error of ``X X^T`` and of a product with another added, in roundings of the entry it is in.
+    """The largest error of ``X X^T`` and of a product plus a matrix, in units of half an ulp of the entry.
 
-    Entries that are small by cancellation are held against the largest: tensor cores add in fewer bits than float32 has.
+    Entries that are small through cancellation are compared with the largest entry instead: tensor cores accumulate in fewer
+    bits than float32.
     """
     x = stack(3, n, k, dtype, columns)
-    if n % 64:  # whole ones lie side by side, as descriptors want them
+    if n % 64:  # even sizes stay contiguous, as descriptors require
         around = torch.full((3, k + 16, n + 16) if columns else (3, n + 16, k + 16), torch.nan, dtype=dtype, device="cuda")
         x = (around.mT if columns else around)[:, :n, :k].copy_(x)
     gram = half_and_mirror(x, x.mT, tiling=tiling)
@@ -142,7 +143,7 @@ def worst_error(n: int, k: int, dtype: torch.dtype, columns: bool, tiling: Tilin
 
 
 def products(clock: Clock) -> list[dict[str, Any]]:
-    """By size: cuBLAS, every tiling, and the best one."""
+    """Times of cuBLAS, every tiling and the best one, by size."""
     rows = []
     for n in SIZES:
         for ratio in RATIOS:
@@ -158,7 +159,7 @@ def products(clock: Clock) -> list[dict[str, Any]]:
 
 
 def compared(n: int, k: int, batch: int, dtype: torch.dtype, columns: bool) -> dict[str, Any]:
-    """``X X^T`` where ``k`` is larger than ``n``, and ``c R R + b R`` of symmetric matrices where it is not."""
+    """``X X^T`` if ``k`` is larger than ``n``, otherwise ``c R R + b R`` for symmetric matrices."""
     x = tried(lambda: stack(batch, n, k, dtype, columns))
     if isinstance(x, str):
         return {"error": x}
@@ -187,7 +188,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def methods(clock: Clock) -> list[dict[str, Any]]:
-    """Whole orthogonalizations: of each set's stacks in bfloat16, by cuBLAS alone, and by the tables as they are."""
+    """Whole orthogonalizations of each set's stacks in bfloat16, with cuBLAS only and with the current tables."""
     rows = []
     for name in SETS:
         counts = Counter(tuple(shape) for shape in shapes_of(name))
@@ -210,7 +211,7 @@ def methods(clock: Clock) -> list[dict[str, Any]]:
 
 @contextmanager
 def winners(rows: tuple[Winner, ...]) -> Iterator[None]:
-    """Other rows than the measured ones, for a while."""
+    """Temporarily replace the table of measured winners."""
     before = symmetric.WINNERS
     symmetric.WINNERS = rows
     try:
@@ -220,7 +221,7 @@ def winners(rows: tuple[Winner, ...]) -> Iterator[None]:
 
 
 def of_spectrum(kind: str, n: int, k: int) -> torch.Tensor:
-    """A random matrix of condition number 100, in bfloat16 as an update comes."""
+    """A random matrix of condition number 100, in bfloat16 like an update."""
     generator = torch.Generator("cuda").manual_seed(n + k)
     u, v = (torch.linalg.qr(torch.randn(side, n, device="cuda", generator=generator))[0] for side in (n, k))
     values = torch.linspace(0, 1, n, device="cuda")
@@ -234,13 +235,13 @@ def of_spectrum(kind: str, n: int, k: int) -> torch.Tensor:
 
 
 def span(factor: torch.Tensor) -> tuple[float, float]:
-    """The least and the largest singular value."""
+    """The smallest and the largest singular value."""
     values = torch.linalg.svdvals(factor[0].float())
     return round(float(values.min()), 4), round(float(values.max()), 4)
 
 
 def main() -> None:
-    """Run what ``--only`` names, print it and write it to ``--out``."""
+    """Run the parts named by ``--only``, print the results and write them to ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("muon-sweep.json"))
     parser.add_argument("--seconds", type=float, default=240)

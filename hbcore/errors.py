@@ -1,43 +1,43 @@
-"""Every exception and warning that hbcore raises, in one place.
+"""All exceptions and warnings raised by hbcore.
 
-Each one also derives from the built-in that torch would have raised in the same spot, so that code written for
-``torch.optim`` (``except ValueError``) keeps working. A message gives the value, the allowed range and the remedy, and names
-the parameter or the plugin.
+Each also derives from the built-in exception that torch raises in the same situation, so code written for ``torch.optim``
+(``except ValueError``) keeps working. Messages give the value, the allowed range and the remedy, and name the parameter or
+the plugin.
 """
 
 from __future__ import annotations
 
 
 class HbcoreError(Exception):
-    """Base of everything hbcore raises on purpose."""
+    """Base class of all hbcore exceptions."""
 
 
 class HyperparameterError(HbcoreError, ValueError):
-    """A hyperparameter lies outside its bounds: ``lr=-1``, ``betas=(1.0, 0.9)``."""
+    """A hyperparameter is outside its bounds: ``lr=-1``, ``betas=(1.0, 0.9)``."""
 
 
 class OptionError(HbcoreError, TypeError):
-    """An option that does not exist, was removed, or that this optimizer cannot honour."""
+    """An option is unknown, was removed, or is not supported by this optimizer."""
 
 
 class ParameterError(HbcoreError, ValueError):
-    """The ``params`` argument is unusable: empty, duplicated, not floating point, of a shape the rule refuses."""
+    """The ``params`` argument is invalid: empty, duplicated, not floating point, or of an unsupported shape."""
 
 
 class ParameterTypeError(ParameterError, TypeError):
-    """The ``params`` argument is of the wrong type: a bare tensor, a string."""
+    """The ``params`` argument has the wrong type: a bare tensor, a string."""
 
 
 class RuleError(HbcoreError, ValueError):
-    """A chain contradicts itself: two transforms claim one slot."""
+    """A chain is inconsistent, for example two transforms claim the same slot."""
 
 
 class SparseGradientError(ParameterError, RuntimeError):
-    """A parameter has a sparse gradient where a dense one is needed, or the other way round."""
+    """A parameter has a sparse gradient where a dense one is required, or vice versa."""
 
 
 class TraceError(HbcoreError, RuntimeError):
-    """A rule broke the tracing contract: a raw reduction, a branch on a hyperparameter, a length turned into a number."""
+    """A rule violates the tracing contract: a raw reduction, a branch on a hyperparameter, a length used as a number."""
 
 
 class CompileError(HbcoreError, RuntimeError):
@@ -45,36 +45,36 @@ class CompileError(HbcoreError, RuntimeError):
 
 
 class CheckpointError(HbcoreError, ValueError):
-    """A state dict does not fit the optimizer it is loaded into. Nothing was changed when this is raised."""
+    """A state dict does not fit the optimizer it is loaded into. The optimizer is unchanged when this is raised."""
 
 
 class RegistryError(HbcoreError):
-    """Base of the errors about names and plugins."""
+    """Base class of errors about names and plugins."""
 
 
 class UnknownOptimizerError(RegistryError, LookupError):
-    """No installed plugin provides the name. The message has suggestions and, for known families, the pip line."""
+    """No installed plugin provides the name. The message suggests similar names and, for known families, a pip command."""
 
 
 class AmbiguousNameError(RegistryError, LookupError):
-    """Two plugins claim one short name. The message names both; ``plugin:Name`` picks one."""
+    """Two plugins provide the same short name. The message names both; ``plugin:Name`` selects one."""
 
 
 class PluginError(RegistryError, ImportError):
-    """The plugin that provides the name is installed and does not work. The message has its distribution and cause."""
+    """The plugin that provides the name is installed but broken. The message names its distribution and the cause."""
 
 
 class HbcoreWarning(UserWarning):
-    """Base of hbcore's warnings."""
+    """Base class of all hbcore warnings."""
 
 
 class FallbackWarning(HbcoreWarning):
-    """The asked-for backend is not to be had here; the next one runs, with the same results."""
+    """The requested backend is unavailable; the next one runs, with the same results."""
 
 
 class PluginWarning(HbcoreWarning):
-    """A plugin disabled itself: it does not import, asks for another API, or claims what is not its own."""
+    """A plugin was disabled: it fails to import, requires another API version, or claims names it does not own."""
 
 
 class StateWarning(HbcoreWarning):
-    """A checkpoint was converted on its way in: a codec, a dtype or a structural setting differs."""
+    """A checkpoint was converted on load: its codec, a dtype or a structural setting differs."""

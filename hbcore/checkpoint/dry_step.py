@@ -1,4 +1,4 @@
-"""The step that torch.distributed.checkpoint takes to make a fresh optimizer allocate state: it moves and counts nothing."""
+"""The dry step that torch.distributed.checkpoint takes to make a fresh optimizer allocate its state."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from hbcore.engine.core import OptimizerCore
 
 
 def is_dry(core: OptimizerCore) -> bool:
-    """Whether this step is the one that torch.distributed.checkpoint takes to make an optimizer allocate its state.
+    """Whether this step only serves to allocate state: it must not move parameters or count.
 
-    It has no state yet, every learning rate is 0, and so is every gradient, on all ranks.
+    True if there is no state yet, and every learning rate and every gradient is 0 on all ranks.
     """
     if core.state or any(float(group["lr"]) != 0 for group in core.groups):
         return False
     params = [p for group in core.groups for p in group["params"]]
     grads = [p.grad for p in params if p.grad is not None]
     flags = torch.tensor([bool(grads), any(bool(local(g).any()) for g in grads)], dtype=torch.float32)
-    spread = next((p for p in params if is_dtensor(p)), None)
-    if spread is not None:  # every rank asks, whatever gradients it has
-        flags = flags.to(local(spread).device)
-        shards = shards_of(spread)
+    sharded = next((p for p in params if is_dtensor(p)), None)
+    if sharded is not None:  # every rank takes part, with or without gradients
+        flags = flags.to(local(sharded).device)
+        shards = shards_of(sharded)
         assert shards is not None
         all_reduce(flags, "amax", shards)
     return bool(flags[0]) and not bool(flags[1])
 
 
 def allocate(core: OptimizerCore) -> None:
-    """Give every parameter that has a gradient its state of before the first step."""
+    """Create the initial state of every parameter that has a gradient."""
     owned = owners(p for group in core.groups for p in group["params"])
     for group in core.groups:
         for p in group["params"]:

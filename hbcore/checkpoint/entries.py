@@ -1,4 +1,4 @@
-"""Reading one parameter's state out of a checkpoint: slot by slot, through versions and codecs, to what runs now."""
+"""Read one parameter's state from a checkpoint, slot by slot, converting versions and codecs to the running ones."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Reader:
     """Reads the entries of one param group.
 
     Args:
-        core: the optimizer that the state is for.
+        core: the core of the optimizer being loaded.
         g: the group's index.
-        record: what the checkpoint says of the group; None if torch wrote it.
+        record: the checkpoint's record of the group; None if torch wrote the checkpoint.
         theirs: the group as saved.
-        strict: refuse what is missing or unexpected, rather than start afresh or leave it out.
+        strict: reject missing or unexpected entries instead of reinitialising or dropping them.
 
     Raises:
         CheckpointError: no migration leads from a saved version to the installed one, or the saved codec is not installed.
@@ -60,13 +60,13 @@ class Reader:
         return codec
 
     def read(self, i: int, entry: Any) -> dict[str, Any]:
-        """What parameter ``i`` will hold; nothing where the checkpoint has nothing, so that it starts afresh."""
+        """The state of parameter ``i``; empty if the checkpoint has none, so that it starts from scratch."""
         group = self.core.groups[self.g]
         param = group["params"][i]
         if entry is None and self.record is not None and self.strict and param.requires_grad:
-            raise CheckpointError(f"{self._who(i)} has no state in the checkpoint; pass strict=False to start it afresh.")
+            raise CheckpointError(f"{self._who(i)} has no state in the checkpoint; pass strict=False to start it from scratch.")
         if entry is not None and not isinstance(entry, Mapping):
-            raise CheckpointError(f"{self._who(i)} has {entry!r:.80} for state in the checkpoint; it is a dict of tensors.")
+            raise CheckpointError(f"{self._who(i)} has {entry!r:.80} as state in the checkpoint; expected a dict of tensors.")
         entry = {k: v for k, v in (entry or {}).items() if v is not None}  # torch.optim.SGD's momentum before its first step
         if not entry:
             return {}
@@ -88,7 +88,7 @@ class Reader:
     def _rule(
         self, i: int, rule: str, slots: list[Logical], entry: Mapping[str, Any], step: float, used: set[str]
     ) -> dict[str, Tensor]:
-        """All slots of one rule; nothing where the checkpoint has none of them and the rule is new to it."""
+        """All slots of one rule; empty if the rule is new and the checkpoint has none of them."""
         param = self.core.groups[self.g]["params"][i]
         steps = self.migrations.get(rule, [])
         stored: dict[str, dict[str, Tensor]] = {}
@@ -110,11 +110,11 @@ class Reader:
         return loaded
 
     def _saved_parts(self, slot: Logical, param: Tensor) -> dict[str, torch.dtype]:
-        exact = slot.codec is not self.core.settings.codec  # exact slots are stored alike under every codec
+        exact = slot.codec is not self.core.settings.codec  # exact slots are stored the same way under every codec
         return slot.parts(param) if exact else self.codec.parts(slot.name, compute_dtype(param.dtype))
 
     def _recoded(self, slot: Logical, param: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A slot as the running codec stores it. The running codec wins; a change is said."""
+        """A slot as the running codec stores it, with a warning if that differs from how it was saved."""
         wanted = slot.parts(param)
         if {name: t.dtype for name, t in stored.items()} == wanted:
             return dict(stored)
@@ -123,7 +123,7 @@ class Reader:
         found = ", ".join(sorted({str(t.dtype) for t in stored.values()}))
         target = ", ".join(sorted({str(d) for d in wanted.values()}))
         warn_at_caller(
-            f"state {slot.name!r} was saved as {found} and is converted to {target}, which this optimizer's storage asks for.",
+            f"state {slot.name!r} was saved as {found} and is converted to {target}, which this optimizer's storage requires.",
             StateWarning,
         )
         first = next(iter(stored.values()))
@@ -139,12 +139,12 @@ class Reader:
         self, i: int, rule: str, slots: list[Logical], stored: Mapping[str, Mapping[str, Tensor]],
         entry: Mapping[str, Any], step: float, used: set[str],
     ) -> dict[str, Tensor]:  # fmt: skip
-        """A rule's slots as its installed version has them."""
+        """A rule's slots, migrated to its installed version."""
         param = self.core.groups[self.g]["params"][i]
         dtype = compute_dtype(param.dtype)
         values = {name: self.codec.read({k: local(t) for k, t in parts.items()}, name, dtype) for name, parts in stored.items()}
         claimed = {s.name for s in self.core.chain.expected(self.core.groups[self.g], param) if s.rule != rule}
-        for name, value in entry.items():  # slots that the old version had and the new one has not
+        for name, value in entry.items():  # slots that only the old version has
             if name not in used and "#" not in name and name not in claimed and isinstance(value, Tensor):
                 used.update(self.codec.parts(name, dtype))
                 values[name] = self.codec.read({k: local(v) for k, v in entry.items() if isinstance(v, Tensor)}, name, dtype)
@@ -159,15 +159,15 @@ class Reader:
         return loaded
 
     def _unexpected(self, i: int, name: Any, value: Any, loaded: dict[str, Any]) -> None:
-        """An entry that no rule asks for: left out if its rule is not in the chain any more, refused otherwise."""
+        """Handle an entry that no rule uses: dropped if its rule left the chain, otherwise rejected."""
         running = self.core.chain.versions(self.core.groups[self.g])
         gone = sorted(rule for rule in self.saved if rule not in running)
         if not self.strict or gone:
-            why = f"of {' or '.join(gone)}, which this optimizer does not run," if gone else "which no rule here asks for,"
+            why = f"of {' or '.join(gone)}, which this optimizer does not run," if gone else "which no rule here uses,"
             warn_at_caller(f"state {name!r} {why} is left out.", StateWarning)
         elif self.record is not None or isinstance(value, Tensor):
             raise CheckpointError(
-                f"{self._who(i)} has state {name!r} in the checkpoint, which no rule here asks for; "
+                f"{self._who(i)} has state {name!r} in the checkpoint, which no rule here uses; "
                 "pass strict=False to leave it out."
             )
         else:
@@ -175,21 +175,21 @@ class Reader:
 
     def _step(self, i: int, entry: Mapping[str, Any]) -> float:
         if "step" not in entry:
-            return 1.0  # torch.optim.SGD does not count; it has begun
+            return 1.0  # torch.optim.SGD does not count steps; assume it has taken one
         value = entry["step"]
         try:
             step = float(local(value)) if isinstance(value, Tensor) else float(value)
         except (TypeError, ValueError, RuntimeError):
             step = -1.0
         if not 0 <= step < 2**53:
-            raise CheckpointError(f"{self._who(i)} has step {value!r:.60} in the checkpoint; it is a count.")
+            raise CheckpointError(f"{self._who(i)} has step {value!r:.60} in the checkpoint; expected a count.")
         return step
 
     def _tensor(self, i: int, slot: Logical, part: str, value: Any) -> Tensor:
-        """A saved tensor as it will be held: on the parameter's device, in its memory order, spread as it is spread."""
+        """A saved tensor moved to the parameter's device, memory order and sharding."""
         param: Tensor = self.core.groups[self.g]["params"][i]
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{self._who(i)} has {value!r:.80} for state {part!r} in the checkpoint; it is a tensor.")
+            raise CheckpointError(f"{self._who(i)} has {value!r:.80} for state {part!r} in the checkpoint; expected a tensor.")
         saved: Tensor = local(value) if value.is_complex() and param.is_complex() else value  # torch keeps complex state
         if saved.shape != slot.shape:
             raise CheckpointError(
@@ -197,7 +197,7 @@ class Reader:
                 "here; load it into the model it was saved from, with the same options."
             )
         if saved.is_floating_point() != slot.parts(param).get(part, saved.dtype).is_floating_point or saved.is_complex():
-            raise CheckpointError(f"{self._who(i)} has state {part!r} of {saved.dtype} in the checkpoint, which it cannot be.")
+            raise CheckpointError(f"{self._who(i)} has state {part!r} of {saved.dtype} in the checkpoint, an invalid dtype.")
         if is_dtensor(saved):
             return saved.detach().clone()
         if slot.matrix:
@@ -214,14 +214,14 @@ class Reader:
 
 
 def spread_as(part: Tensor, like: Tensor, param: Tensor) -> Tensor:
-    """``part`` spread as ``like``, of which it is this rank's part."""
+    """This rank's ``part`` as a DTensor sharded like ``like``; ``part`` itself if ``like`` is not sharded."""
     if not is_dtensor(like):
         return part
     if like.shape == param.shape:
         return spread_like(part, param)
     from torch.distributed.tensor import DTensor
 
-    spread: Any = like
+    sharded: Any = like
     return DTensor.from_local(
-        part, spread.device_mesh, spread.placements, run_check=False, shape=like.shape, stride=like.stride()
+        part, sharded.device_mesh, sharded.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

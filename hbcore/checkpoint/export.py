@@ -1,4 +1,4 @@
-"""State dicts for others: plain float tensors under torch's names."""
+"""State dicts for other libraries: plain float tensors under torch's names."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ FORMATS = ("torch",)
 def export(optimizer: Optimizer, format: str = "torch") -> dict[str, Any]:
     """A state dict that other libraries' optimizers can load: every codec decoded, hbcore's own entries left out.
 
-    Where torch.optim has the rule (AdamW, SGD), its optimizer goes on from it: ``torch.optim.AdamW(...)`` divides by
-    ``sqrt(v) + eps``, so hbcore's does the same steps with ``division_backend="eps_add"``.
+    Where torch.optim has the same rule (AdamW, SGD), its optimizer can resume from it. ``torch.optim.AdamW(...)`` divides by
+    ``sqrt(v) + eps``, so hbcore's takes the same steps with ``division_backend="eps_add"``.
 
     Args:
-        optimizer: any of hbcore's.
+        optimizer: any hbcore optimizer.
         format: ``"torch"``.
 
     Returns:
         ``{"state": {index: {slot: tensor}}, "param_groups": [...]}``, slots in float32, or float64 for float64 parameters.
 
     Raises:
-        CheckpointError: there is no such format.
+        CheckpointError: the format is unknown.
     """
     if format not in FORMATS:
         raise CheckpointError(f"format={format!r} is not one of {', '.join(FORMATS)}.")

@@ -1,7 +1,7 @@
-"""Loading a state dict exactly, or not at all.
+"""Load a state dict exactly, or not at all.
 
 ``torch.optim.Optimizer.load_state_dict`` casts every state tensor to the parameter's dtype (pytorch issue 43706) and matches
-by position. This one validates everything first, then keeps every value as it was saved, and matches by name where it can.
+by position. This one validates everything first, keeps every value as saved, and matches by name where possible.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hbcore.errors import CheckpointError, HyperparameterError
 
 
 class Content(NamedTuple):
-    """What a checkpoint holds for an optimizer, looked at and found to fit: group entries, records, each parameter's state."""
+    """Validated checkpoint content for an optimizer: group entries, records and each parameter's state."""
 
     groups: list[dict[str, Any]]
     records: list[schema.Record | None]
@@ -31,7 +31,7 @@ class Content(NamedTuple):
 
 @contextmanager
 def hooks(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """torch's hooks around a load: the block gets the state dict that the hooks before it leave."""
+    """Run torch's load hooks around a block, which receives the state dict returned by the pre-hooks."""
     state_dict = dict(state_dict)
     for pre in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = pre(optimizer, state_dict)
@@ -42,7 +42,7 @@ def hooks(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> It
 
 
 def put(core: OptimizerCore, content: Content) -> None:
-    """Make what :func:`read` found the optimizer's own. Raises nothing."""
+    """Install the result of :func:`read`. Raises nothing."""
     for group, values in zip(core.groups, content.groups, strict=True):
         group.update(values)
     core.modes.reset(all(record.training for record in content.records if record))
@@ -51,7 +51,7 @@ def put(core: OptimizerCore, content: Content) -> None:
 
 
 def _place(core: OptimizerCore, state: dict[Tensor, dict[str, Any]]) -> None:
-    """Put loaded tensors where the old ones were, so that captured graphs find them; elsewhere if they do not fit there."""
+    """Copy loaded state into the existing tensors, so that captured graphs stay valid; replace those if they do not match."""
     fits = core.plan is not None and set(state) == set(core.state) and not _primes(core)
     fits = fits and all(_alike(core.state[p], entry) for p, entry in state.items())
     if not fits:
@@ -68,7 +68,7 @@ def _place(core: OptimizerCore, state: dict[Tensor, dict[str, Any]]) -> None:
 
 
 def _primes(core: OptimizerCore) -> bool:
-    """Whether some rule's first gradient only prepares the state: what was loaded decides whether that is still to come."""
+    """Whether a rule primes on its first gradient: the loaded state then decides whether priming is still due."""
     return any(t.primes for group in core.groups for t in core.chain.every(group))
 
 
@@ -82,14 +82,14 @@ def _alike(held: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
 
 
 def read(core: OptimizerCore, state_dict: Mapping[str, Any], strict: bool) -> Content:
-    """What each group and each parameter will hold. Mutates nothing.
+    """Validate a state dict and return what each group and parameter will hold. Mutates nothing.
 
     Raises:
-        CheckpointError: it does not fit.
+        CheckpointError: the state dict does not fit the optimizer.
     """
     name = core.name
     if not isinstance(state_dict.get("state"), Mapping) or not isinstance(state_dict.get("param_groups"), (list, tuple)):
-        raise CheckpointError(f"{name}: a state dict has 'state' and 'param_groups'; got {sorted(map(str, state_dict))}.")
+        raise CheckpointError(f"{name}: a state dict needs 'state' and 'param_groups'; got {sorted(map(str, state_dict))}.")
     saved = state_dict["param_groups"]
     if len(saved) != len(core.groups):
         raise CheckpointError(
@@ -111,12 +111,12 @@ def read(core: OptimizerCore, state_dict: Mapping[str, Any], strict: bool) -> Co
             if loaded:
                 state[ours["params"][i]] = loaded
     if strict and (strangers := [k for k in state_dict["state"] if k not in known]):
-        raise CheckpointError(f"{name}: the checkpoint has state for {strangers[:5]}, which none of its param groups lists.")
+        raise CheckpointError(f"{name}: the checkpoint has state for {strangers[:5]}, which is in none of its param groups.")
     return Content(groups, records, state)
 
 
 def _match(core: OptimizerCore, theirs: Mapping[str, Any], ours: Mapping[str, Any], g: int, strict: bool) -> list[Any]:
-    """For each of our parameters, the key of its state in the checkpoint; None for one that it does not know."""
+    """For each of our parameters, its state's key in the checkpoint; None if it has none."""
     keys, names, wanted = list(theirs["params"]), theirs.get("param_names"), ours.get("param_names")
     by_name = dict(zip(names, keys, strict=False)) if names and wanted else None
     if (by_name is None or strict) and len(keys) != len(ours["params"]):
@@ -131,13 +131,13 @@ def _match(core: OptimizerCore, theirs: Mapping[str, Any], ours: Mapping[str, An
     if missing and strict:
         raise CheckpointError(
             f"{core.name}: param group {g} of the checkpoint has no {', '.join(map(repr, missing[:5]))}; "
-            f"it has {', '.join(map(repr, list(by_name)[:5]))}, ... Pass strict=False to start those afresh."
+            f"it has {', '.join(map(repr, list(by_name)[:5]))}, ... Pass strict=False to start those from scratch."
         )
     return [by_name.get(n) for n in wanted or ()]
 
 
 def _numbers(core: OptimizerCore, theirs: Mapping[str, Any], ours: dict[str, Any], g: int) -> dict[str, Any]:
-    """The group entries that the checkpoint decides: numbers, and whatever schedulers or users put there."""
+    """The group entries taken from the checkpoint: numbers, and entries added by schedulers or users."""
     keep = {"params", "param_names", schema.KEY}
     structural = {k for k in core.chain.keys if k not in core.chain.dynamic(ours)}
     values = {k: copy.deepcopy(v) for k, v in theirs.items() if k not in keep and k not in structural}

@@ -1,4 +1,4 @@
-"""Saving a state dict that is whole: every trained parameter, with every slot, stepped or not."""
+"""Save a complete state dict: every trained parameter with every slot, stepped or not."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hbcore.state.expected import Logical
 from hbcore.state.slots import own
 
 PLAIN = (bool, int, float, str, type(None), Tensor)
-"""What a group's entry may be made of and still load with ``weights_only=True``."""
+"""Types that a group entry may contain and still load with ``weights_only=True``."""
 
 
 def record_of(core: OptimizerCore, g: int) -> schema.Record:
-    """What a checkpoint says of one group."""
+    """The checkpoint record of one group."""
     settings = core.settings
     carried = dict(core.scalars_of(g))
     return schema.Record(
@@ -34,7 +34,7 @@ def record_of(core: OptimizerCore, g: int) -> schema.Record:
 
 
 def with_hooks(optimizer: torch.optim.Optimizer, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The state dict that ``make`` returns, with torch's hooks around."""
+    """Call ``make`` with torch's state dict hooks around it."""
     for pre in optimizer._optimizer_state_dict_pre_hooks.values():
         pre(optimizer)
     result = make()
@@ -63,7 +63,7 @@ def state_dict(core: OptimizerCore) -> dict[str, Any]:
 
 
 def whole_entry(core: OptimizerCore, group: dict[str, Any], p: Tensor, owned: Mapping[Tensor, int]) -> dict[str, Any]:
-    """One parameter's state, zeros for what it does not have yet; nothing for a parameter that is not trained."""
+    """One parameter's state, with initial values for missing slots; empty for a parameter that is not trained."""
     held: Mapping[str, Any] = core.state.get(p, {})
     if not held and not p.requires_grad:
         return {}
@@ -81,7 +81,7 @@ def whole_entry(core: OptimizerCore, group: dict[str, Any], p: Tensor, owned: Ma
 
 
 def _matrix_slot(slot: Logical, p: Tensor, held: Mapping[str, Any], owned: Mapping[Tensor, int]) -> dict[str, Tensor]:
-    """A matrix rule's slot, whole; of a spread parameter sharded along its rows, so that every rank has the same entries."""
+    """A matrix rule's full slot; sharded by rows if the parameter is sharded, so that all ranks have the same entries."""
     shards = shards_of(p)
     parts = slot.parts(p)
     if all(name in held and (shards is None or is_dtensor(held[name])) for name in parts):
@@ -92,20 +92,20 @@ def _matrix_slot(slot: Logical, p: Tensor, held: Mapping[str, Any], owned: Mappi
     for name, tensor in whole.items():
         if name in held:
             tensor.copy_(held[name])
-        if "step" in held:  # this parameter was stepped, and its owner alone has what the rule remembers
+        if "step" in held:  # after a step, only the parameter's owner has the rule's state
             broadcast(tensor, owned[p], shards)
     return {name: share_out(tensor, shards) for name, tensor in whole.items()}
 
 
 def blank_local(slot: Logical, p: Tensor) -> dict[str, Tensor]:
-    """An elementwise slot of this rank's part of ``p`` before the first step, in its memory order."""
+    """The initial elementwise slot for this rank's shard of ``p``, in its memory order."""
     part = local(p.detach())
     values = slot._replace(shape=part.shape).blank(part)
     return {name: torch.empty_like(part, dtype=t.dtype, requires_grad=False).copy_(t) for name, t in values.items()}
 
 
 def _number(value: Any) -> Any:
-    """NumPy's numbers as Python's."""
+    """Convert NumPy numbers to Python floats."""
     return float(value) if isinstance(value, Real) and not isinstance(value, (bool, int, float)) else value
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: one JSON string in each param group, the only place that survives every trainer."""
+"""Checkpoint metadata: one JSON string in each param group, the only place that survives every trainer."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 from hbcore.errors import CheckpointError
 
 FORMAT = 1
-"""Raised when the layout of a state dict changes; rules have versions of their own."""
+"""Incremented when the layout of a state dict changes; rules have their own versions."""
 
 KEY = "hbcore"
-"""The param group's entry that holds the string."""
+"""The param group entry that holds the string."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a group's string says.
+    """The content of a group's string.
 
     Attributes:
         rules: the chain's transforms and their versions.
-        codec: how slots are stored.
-        seed: what random numbers are drawn from.
-        progress: what the group carries from step to step.
-        training: whether the parameters held the weights to train with, of rules that have others too.
+        codec: the name of the slots' codec.
+        seed: the seed of the optimizer's random numbers.
+        progress: the scalars that the group carries from step to step.
+        training: for rules with two sets of weights, whether the parameters held the training weights.
     """
 
     rules: Mapping[str, int] = field(default_factory=dict)
@@ -35,15 +35,15 @@ class Record:
     training: bool = True
 
     def dump(self) -> str:
-        """The string."""
+        """Serialize to the JSON string."""
         return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
 
 
 def read(text: Any, group: int) -> Record | None:
-    """Read a group's string. A group without one comes from torch.optim, and is welcome.
+    """Parse a group's string; None for a group without one, which comes from torch.optim.
 
     Raises:
-        CheckpointError: the string is malformed, or of a newer format.
+        CheckpointError: the string is malformed or has a newer format.
     """
     if text is None:
         return None
@@ -61,10 +61,10 @@ def read(text: Any, group: int) -> Record | None:
         raise CheckpointError(f"param group {group}: its {KEY!r} entry is not hbcore's ({error}); got {text!r:.120}.") from None
     if format_ > FORMAT:
         raise CheckpointError(
-            f"param group {group} has checkpoint format {format_}, this hbcore reads up to {FORMAT}; upgrade hbcore."
+            f"param group {group} has checkpoint format {format_}, but this hbcore reads only up to {FORMAT}; upgrade hbcore."
         )
     return record
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of a checkpoint's")
+    raise ValueError(f"{name} is not a valid number in a checkpoint")

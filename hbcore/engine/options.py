@@ -1,4 +1,4 @@
-"""The shared options of one optimizer, checked and resolved, and the transforms that they insert around its rule."""
+"""Validation of an optimizer's shared options, and the transforms they insert around its rule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hbcore.warn import warn_at_caller
 
 @dataclass(frozen=True)
 class Settings:
-    """The structural options of one optimizer, resolved. Whatever may be scheduled is in its param groups instead."""
+    """The resolved structural options of one optimizer. Options that may be scheduled live in its param groups."""
 
     caution: bool
     cautious_weight_decay: bool
@@ -42,11 +42,11 @@ class Settings:
     compile: str
 
     def stages(self, h: Any, rule: Iterable[Transform]) -> tuple[Transform, ...]:
-        """The transforms that the options insert around ``rule``, given a group's hyperparameters ``h``."""
+        """``rule`` with the transforms the options insert, in order, for a group's hyperparameters ``h``."""
         rule = tuple(rule)
         held = [t.name for t in route.every(rule) if self.capturable and (t.domain == Domain.MATRIX or t.scalars())]
         if held:
-            raise OptionError(f"capturable=True is not to be had for {', '.join(held)} yet; pass capturable=False.")
+            raise OptionError(f"capturable=True is not supported by {', '.join(held)} yet; pass capturable=False.")
         decays = any(True for _ in roles.values(rule, "weight_decay"))
         inserted = list(self.clips)
         if self.mars:
@@ -55,7 +55,7 @@ class Settings:
             inserted.append(stages.Caution())
         if decays and self.cautious_weight_decay:
             raise OptionError(
-                "cautious_weight_decay=True needs decoupled weight decay, and this optimizer, as set up, couples it."
+                "cautious_weight_decay=True requires decoupled weight decay, but this optimizer, as configured, couples it."
             )
         if not decays:
             inserted.append(stages.DecayWeights(h.weight_decay, self.cautious_weight_decay))
@@ -68,15 +68,15 @@ class Settings:
 
 
 def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
-    """Check shared options and split them into structure and what lives in the param groups.
+    """Validate shared options and split them into structural settings and param group entries.
 
     Args:
-        optimizer: its name, for messages.
-        own: the names of its own parameters, for suggestions.
-        given: the options as the user passed them.
+        optimizer: the optimizer's name, for messages.
+        own: the names of the optimizer's own arguments, for suggestions.
+        given: the options passed by the user.
 
     Raises:
-        OptionError: an option does not exist, was removed, or has a value that does not exist.
+        OptionError: an option is unknown, was removed, or has an invalid value.
     """
     for name in given:
         if name not in OPTIONS:
@@ -87,8 +87,8 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
         raise OptionError(f"{optimizer}: compile={values['compile']!r} is not one of {', '.join(fallback.CHOICES)}.")
     if values["stochastic_rounding"] and values["capturable"]:
         raise OptionError(
-            f"{optimizer}: stochastic_rounding=True draws by the step, which a captured step does not tell the host; "
-            "pass capturable=False, or round to nearest."
+            f"{optimizer}: stochastic_rounding=True seeds its noise with the step count, which the host does not know in a "
+            "captured step; pass capturable=False or stochastic_rounding=False."
         )
     settings = Settings(
         caution=bool(values["caution"]),
@@ -116,13 +116,13 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
 
 
 def _translate(optimizer: str, values: dict[str, Any]) -> None:
-    """Map other libraries' spellings to ours, in place; torch's with a warning."""
+    """Map other libraries' option names to ours, in place; torch's with a warning."""
     for spelling in ("foreach", "fused"):
         if values[spelling] is not None:
             values["multi_tensor"] = bool(values[spelling])
             warn_at_caller(
-                f"{optimizer}: {spelling}={values[spelling]} is torch's spelling; pass multi_tensor="
-                f"{bool(values[spelling])}. Kernels are always fused where a backend can.",
+                f"{optimizer}: {spelling}={values[spelling]} is torch's name for it; pass multi_tensor="
+                f"{bool(values[spelling])}. Kernels are always fused where the backend supports it.",
                 FutureWarning,
             )
     if values["compile_step"]:
@@ -130,7 +130,7 @@ def _translate(optimizer: str, values: dict[str, Any]) -> None:
 
 
 def check_slots(transforms: Iterable[Transform]) -> None:
-    """Raise :class:`RuleError` unless every slot has one owner."""
+    """Raise :class:`RuleError` unless every slot has exactly one owner."""
     owners: dict[str, str] = {}
     blank = torch.empty(0, device="meta")
     for t in transforms:
@@ -141,15 +141,15 @@ def check_slots(transforms: Iterable[Transform]) -> None:
 
 
 def first_beta(rule: Iterable[Transform]) -> Any:
-    """The decay rate of a rule's first moment; of several, the one that the gradient meets first.
+    """The decay rate of a rule's first moment; if there are several, the first in chain order.
 
     Raises:
-        OptionError: no hyperparameter is declared as one.
+        OptionError: no hyperparameter is declared with that role.
     """
     for value in roles.values(rule, "first_moment"):
         return value
     raise OptionError(
-        "mars=True corrects by the decay rate of the first moment, and no hyperparameter of this rule is declared as one with "
+        "mars=True needs the decay rate of the first moment, but no hyperparameter of this rule is declared with "
         "hyper(..., role='first_moment'); pass mars=False."
     )
 
@@ -159,15 +159,15 @@ def _codec(optimizer: str, values: Mapping[str, Any]) -> StateCodec:
         return cast_codec(values["storage_dtype"])
     if values["storage_dtype"] not in ("float32", torch.float32):
         raise OptionError(
-            f"{optimizer}: ecc={values['ecc']!r} and storage_dtype={values['storage_dtype']!r} both say how state is stored; "
-            "pass one of them."
+            f"{optimizer}: ecc={values['ecc']!r} and storage_dtype={values['storage_dtype']!r} both set how state is stored; "
+            "pass only one of them."
         )
     codec: StateCodec = registry.load_codec(values["ecc"])()
     return codec
 
 
 def unknown(optimizer: str, name: str, own: Iterable[str]) -> str:
-    """What to say about an option that does not exist."""
+    """The error message for an unknown option."""
     if name in REMOVED:
         return f"{optimizer}: option {name!r} was removed in HeavyBall 3.0; {REMOVED[name]}."
     known = sorted({*own, *OPTIONS})

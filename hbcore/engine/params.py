@@ -1,4 +1,4 @@
-"""Checks of the ``params`` argument, before torch sees it, with messages that name the parameter."""
+"""Validation of the ``params`` argument before it reaches torch; messages name the parameter."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hbcore.errors import ParameterError, ParameterTypeError
 
 
 def check_params(optimizer: str, params: Any, existing: Sequence[dict[str, Any]] = ()) -> list[Any]:
-    """Return ``params`` as a list of tensors, ``(name, tensor)`` pairs or groups, having looked at every one.
+    """Validate ``params`` and return it as a list of tensors, ``(name, tensor)`` pairs or groups.
 
     Raises:
-        ParameterTypeError: it is a bare tensor, or holds something that is no tensor.
-        ParameterError: it is empty, holds a parameter twice, or one that no rule can update.
+        ParameterTypeError: it is a bare tensor, or contains something other than tensors.
+        ParameterError: it is empty, contains a parameter twice, or one that cannot be optimized.
     """
     if isinstance(params, (Tensor, str)) or not isinstance(params, Iterable):
         kind = params.type() if isinstance(params, Tensor) else type(params).__name__
@@ -26,7 +26,7 @@ def check_params(optimizer: str, params: Any, existing: Sequence[dict[str, Any]]
         )
     groups = list(params)
     if not groups:
-        raise ParameterError(f"{optimizer} got an empty parameter list; pass model.parameters(), which is used up once read.")
+        raise ParameterError(f"{optimizer} got an empty parameter list; pass model.parameters(), which can be read only once.")
     seen = {id(p): describe_param(existing, g, i) for g, o in enumerate(existing) for i, p in enumerate(o["params"])}
     if isinstance(groups[0], dict):
         for i, g in enumerate(groups):
@@ -41,7 +41,7 @@ def check_params(optimizer: str, params: Any, existing: Sequence[dict[str, Any]]
 
 
 def describe_param(groups: Sequence[dict[str, Any]], group: int, index: int) -> str:
-    """What messages call a parameter: its name where it has one, else its place, and its shape."""
+    """How messages refer to a parameter: by its name or else its index, with its shape."""
     names = groups[group].get("param_names")
     label = repr(names[index]) if names else f"number {index}"
     return f"parameter {label} of group {group}, shape {tuple(groups[group]['params'][index].shape)},"

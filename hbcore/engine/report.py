@@ -1,4 +1,4 @@
-"""What an optimizer says of how it runs: ``optimizer.report``."""
+"""How an optimizer runs: ``optimizer.report``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Report:
-    """How the last step ran, and why so.
+    """How the last step ran, and why.
 
     Attributes:
-        backend: the backend that runs the lanes, or several joined by ``+``.
-        reasons: why a backend that was asked for, or would have been preferred, does not run.
-        notes: what the engine did that a user may want to know (a parameter walked element by element, ...).
-        programs: how many chains were traced so far.
-        compiles: how many kernels or graphs were compiled so far.
-        launches: kernels launched by the last step; 0 where a backend does not count them.
+        backend: the backend that runs the segments; several are joined by ``+``.
+        reasons: why a requested or preferred backend does not run.
+        notes: other engine decisions worth knowing (a parameter processed element by element, ...).
+        programs: number of chains traced so far.
+        compiles: number of kernels or graphs compiled so far.
+        launches: number of kernels launched by the last step; 0 if the backend does not count them.
     """
 
     backend: str = "none yet"

@@ -1,1 +1,1 @@
-"""What an optimizer is made of: pure functions. Nothing here imports the engine or mutates a tensor."""
+"""Optimizer rules as pure functions. Nothing here imports the engine or mutates a tensor."""

@@ -1,21 +1,22 @@
-r"""Bounds on a gradient or an update: what ``gradient_clipping`` and ``update_clipping`` insert.
+r"""Gradient and update clipping: the transforms inserted by ``gradient_clipping`` and ``update_clipping``.
 
 ===============================  ====================================================  ==================================
-name                             the gradient or update ``x`` becomes                  parameters and their defaults
+name                             the gradient or update ``x`` becomes                  parameters and defaults
 ===============================  ====================================================  ==================================
 ``l2_clip_``                     ``x * min(1, threshold / norm(x))``                   ``threshold`` 1
 ``rmsnorm_clip_``                ``x * min(1, threshold / rms(x))``                    ``threshold`` 1
-``global_l2norm_clip``           the same, the norm over the whole model               ``threshold`` 1
-``global_rmsnorm_clip``          the same, the rms over the whole model                ``threshold`` 1
+``global_l2norm_clip``           the same with the norm over the whole model           ``threshold`` 1
+``global_rmsnorm_clip``          the same with the rms over the whole model            ``threshold`` 1
 ``adaptive_gradient_clipping_``  ``x * min(1, threshold * norm(p) / norm(x))``         ``threshold`` 0.1
 ``trust_region_clip_``           a blend of ``tanh(x)`` and ``log(1 + x)``, clamped    ``bound`` 2, ``scale`` 1.5, ``lerp`` 0.9
-``a_law_compress``               the A-law of telephony                                ``a`` 87.6
+``a_law_compress``               the A-law of ITU-T G.711                              ``a`` 87.6
 ``mu_law_compress``              ``sgn(x) log(1 + mu |x|) / log(1 + mu)``              ``mu`` 127
 ``softsign_compress``            ``bound * x / (1 + |x|)``                             ``bound`` 2
 ===============================  ====================================================  ==================================
 
-The first five scale a whole tensor down and never up: what is within the threshold comes back bit for bit. The others squash
-each element by itself. NaN stays NaN, and an infinite norm makes NaN of infinite elements: a clip hides no overflow.
+The first five only ever scale a whole tensor down; tensors within the threshold are returned bit for bit. The others compress
+each element independently. NaN stays NaN, and an infinite norm turns infinite elements into NaN: clipping never hides an
+overflow.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from hbcore.errors import OptionError
 from hbcore.rules.transform import Bounds, Context, Domain, State, Transform, check_bounds
 
 STAGES = {"clip_gradient": "gradient_clipping", "clip_update": "update_clipping"}
-"""Where a clip may stand, and the option that puts it there."""
+"""Stage of a clip -> the option that inserts it there."""
 
 
 @dataclass(frozen=True)
 class Clip(Transform):
-    """Base of the clips. ``at`` is the stage; the other fields are numbers above zero, and structure: the graph holds them."""
+    """Base class of clips. ``at`` is the stage; the other fields are positive numbers, and constants of the graph."""
 
     at: str = field(default="clip_update", kw_only=True)
 
@@ -46,7 +47,7 @@ class Clip(Transform):
         for f in fields(self):
             if f.name not in ("at", "function"):
                 check_bounds(f"{self.name}: {f.name}", getattr(self, f.name), Bounds(gt=0))
-        # One formula serves before the rule and after it, even in one chain: stage and name are the instance's own.
+        # One chain may clip before and after the rule with the same formula, so stage and name are set per instance.
         object.__setattr__(self, "stage", self.at)
         object.__setattr__(self, "name", f"{self.at}_{type(self).name}".rstrip("_"))
 
@@ -80,7 +81,7 @@ class RmsClip(Clip):
 
 @dataclass(frozen=True)
 class GlobalL2Clip(L2Clip):
-    """:class:`L2Clip` by the norm of the whole model, all of its groups and dtypes, as ``torch.nn.utils.clip_grad_norm_``."""
+    """:class:`L2Clip` with the norm over the whole model (all groups and dtypes), like ``torch.nn.utils.clip_grad_norm_``."""
 
     name = "global_l2norm_clip"
     domain = Domain.MODEL
@@ -88,7 +89,7 @@ class GlobalL2Clip(L2Clip):
 
 @dataclass(frozen=True)
 class GlobalRmsClip(RmsClip):
-    """:class:`RmsClip` by the root mean square over the whole model, all of its groups and dtypes."""
+    """:class:`RmsClip` with the root mean square over the whole model (all groups and dtypes)."""
 
     name = "global_rmsnorm_clip"
     domain = Domain.MODEL
@@ -98,8 +99,8 @@ class GlobalRmsClip(RmsClip):
 class AdaptiveClip(Clip):
     r""":math:`x \min(1, T \max(\lVert p \rVert_2, 10^{-3}) / \lVert x \rVert_2)`, :math:`p` the parameter.
 
-    Brock et al. 2021, High-Performance Large-Scale Image Recognition Without Normalization (arXiv:2102.06171), section 4. The
-    norms are whole tensors', as in HeavyBall; the paper takes one for each unit (a row of a weight).
+    Brock et al. 2021, High-Performance Large-Scale Image Recognition Without Normalization (arXiv:2102.06171), section 4.
+    Norms are per tensor, as in HeavyBall; the paper uses one per unit (a row of a weight).
     """
 
     threshold: float = 0.1
@@ -136,7 +137,7 @@ class TrustRegionClip(Clip):
 
 @dataclass(frozen=True)
 class ALawCompress(Clip):
-    r"""The A-law of ITU-T G.711, with its logarithmic branch carried on beyond :math:`|x| = 1`.
+    r"""The A-law of ITU-T G.711, with its logarithmic branch extended beyond :math:`|x| = 1`.
 
     .. math:: \frac{\mathrm{sgn}(x)}{1 + \ln A} \begin{cases} A |x| & A |x| < 1 \\ 1 + \ln(A |x|) & \text{otherwise} \end{cases}
     """
@@ -146,7 +147,7 @@ class ALawCompress(Clip):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bounds(f"{type(self).name}: a", self.a, Bounds(gt=math.exp(-1)))  # where 1 + ln A is above zero
+        check_bounds(f"{type(self).name}: a", self.a, Bounds(gt=math.exp(-1)))  # keeps 1 + ln A positive
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         x = self.a * u.abs()
@@ -155,7 +156,7 @@ class ALawCompress(Clip):
 
 @dataclass(frozen=True)
 class MuLawCompress(Clip):
-    r""":math:`\mathrm{sgn}(x) \ln(1 + \mu |x|) / \ln(1 + \mu)`: the mu-law of ITU-T G.711, carried on beyond 1."""
+    r""":math:`\mathrm{sgn}(x) \ln(1 + \mu |x|) / \ln(1 + \mu)`: the mu-law of ITU-T G.711, extended beyond 1."""
 
     mu: float = 127.0
     name = "mu_law_compress"
@@ -166,7 +167,7 @@ class MuLawCompress(Clip):
 
 @dataclass(frozen=True)
 class SoftsignCompress(Clip):
-    r""":math:`b\, x / (1 + |x|)`: never as far from zero as the bound :math:`b`."""
+    r""":math:`b\, x / (1 + |x|)`: magnitudes stay below :math:`b`."""
 
     bound: float = 2.0
     name = "softsign_compress"
@@ -177,7 +178,7 @@ class SoftsignCompress(Clip):
 
 @dataclass(frozen=True)
 class CustomClip(Clip):
-    """A user's own elementwise function of the gradient or the update, traced like a rule."""
+    """A user-defined elementwise function of the gradient or update, traced like a rule."""
 
     function: Callable[[Tensor], Tensor]
     name = "custom_clip"
@@ -187,7 +188,7 @@ class CustomClip(Clip):
 
 
 def shrink(x: Tensor, norm: Tensor, threshold: Tensor | float) -> Tensor:
-    """``x * min(1, threshold / norm)``. A norm of zero gives a ratio of inf, hence ``x`` itself."""
+    """``x * min(1, threshold / norm)``. A zero norm gives an infinite ratio, so ``x`` is returned unchanged."""
     return x * (threshold / norm).clamp(max=1)
 
 
@@ -196,11 +197,11 @@ CLIPS: Mapping[str, type[Clip]] = {
     for clip in (L2Clip, RmsClip, GlobalL2Clip, GlobalRmsClip, AdaptiveClip, TrustRegionClip, ALawCompress, MuLawCompress,
                  SoftsignCompress)
 }  # fmt: skip
-"""Name to class; names as in HeavyBall."""
+"""Name -> class. Names follow HeavyBall."""
 
 
 def resolve(value: Any, stage: str) -> Transform | None:
-    """The clip that an option's value asks for, or None for None.
+    """The clip selected by an option's value; None if the value is None.
 
     Args:
         value: a name from :data:`CLIPS`; ``(name, number)``, which sets the clip's first parameter; ``(name, {parameter:
@@ -208,8 +209,8 @@ def resolve(value: Any, stage: str) -> Transform | None:
         stage: ``"clip_gradient"`` or ``"clip_update"``.
 
     Raises:
-        OptionError: there is no such clip, or it has no such parameter.
-        HyperparameterError: a parameter is no number, or out of its bounds.
+        OptionError: the clip or its parameter does not exist.
+        HyperparameterError: a parameter is not a number, or is out of bounds.
     """
     if value is None:
         return None
@@ -221,7 +222,7 @@ def resolve(value: Any, stage: str) -> Transform | None:
     clip = CLIPS.get(name) if isinstance(name, str) else None
     if clip is None:
         raise OptionError(
-            f"{STAGES[stage]}={value!r} is no clipping; pass one of {', '.join(CLIPS)}, a pair such as ('l2_clip_', 0.5), "
+            f"{STAGES[stage]}={value!r} is not a clip; pass one of {', '.join(CLIPS)}, a pair such as ('l2_clip_', 0.5), "
             "or an elementwise function of a tensor."
         )
     allowed = [f.name for f in fields(clip) if f.name != "at"]

@@ -1,12 +1,12 @@
-"""How a rule divides by something that may be zero. Chosen per optimizer, at construction.
+"""Division by denominators that may be zero. Selected per optimizer at construction.
 
 =============  ==============================================  =====================================================
-name           ``divide(x, y, eps)``                           who divides so
+name           ``divide(x, y, eps)``                           used by
 =============  ==============================================  =====================================================
-``eps_clamp``  ``x / max(y, eps)``                             the default here
+``eps_clamp``  ``x / max(y, eps)``                             hbcore's default
 ``eps_add``    ``x / (y + eps)``                               torch.optim, Optax
 ``atan2``      ``atan2(x / scale, y) * scale``, no ``eps``     Everett et al. 2024 (arXiv:2407.05872), Adam-atan2
-``nan_to_0``   ``x / y``, and 0 where that is not finite       no ``eps`` either
+``nan_to_0``   ``x / y``, and 0 where that is not finite       no ``eps``
 =============  ==============================================  =====================================================
 """
 
@@ -46,7 +46,7 @@ def nan_to_0(x: Tensor, y: Tensor, eps: Scalar) -> Tensor:
 
 
 BACKENDS: dict[str, Divide] = {"eps_clamp": eps_clamp, "eps_add": eps_add, "atan2": atan2, "nan_to_0": nan_to_0}
-"""Name to function. Read-only by convention: an optimizer looks its backend up once, when it is built."""
+"""Name -> function. Read-only by convention: an optimizer looks up its backend once, at construction."""
 
 DEFAULT = "eps_clamp"
 

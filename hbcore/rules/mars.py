@@ -1,4 +1,4 @@
-"""MARS: the gradient, corrected by how it changed since the last step."""
+"""MARS: gradients corrected by their change since the previous step."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ class Mars(Transform):
     .. math::
         c_t = g_t + \gamma \frac{\beta_1}{1 - \beta_1} (g_t - g_{t-1})
 
-    What follows in the chain takes :math:`c_t` for the gradient. The paper then clips it to unit norm, tensor by tensor. That
-    is ``gradient_clipping="l2_clip_"``, which stands right after this stage, and is left to the user as in HeavyBall: it costs
-    a pass over memory, and matters little before a rule that normalises.
+    Later transforms use :math:`c_t` as the gradient. The paper then clips it to unit norm per tensor. That is
+    ``gradient_clipping="l2_clip_"``, which runs right after this stage; as in HeavyBall it is left to the user: it costs a
+    pass over memory and matters little before a normalising rule.
 
-    A parameter's first step has no :math:`g_{t-1}`, and no correction: the paper starts from :math:`x_1 = x_0`, where the
-    difference is zero. (The authors' code starts from :math:`g_0 = 0`; so does this where the option is turned on in the middle
-    of a training.)
+    A parameter's first step has no :math:`g_{t-1}` and hence no correction: the paper starts from :math:`x_1 = x_0`, where the
+    difference is zero. (The authors' code starts from :math:`g_0 = 0`; so does this if the option is enabled mid-training.)
 
-    "Approximate" because :math:`g_{t-1}` is the last step's gradient on the last step's batch; the exact form evaluates this
-    step's batch at last step's parameters, which costs a second backward pass.
+    "Approximate" because :math:`g_{t-1}` is the previous step's gradient on the previous batch; the exact form evaluates the
+    current batch at the previous parameters, which costs a second backward pass.
 
     Args:
-        mars_gamma: :math:`\gamma`; 0.025 in the paper, 0.0025 as HeavyBall's default.
-        beta: :math:`\beta_1`, the decay of the first moment that the chain goes on to take.
+        mars_gamma: :math:`\gamma`; 0.025 in the paper, 0.0025 by default, as in HeavyBall.
+        beta: :math:`\beta_1`, the decay rate of the chain's first moment.
 
-    State: ``mars_prev_grad``, the gradient of the last step, of the parameter's shape.
+    State: ``mars_prev_grad``, the previous step's gradient, in the parameter's shape.
     """
 
     mars_gamma: float = hyper(0.0025, ge=0)

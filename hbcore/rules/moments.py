@@ -1,4 +1,4 @@
-"""Building blocks that several families share. Each reads beside its paper's pseudo-code."""
+"""Building blocks shared by several families. Each follows its paper's pseudo-code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ScaleByAdam(Transform):
 
     .. math::
         m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
-        u_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)}} \quad\text{divided as the division backend says}
+        u_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)}} \quad\text{divided by the division backend}
     """
 
     betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1, role=MOMENTS)
@@ -42,7 +42,7 @@ class ScaleByAdam(Transform):
 
 @dataclass(frozen=True)
 class Momentum(Transform):
-    r"""Polyak's or Nesterov's momentum as torch.optim.SGD has it, Sutskever et al. 2013.
+    r"""Polyak or Nesterov momentum as in torch.optim.SGD, Sutskever et al. 2013.
 
     .. math::
         b_1 = g_1 \qquad b_t = \mu b_{t-1} + (1 - \tau) g_t \qquad
@@ -65,7 +65,7 @@ class Momentum(Transform):
 
 @dataclass(frozen=True)
 class ScaleByLaProp(Transform):
-    r"""LaProp's direction, Ziyin, Wang and Ueda 2020 (arXiv:2002.04839), Algorithm 1: normalise first, average then.
+    r"""LaProp's direction, Ziyin, Wang and Ueda 2020 (arXiv:2002.04839), Algorithm 1: normalise, then average.
 
     .. math::
         v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \qquad
@@ -89,7 +89,7 @@ class ScaleByLaProp(Transform):
 
 @dataclass(frozen=True)
 class ScaleByNAdam(Transform):
-    r"""NAdam's direction, Dozat 2016, Incorporating Nesterov Momentum into Adam, Algorithm 2, with his schedule of momenta.
+    r"""NAdam's direction, Dozat 2016, Incorporating Nesterov Momentum into Adam, Algorithm 2, with its momentum schedule.
 
     .. math::
         \mu_t = \beta_1 (1 - \tfrac12\, 0.96^{t \psi}) \qquad \Pi_t = \textstyle\prod_{i \le t} \mu_i \qquad
@@ -97,10 +97,10 @@ class ScaleByNAdam(Transform):
         u_t = \left(\frac{(1 - \mu_t)\, g_t}{1 - \Pi_t} + \frac{\mu_{t+1}\, m_t}{1 - \Pi_{t+1}}\right)
         \Big/ \sqrt{v_t / (1 - \beta_2^t)}
 
-    The product is a function of the parameter's step, :func:`momentum_product`, so that nothing carries it.
+    The product is computed from the parameter's step by :func:`momentum_product`, so it needs no state.
 
     Args:
-        momentum_decay: :math:`\psi`, at least 0; how fast the momentum rises from half of :math:`\beta_1` to all of it.
+        momentum_decay: :math:`\psi`, at least 0; how fast the momentum rises from :math:`\beta_1 / 2` to :math:`\beta_1`.
     """
 
     betas: tuple[float, float] = hyper((0.9, 0.999), ge=0, lt=1, role=MOMENTS)
@@ -124,7 +124,7 @@ class ScaleByNAdam(Transform):
 def momentum_product(beta1: Scalar, decay: Scalar, step: Tensor) -> Tensor:
     r"""NAdam's product of momenta, :math:`\prod_{i=1}^t \beta_1 (1 - \tfrac12 q^i)` with :math:`q = 0.96^\psi`.
 
-    The series of the logarithm sums over ``i`` in closed form, and its terms fall by half:
+    The series of the logarithm sums over ``i`` in closed form; its terms shrink by half each time:
 
     .. math::
         \log \prod_{i=1}^t (1 - \tfrac12 q^i) = -\sum_{k \ge 1} \frac{2^{-k}}{k} \sum_{i=1}^t q^{ik} =
@@ -142,14 +142,14 @@ def momentum_product(beta1: Scalar, decay: Scalar, step: Tensor) -> Tensor:
     a, b, total = gap, gap_t, 0 * step
     for k in range(1, 41):
         total = total + (1 - a) * (b / a) * (0.5**k / k)
-        a, b = a + (1 - a) * gap, b + (1 - b) * gap_t  # 1 - q^(k + 1) and 1 - q^((k + 1) t), with nothing cancelled
+        a, b = a + (1 - a) * gap, b + (1 - b) * gap_t  # 1 - q^(k + 1) and 1 - q^((k + 1) t), without cancellation
     return beta1**step * torch.exp(-total)
 
 
 def _one_minus_exp(x: Tensor) -> Tensor:
-    """``1 - exp(-x)`` for ``x > 0`` to the last digits also where that is small, after Kahan.
+    """``1 - exp(-x)`` for ``x > 0``, accurate for small ``x`` too (Kahan's method).
 
-    In operations that the host does on plain floats, of which expm1 is none.
+    Uses only operations that run on plain floats on the host, which expm1 does not.
     """
     x = x.clamp(max=700.0)
     y = torch.exp(-x)
@@ -158,7 +158,7 @@ def _one_minus_exp(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ScaleByAdEMAMix(Transform):
-    r"""AdEMAMix' direction, Pagliardini, Ablin and Grangier 2024 (arXiv:2409.03137), Algorithm 1: a second, slow momentum.
+    r"""AdEMAMix's direction, Pagliardini, Ablin and Grangier 2024 (arXiv:2409.03137), Algorithm 1: a second, slow momentum.
 
     .. math::
         m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t \qquad
@@ -168,12 +168,12 @@ class ScaleByAdEMAMix(Transform):
         \alpha(t) = \alpha \min(1, t / T_\alpha) \qquad
         \frac{1}{\ln \beta_3(t)} = \frac{1 - a}{\ln \beta_1} + \frac{a}{\ln \beta_3}, \; a = \min(1, t / T_{\beta_3})
 
-    so that the slow average's half-life grows linearly from the fast one's to its own.
+    The slow average's half-life grows linearly from the fast one's to its own.
 
     Args:
         betas: :math:`\beta_1, \beta_2, \beta_3`.
         alpha: the weight of the slow average, at least 0.
-        beta3_warmup, alpha_warmup: :math:`T_{\beta_3}` and :math:`T_\alpha`, in steps, above 0; 1 is no warm-up.
+        beta3_warmup, alpha_warmup: :math:`T_{\beta_3}` and :math:`T_\alpha`, in steps, above 0; 1 disables warm-up.
     """
 
     betas: tuple[float, float, float] = hyper((0.9, 0.999, 0.9999), ge=0, lt=1, role=(*MOMENTS, None))
@@ -201,14 +201,14 @@ class ScaleByAdEMAMix(Transform):
 
 @dataclass(frozen=True)
 class CorrectedDecay(DecayWeights):
-    r"""Decoupled weight decay in proportion to the learning rate of the moment, Defazio 2025 (arXiv:2506.02285), Algorithm 1.
+    r"""Decoupled weight decay proportional to the current learning rate, Defazio 2025 (arXiv:2506.02285), Algorithm 1.
 
     .. math:: u + \lambda \frac{\gamma_t}{\gamma_{\max}} p \qquad \gamma_t = \mathrm{lr} \min(1, t / (N + 1))
 
-    The learning rate multiplies this, so that a step decays by :math:`\gamma_t^2 \lambda / \gamma_{\max}`.
+    The result is multiplied by the learning rate, so a step decays by :math:`\gamma_t^2 \lambda / \gamma_{\max}`.
 
     Args:
-        lr, warmup_steps: the learning rate and ``N``, as :class:`hbcore.rules.stages.ScaleByLr` has them.
+        lr, warmup_steps: the learning rate and ``N``, as in :class:`hbcore.rules.stages.ScaleByLr`.
         max_lr: :math:`\gamma_{\max}`, above 0.
     """
 

@@ -1,7 +1,7 @@
-"""Random bits that depend on a seed and an element's index and on nothing else, and rounding with them.
+"""Random bits that depend only on a seed and an element's index, and stochastic rounding.
 
 Elementwise integer arithmetic, so it traces like a rule. Every backend, device and rank draws the same bits for the same
-element, and the global generators are never touched.
+element, and the global generators are never used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def noise_key(seed_key: str, name: str, step: int) -> int:
-    """63 bits from what tells one draw from another: seed and parameter, slot, step. The same on every rank."""
+    """A 63-bit key for one draw, from seed and parameter, slot and step. The same on every rank."""
     digest = hashlib.blake2b(f"{seed_key}/{name}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -31,15 +31,15 @@ def philox4x32(seed: Tensor | int, counter: Tensor) -> tuple[Tensor, Tensor, Ten
         (\mathrm{hi}(B c_2) \oplus c_1 \oplus k_0,\; \mathrm{lo}(B c_2),\;
         \mathrm{hi}(A c_0) \oplus c_3 \oplus k_1,\; \mathrm{lo}(A c_0))
 
-    ten times, each time with the keys :math:`k_0, k_1` raised by Weyl's constants. Counter and key are laid out as in
-    Triton's ``tl.randint4x(seed, offset)`` with int64 offsets, whose result this equals bit for bit.
+    for ten rounds, adding the Weyl constants to the keys :math:`k_0, k_1` after each. Counter and key are laid out as in
+    Triton's ``tl.randint4x(seed, offset)`` with int64 offsets, and the results are equal bit for bit.
 
     Args:
-        seed: the key, taken modulo 2^64: a number, or an int64 tensor.
-        counter: int32 or int64, any shape; each value gives 128 bits of its own.
+        seed: the key, modulo 2^64: a number or an int64 tensor.
+        counter: int32 or int64, any shape; each value yields 128 bits.
 
     Returns:
-        Four int64 tensors of ``counter``'s shape with 32 random bits each, as numbers in [0, 2^32).
+        Four int64 tensors of ``counter``'s shape with 32 random bits each, in [0, 2^32).
     """
     a, b = _MULTIPLIERS
     counter = counter.to(torch.int64)
@@ -54,44 +54,44 @@ def philox4x32(seed: Tensor | int, counter: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def stochastic_round_bf16(x: Tensor, random_bits: Tensor) -> Tensor:
-    r"""``x`` (float32) rounded to one of its two neighbours in bfloat16, so that the mean over the bits is ``x``.
+    r"""``x`` (float32) rounded to one of its two bfloat16 neighbours, with expectation ``x`` over the random bits.
 
     .. math:: \lfloor (\mathrm{bits}(x) + r) / 2^{16} \rfloor, \qquad r \sim U\{0, \dots, 2^{16} - 1\}
 
-    A bfloat16 comes back as it is. Beyond the largest bfloat16, finite numbers come back as that one: never as inf, which
-    would be the mean of nothing. NaN stays NaN.
+    Exact bfloat16 values are unchanged. Finite values beyond the largest bfloat16 round to it, never to inf, which would make
+    the expectation infinite. NaN stays NaN.
 
     Args:
         x: float32, any shape.
         random_bits: integers in [0, 2^16), of ``x``'s shape: half of one of :func:`philox4x32`'s tensors.
     """
     bits = torch.where(torch.isnan(x), 0x7FC00000, x.view(torch.int32))
-    # From the largest bfloat16 on, a carry would run into the exponent of inf; inf and NaN have no low bits to round.
+    # From the largest bfloat16 on, a carry would produce inf; inf and NaN must not be dithered.
     dither = torch.where((bits & 0x7FFFFFFF) < 0x7F7F0000, random_bits.to(torch.int32), 0)
     return ((bits + dither) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def _product(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """The high and the low 32 bits of a 32-bit product, in two steps of 48 bits: int64 may not overflow, nor is it unsigned."""
+    """High and low 32 bits of a 32 x 32-bit product, from two 48-bit products: one 64-bit product would overflow int64."""
     upper, lower = x * (constant >> 16), x * (constant & 0xFFFF)
     return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _LOW
 
 
 def bits(keys: Tensor, numel: int, device: torch.device) -> Tensor:
-    """Sixteen random bits for each element of each row: int32 ``[rows, numel]`` in [0, 2^16), for one int64 key a row."""
+    """Sixteen random bits per element, int32 ``[rows, numel]`` in [0, 2^16), from one int64 key per row."""
     index = torch.arange(numel, device=device)
     return (philox4x32(keys.to(device)[:, None], index)[0] & 0xFFFF).to(torch.int32)
 
 
 def uniform(keys: Tensor, numel: int, device: torch.device) -> Tensor:
-    """Uniform numbers in [0, 1): float32 ``[rows, numel]`` for one int64 key a row, four from each draw of Philox."""
+    """Uniform numbers in [0, 1), float32 ``[rows, numel]``, from one int64 key per row; each Philox call yields four."""
     index = torch.arange((numel + 3) // 4, device=device)
     drawn = torch.stack(philox4x32(keys.to(device)[:, None], index), dim=-1)
     return ((drawn >> 8).to(torch.float32) * 2.0**-24).flatten(1)[:, :numel]
 
 
 def normal(keys: Tensor, numel: int, device: torch.device) -> Tensor:
-    r"""Standard normal numbers, float32 ``[rows, numel]``, for one int64 key a row: Box and Muller 1958.
+    r"""Standard normal numbers, float32 ``[rows, numel]``, from one int64 key per row: Box and Muller 1958.
 
     .. math:: \sqrt{-2 \ln u_1} \cos 2 \pi u_2, \quad \sqrt{-2 \ln u_1} \sin 2 \pi u_2
     """

@@ -1,4 +1,4 @@
-"""The few formulas that most rules are written with. Pure, elementwise, any floating dtype."""
+"""Formulas shared by most rules. Pure, elementwise, any floating dtype."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Scalar: TypeAlias = "Tensor | float"
-"""A hyperparameter: a plain number where optimizers are built, a 0-d float64 tensor inside ``update``."""
+"""A hyperparameter: a plain number at construction, a 0-d float64 tensor inside ``update``."""
 
 
 def ema(old: Tensor, new: Tensor, beta: Scalar) -> Tensor:
@@ -17,14 +17,14 @@ def ema(old: Tensor, new: Tensor, beta: Scalar) -> Tensor:
 
 
 def debiased(old: Tensor, new: Tensor, beta: Scalar, step: Tensor) -> tuple[Tensor, Tensor]:
-    """The moving average, and the same freed of its bias towards the zero it started from.
+    """The moving average, raw and corrected for its initialisation at zero.
 
     ``m = beta m + (1 - beta) x`` and ``m / (1 - beta^t)``: Kingma and Ba 2015 (arXiv:1412.6980), Algorithm 1.
     """
     average = ema(old, new, beta)
-    return average, average * (1 / (1 - beta**step))  # the quotient is one number for the step: elements only multiply
+    return average, average * (1 / (1 - beta**step))  # the reciprocal is a scalar: elements only multiply
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a parameter of ``dtype`` is updated in: float64 for float64 and pairs of them, float32 for everything else."""
+    """The dtype a parameter of ``dtype`` is updated in: float64 for float64 and complex128, float32 otherwise."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32

@@ -1,4 +1,4 @@
-"""The decay of the second moment that rises with the step, as PaLM had it."""
+"""PaLM's second-moment decay rate, which increases with the step."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from hbcore.rules.numerics import Scalar
 from hbcore.rules.transform import Bounds, Transform, check_bounds
 
 SCALE = Bounds(gt=0, le=1)
-"""What ``beta2_scale`` may be: above 1 the average would stop following the gradients."""
+"""Bounds of ``beta2_scale``: above 1 the average would stop following the gradients."""
 
 
 class RisingDecay:
-    r"""The number :math:`\beta_2(t) = 1 - t^{-s}`, Chowdhery et al. 2022 (arXiv:2204.02311), section 5; Shazeer and Stern 2018.
+    r"""The decay rate :math:`\beta_2(t) = 1 - t^{-s}`, from Chowdhery et al. 2022 (arXiv:2204.02311), section 5.
 
-    It stands where a rule has its :math:`\beta_2`, and rules are written as always. The moving average begins with the first
-    gradient alone, as :math:`\beta_2(1) = 0`. So it has no bias towards zero, and what a rule would correct that by,
-    :math:`1 - \prod_{i \le t} \beta_2(i)`, written ``1 - beta ** step`` for a constant rate, is 1.
+    Also in Shazeer and Stern 2018, Adafactor.
+
+    Replaces a rule's :math:`\beta_2`; the rule itself needs no changes. Since :math:`\beta_2(1) = 0`, the moving average starts
+    from the first gradient alone and has no bias towards zero. The rule's correction,
+    :math:`1 - \prod_{i \le t} \beta_2(i)` (written ``1 - beta ** step`` for a constant rate), is therefore 1.
 
     Args:
         step: ``t``, 0-d float64, at least 1.
@@ -33,16 +35,16 @@ class RisingDecay:
 
     @property
     def _gap(self) -> Any:
-        """Computed when it is used: the tensors may be filled anew for every step."""
+        """Computed on use: the tensors may be refilled every step."""
         step, scale = self.inputs
         return step**-scale
 
     def plain(self) -> Any:
-        """The number itself."""
+        """The decay rate as an ordinary scalar."""
         return 1 - self._gap
 
     def __rsub__(self, other: Any) -> Any:
-        return other - 1 + self._gap  # nothing cancels in 1 - beta
+        return other - 1 + self._gap  # avoids cancellation in 1 - beta
 
     def __pow__(self, step: Any) -> Any:
         return 0 * self._gap
@@ -59,22 +61,22 @@ class RisingDecay:
 
 
 def raised(rule: Iterable[Transform], step: Scalar, scale: Scalar) -> tuple[Transform, ...]:
-    """The rule with a rising decay in the place of every decay rate of a second moment."""
+    """The rule with every second-moment decay rate replaced by a rising one."""
     decay = RisingDecay(step, scale)
     return roles.replaced(rule, "second_moment", lambda _: decay)
 
 
 def check(rule: Sequence[Transform], scale: Any) -> None:
-    """Look whether ``palm=True`` can act on a rule.
+    """Check that ``palm=True`` applies to a rule.
 
     Raises:
         HyperparameterError: ``scale`` is outside its bounds.
-        OptionError: no hyperparameter is declared as the decay rate of a second moment.
+        OptionError: no hyperparameter has the role ``"second_moment"``.
     """
     check_bounds("beta2_scale", scale, SCALE)
     if next(roles.values(rule, "second_moment"), None) is None:
         known = ", ".join(dict.fromkeys(name for t in rule for name, _, _ in t.hypers())) or "none"
         raise OptionError(
-            "palm=True lets the decay rate of the second moment rise, and no hyperparameter of this rule is declared as one "
+            "palm=True schedules the decay rate of the second moment, but no hyperparameter of this rule is declared "
             f"with hyper(..., role='second_moment'); it has {known}. Pass palm=False."
         )

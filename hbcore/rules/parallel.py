@@ -1,4 +1,4 @@
-"""Several chains side by side, and one update made of what they return: for grafting and for mixtures."""
+"""Chains run in parallel on one update and merged into one, for grafting and mixtures."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hbcore.rules.transform import Bounds, Context, Domain, Slot, State, Transfo
 from hbcore.rules.views import Block
 
 Merge = Callable[[Sequence[Tensor], Context], Tensor]
-"""The branches' updates and the context -> one update. Pure, as a rule's ``update``."""
+"""The branches' updates and the context -> one update. Pure, like a rule's ``update``."""
 
 
 def graft(updates: Sequence[Tensor], c: Context) -> Tensor:
-    r"""The size of the first update in the direction of the second, Agarwal et al. 2020 (arXiv:2002.11803).
+    r"""The norm of the first update in the direction of the second, Agarwal et al. 2020 (arXiv:2002.11803).
 
-    .. math:: u = \frac{\lVert u_1 \rVert}{\lVert u_2 \rVert} u_2 \qquad \text{in each tensor; zero where } u_2 = 0
+    .. math:: u = \frac{\lVert u_1 \rVert}{\lVert u_2 \rVert} u_2 \qquad \text{per tensor; zero where } u_2 = 0
     """
     size, direction = updates
     norm = c.norm(direction)
@@ -30,23 +30,23 @@ def graft(updates: Sequence[Tensor], c: Context) -> Tensor:
 
 @dataclass(frozen=True)
 class Parallel(Transform):
-    """Run each branch on the same update, and merge what they return.
+    """Run each branch on the same update and merge the results.
 
     ::
 
         def chain(h):
             return (Parallel(((ScaleByAdam(h.betas, h.eps),), (ScaleByLion(h.betas),)), merge=graft),)
 
-    A branch's slot ``x`` is kept as ``branch0.x``. Branches of one lane stay one kernel. With a matrix rule among them, all of
-    it runs as one: elementwise rules beside it see the stack.
+    A branch's slot ``x`` is stored as ``branch0.x``. Elementwise branches share one kernel. If a branch contains a matrix rule,
+    the whole transform runs as one: elementwise rules in any branch then see the stack.
 
     Args:
-        branches: chains of transforms; an empty one hands the update on as it is.
-        merge: a module-level function of the updates, in order, and the context: :func:`graft`, or your own. It may reduce over
-            the tensor.
+        branches: chains of transforms; an empty one passes the update through.
+        merge: a module-level function of the updates, in order, and the context: :func:`graft`, or your own. It may reduce
+            over the tensor.
 
     Raises:
-        RuleError: there are no two branches, or two matrix rules, or a rule that no branch can have.
+        RuleError: fewer than two branches, more than one matrix rule, or a rule that is not allowed in a branch.
     """
 
     branches: tuple[tuple[Transform, ...], ...]
@@ -61,11 +61,11 @@ class Parallel(Transform):
             raise RuleError(f"Parallel has {len(self.branches)} branches; it takes two or more.")
         if unfit := [t.name for t in inner if isinstance(t, Route) or t.domain == Domain.MODEL or t.stage != self.stage]:
             raise RuleError(
-                f"Parallel: {', '.join(unfit)} cannot be in a branch, which is for rules of the stage 'rule' that see no more "
-                "than a tensor; put a Route around Parallel, and clips into options."
+                f"Parallel: {', '.join(unfit)} cannot be in a branch, which takes rules of the stage 'rule' whose domain is at "
+                "most one tensor; put a Route around Parallel, and pass clips as options."
             )
         if unfit := [t.name for t in inner if t.owns_apply or t.primes]:
-            raise RuleError(f"Parallel: {', '.join(unfit)} cannot be in a branch: it moves the parameter itself, or primes.")
+            raise RuleError(f"Parallel: {', '.join(unfit)} cannot be in a branch: it applies its update itself, or primes.")
         if sum(t.domain == Domain.MATRIX for t in inner) > 1:
             raise RuleError("Parallel takes one matrix rule, in one of its branches; two would see the parameter differently.")
         if self._matrix is not None:
@@ -109,7 +109,7 @@ class Parallel(Transform):
 
 
 class Prefixed(Mapping[str, Tensor]):
-    """A branch's own slots, under the names that its rules know."""
+    """One branch's slots, without the branch's prefix."""
 
     def __init__(self, state: State, prefix: str) -> None:
         self._state, self._prefix = state, prefix

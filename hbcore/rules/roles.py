@@ -1,7 +1,7 @@
-"""What a hyperparameter is to its rule, whatever it is called: declared with ``hyper(..., role=...)``, read by the options.
+"""Hyperparameter roles, declared with ``hyper(..., role=...)`` and read by the shared options.
 
 ``palm=True`` needs the decay rate of the second moment, ``mars=True`` that of the first, and the engine inserts decoupled
-weight decay unless a rule has its own. A name does not decide: one rule's ``alpha`` is the decay rate of its second moment,
+weight decay unless a rule has its own. Names are not enough: one rule's ``alpha`` is the decay rate of its second moment,
 another's a mixing weight.
 """
 
@@ -50,7 +50,7 @@ def _replaced(t: Transform, role: Role, change: Callable[[Any], Any]) -> Transfo
 
 
 def _walked(value: Any, role: Role, change: Callable[[Any], Any]) -> Any:
-    """A field without a role. It may hold transforms: an inner rule, the branches of a fork."""
+    """Handle a field without a role; it may hold transforms (an inner rule, the branches of a fork)."""
     if isinstance(value, Transform):
         return _replaced(value, role, change)
     if not isinstance(value, tuple):
@@ -68,7 +68,7 @@ def _inner(value: Any) -> Iterator[Transform]:
 
 
 def _roles(f: Field[Any]) -> Any:
-    """The role of a field, or one for each number of a tuple; None for a field without."""
-    if "hyper" in f.metadata and f.name == "weight_decay":  # rules written for API 1.2 and before declare no role
+    """The role of a field, or one for each number of a tuple; None if it has none."""
+    if "hyper" in f.metadata and f.name == "weight_decay":  # rules written for API 1.2 or earlier declare no role
         return f.metadata["role"] or "weight_decay"
     return f.metadata.get("role")

@@ -14,7 +14,7 @@ Predicate = Callable[[Tensor], bool]
 
 
 def is_matrix(param: Tensor) -> bool:
-    """Whether a parameter has two dimensions or more that are larger than 1."""
+    """Whether a parameter has at least two dimensions larger than 1."""
     return sum(n > 1 for n in param.shape) > 1
 
 
@@ -22,10 +22,10 @@ def is_matrix(param: Tensor) -> bool:
 class Route(Transform):
     """A fork in a chain: parameters for which ``when`` holds go through ``then``, the others through ``otherwise``.
 
-    Never runs by itself: :func:`resolve` puts one of its branches in its place before anything is traced.
+    Never runs itself: :func:`resolve` replaces it with one of its branches before tracing.
 
     Args:
-        when: a module-level function of the parameter, whose shape and dtype it may look at.
+        when: a module-level predicate on the parameter's shape and dtype.
         then, otherwise: the transforms of each branch.
     """
 
@@ -54,7 +54,7 @@ def resolve(chain: Iterable[Transform], branches: Iterable[bool]) -> tuple[Trans
 
 
 def every(chain: Iterable[Transform]) -> Iterator[Transform]:
-    """Every transform that some parameter may meet, forks themselves left out."""
+    """Every transform of every branch, without the forks themselves."""
     for t in chain:
         if isinstance(t, Route):
             yield from every((*t.then, *t.otherwise))
@@ -63,7 +63,7 @@ def every(chain: Iterable[Transform]) -> Iterator[Transform]:
 
 
 def branches(chain: Iterable[Transform], param: Tensor) -> tuple[bool, ...]:
-    """Which way ``param`` takes at each fork that it meets."""
+    """The branch ``param`` takes at each fork it reaches."""
     taken: list[bool] = []
     for t in chain:
         if isinstance(t, Route):

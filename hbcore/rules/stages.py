@@ -1,7 +1,7 @@
-"""What the shared options insert around a rule, and the one order in which it all happens.
+"""Transforms inserted by the shared options, and the order of all stages.
 
-A flag inserts a transform; it never changes another one, so turning a flag on at resume adds its slots and touches no other
-state. :data:`ORDER` is the whole truth about who comes first, and one test pins it.
+An option inserts a transform and never changes another one, so enabling it on resume adds its slots and leaves other state
+alone. :data:`ORDER` alone defines the order; a test pins it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def arrange(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
 
 @dataclass(frozen=True)
 class CoupleDecay(Transform):
-    """L2 regularisation: ``g + weight_decay * p`` before the rule sees the gradient, as torch.optim.SGD and Adam have it."""
+    """L2 regularisation: ``g + weight_decay * p`` before the rule sees the gradient, as in torch.optim.SGD and Adam."""
 
     weight_decay: float = hyper(0.0, ge=0, role="weight_decay")
     name = "couple_decay"
@@ -49,7 +49,7 @@ class CoupleDecay(Transform):
 
 @dataclass(frozen=True)
 class Caution(Transform):
-    r"""Keep only the elements of the update that agree in sign with the gradient, and scale them up to make good.
+    r"""Keep only the elements of the update that agree in sign with the gradient, and rescale them to compensate.
 
     .. math:: \phi = \mathbb 1[u \cdot g > 0] \qquad u \leftarrow u\,\phi / \max(\overline{\phi}, 10^{-3})
 
@@ -112,11 +112,11 @@ class Apply(Transform):
 
 @dataclass(frozen=True)
 class ParameterEMA(Transform):
-    r"""A moving average of the weights themselves, Polyak and Juditsky 1992; the training does not see it.
+    r"""A moving average of the weights themselves, Polyak and Juditsky 1992; training does not use it.
 
     .. math:: a_t = (1 - d)\, a_{t-1} + d\, p_t \qquad \text{read as } a_t / (1 - (1 - d)^t)
 
-    One that is turned on later, as a checkpoint is resumed, has the weights of then for its past.
+    If enabled on resume, the average starts from the current weights.
     """
 
     ema_decay: float = hyper(0.001, ge=0, le=1)
@@ -133,5 +133,5 @@ class ParameterEMA(Transform):
         return {"param_ema": param * (1 - (1 - self.ema_decay) ** step)}
 
     def average(self, s: State, step: Tensor) -> Tensor:
-        """The average, freed of its bias towards the zero that it started from."""
+        """The average, corrected for its initialisation at zero."""
         return s["param_ema"] / (1 - (1 - self.ema_decay) ** step).to(s["param_ema"].dtype)

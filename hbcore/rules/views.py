@@ -1,4 +1,4 @@
-"""How a parameter of any shape is seen as a stack of matrices. Pure functions of shapes."""
+"""How a parameter of any shape is viewed as stacks of matrices. Pure functions of shapes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Block(NamedTuple):
-    """A run of a parameter's elements, in row-major order, that is ``batch`` blocks of one shape, one after the other."""
+    """A run of a parameter's elements in row-major order: ``batch`` consecutive blocks of one shape."""
 
     start: int
     batch: int
@@ -16,14 +16,14 @@ class Block(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """How many elements the run has."""
+        """The number of elements in the run."""
         return self.batch * math.prod(self.shape)
 
 
 def matrix_view(
     shape: Sequence[int], merge_dims: bool | int = True, split: Sequence[int] = (), batch_dims: int = 0
 ) -> tuple[Block, ...]:
-    """Cut a parameter into stacks of blocks, without moving an element.
+    """Cut a parameter into stacks of blocks without moving elements.
 
     ============================  ==================================  ==========================================
     parameter                     arguments                           blocks
@@ -38,21 +38,21 @@ def matrix_view(
     ============================  ==================================  ==========================================
 
     Args:
-        shape: the parameter's.
-        merge_dims: True joins all dimensions after the first; a number joins those after the first, from the last on, while
-            their product stays within it, and dimensions of size 1 disappear among them; False joins none.
-        split: how many rows (of the first dimension after the batch) each block has; their sum is all rows.
-        batch_dims: how many leading dimensions count blocks.
+        shape: the parameter's shape.
+        merge_dims: True merges all dimensions after the first; an integer merges them from the last one backwards while their
+            product does not exceed it, and drops dimensions of size 1; False merges none.
+        split: the number of rows (of the first dimension after the batch) of each block; must add up to all rows.
+        batch_dims: the number of leading dimensions that index blocks.
 
     Returns:
-        The blocks; neighbours of one shape share a run.
+        The blocks; consecutive blocks of equal shape share a run.
 
     Raises:
         ValueError: ``split`` does not add up, or there are fewer dimensions than ``batch_dims``.
     """
     shape = tuple(shape)
     if batch_dims > len(shape):
-        raise ValueError(f"batch_dims={batch_dims} of a parameter of shape {shape}")
+        raise ValueError(f"batch_dims={batch_dims} exceeds the dimensions of a parameter of shape {shape}")
     count, inner = math.prod(shape[:batch_dims]), shape[batch_dims:]
     if not split:
         return (Block(0, count, merged(inner, merge_dims)),)
@@ -62,17 +62,17 @@ def matrix_view(
     for i in range(count):
         start = i * math.prod(inner)
         for rows in split:
-            piece = merged((rows, *inner[1:]), merge_dims)
-            if blocks and blocks[-1].shape == piece:
+            block_shape = merged((rows, *inner[1:]), merge_dims)
+            if blocks and blocks[-1].shape == block_shape:
                 blocks[-1] = blocks[-1]._replace(batch=blocks[-1].batch + 1)
             else:
-                blocks.append(Block(start, 1, piece))
+                blocks.append(Block(start, 1, block_shape))
             start += rows * math.prod(inner[1:])
     return tuple(blocks)
 
 
 def merged(shape: Sequence[int], merge_dims: bool | int) -> tuple[int, ...]:
-    """``shape`` with dimensions joined as :func:`matrix_view` says."""
+    """``shape`` with dimensions merged as in :func:`matrix_view`."""
     if merge_dims is True:
         return (shape[0], math.prod(shape[1:])) if len(shape) > 2 else tuple(shape)
     if merge_dims is False:

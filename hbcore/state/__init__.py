@@ -1,1 +1,1 @@
-"""What an optimizer remembers: codecs, step counters, and checkpoints that come back exactly as they were."""
+"""Optimizer state: slots and their codecs, and step counters."""

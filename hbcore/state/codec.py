@@ -1,7 +1,7 @@
-"""How a logical slot is stored. A codec is the only thing that decides what bytes a state tensor is made of.
+"""How logical slots are stored. The codec alone determines the bytes of a state tensor.
 
 ``read`` and ``write`` are pure elementwise functions, so they trace into the same kernel as the rule: compressing a slot
-costs no extra pass over memory. The engine copies what ``write`` returns into the stored tensors, and nothing else mutates.
+costs no extra pass over memory. The engine copies the result of ``write`` into the stored tensors; nothing else mutates them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class StateCodec(Protocol):
 
     @property
     def name(self) -> str:
-        """What checkpoints record: ``"plain"``, ``"cast:bfloat16"``, ``"bf16+8"``."""
+        """The name that checkpoints record: ``"plain"``, ``"cast:bfloat16"``, ``"bf16+8"``."""
 
     @property
     def rounds(self) -> bool:
@@ -45,7 +45,7 @@ class StateCodec(Protocol):
 
 @dataclass(frozen=True)
 class Cast:
-    """One tensor a slot, of ``storage`` dtype; float64 parameters keep float64 state whatever ``storage`` says."""
+    """One tensor per slot, of ``storage`` dtype; float64 parameters always keep float64 state."""
 
     storage: torch.dtype = torch.float32
 
@@ -68,7 +68,7 @@ class Cast:
 
 
 def narrowed(value: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
-    """``value`` in ``dtype``; rounded stochastically if that is bfloat16 and there is noise."""
+    """``value`` in ``dtype``; rounded stochastically if ``dtype`` is bfloat16 and noise is given."""
     if noise is None or dtype != torch.bfloat16:
         return value.to(dtype)
     return stochastic_round_bf16(value.to(torch.float32), noise)
@@ -82,15 +82,15 @@ def cast_codec(storage: str | torch.dtype) -> Cast:
     """
     dtype = getattr(torch, storage, None) if isinstance(storage, str) else storage
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise OptionError(f"storage_dtype={storage!r} is no floating dtype; pass 'float32', 'bfloat16' or 'float16'.")
+        raise OptionError(f"storage_dtype={storage!r} is not a floating dtype; pass 'float32', 'bfloat16' or 'float16'.")
     return Cast(dtype)
 
 
 def codec_of(slot: Slot, codec: StateCodec) -> StateCodec:
-    """How a slot is stored by an optimizer whose codec is ``codec``."""
+    """The codec that stores a slot in an optimizer with codec ``codec``."""
     return Cast() if slot.exact else codec
 
 
 def part_name(name: str, k: int, runs: int) -> str:
-    """The state's name for a slot of run ``k`` of a parameter that a matrix rule cuts into ``runs``."""
+    """The state key of a slot for run ``k`` of a parameter that a matrix rule cuts into ``runs``."""
     return name if runs == 1 else f"{name}@{k}"

@@ -1,4 +1,4 @@
-"""What a parameter's state consists of: the tensors that its chain and codec ask for, known without a step."""
+"""The state tensors a parameter will have, derived from its chain and codec without taking a step."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hbcore.state.codec import Cast, StateCodec, codec_of, part_name
 
 
 class Logical(NamedTuple):
-    """One slot of a parameter, before a codec cuts it into stored tensors.
+    """One slot of a parameter, before a codec splits it into stored tensors.
 
     Attributes:
-        rule: the transform that it belongs to.
+        rule: the transform that owns it.
         name: its name; ``slot@k`` for run ``k`` of a parameter that a matrix rule cuts into several.
-        shape: of a matrix rule's slot the run's, ``[count, *slot.shape]`` unless the run is one block.
-        matrix: whether a matrix rule has it; others lie in memory as their parameter does.
+        shape: its shape; for a matrix rule, that of the run: ``[count, *slot.shape]``, or ``slot.shape`` for a single block.
+        matrix: whether a matrix rule owns it; other slots share their parameter's memory layout.
     """
 
     rule: str
@@ -36,7 +36,7 @@ class Logical(NamedTuple):
         return self.codec.parts(self.name, compute_dtype(param.dtype))
 
     def blank(self, param: Tensor) -> dict[str, Tensor]:
-        """The stored tensors as they are before the first step, whole, on the parameter's device."""
+        """The stored tensors before the first step, unsharded, on the parameter's device."""
         dtype, device = compute_dtype(param.dtype), param.device
         parts = {part: torch.zeros(self.shape, dtype=d, device=device) for part, d in self.parts(param).items()}
         if not self.fill:
@@ -47,7 +47,7 @@ class Logical(NamedTuple):
 def expected(
     chain: Iterable[Transform], param: Tensor, codec: StateCodec, param_codec: StateCodec | None = None
 ) -> list[Logical]:
-    """Every slot of ``param``, in the chain's order, and what ``param_codec`` keeps beside it."""
+    """Every slot of ``param`` in chain order, preceded by the extra tensors of ``param_codec``."""
     slots: list[Logical] = []
     if param_codec is not None and param_codec.parts("param", torch.float32)["param"] == param.dtype:
         kept = {n: d for n, d in param_codec.parts("param", torch.float32).items() if n != "param"}

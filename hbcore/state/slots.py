@@ -1,7 +1,7 @@
-"""``optimizer.state``: plain dicts to everybody, which also count how often somebody put something else into them.
+"""``optimizer.state``: dicts that also count their writes.
 
-The engine keeps pointers to state tensors between steps. Looking a thousand of them up again in each step, to see whether one
-was replaced, takes longer than launching the kernel; comparing one number does not.
+The engine keeps pointers to state tensors between steps. Checking a thousand dict entries per step for replaced tensors takes
+longer than launching the kernel; comparing one counter does not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Revision:
-    """How often a mapping, or one inside it, was written to."""
+    """Number of writes to a mapping or to the mappings inside it."""
 
     __slots__ = ("count",)
 
@@ -33,7 +33,7 @@ def _counted(method: F) -> F:
 
 
 class Slots(dict[Any, Any]):
-    """One parameter's state. Pickles, and deep-copies, as the plain dict that it is to everybody else."""
+    """One parameter's state. Pickles and deep-copies as a plain dict."""
 
     def __init__(self, revision: Revision, content: Mapping[Any, Any] | Iterable[Any] = ()) -> None:
         super().__init__(content)
@@ -53,7 +53,7 @@ class Slots(dict[Any, Any]):
 
 
 class StateMap(dict[Tensor, Slots]):
-    """Parameter -> its :class:`Slots`, which appear when they are first asked for, as in ``defaultdict(dict)``."""
+    """Parameter -> its :class:`Slots`, created on first access as in ``defaultdict(dict)``."""
 
     def __init__(self, content: Mapping[Tensor, Mapping[str, Any]]) -> None:
         super().__init__()
@@ -69,11 +69,11 @@ class StateMap(dict[Tensor, Slots]):
         super().__setitem__(param, Slots(self.revision, slots))
 
     def setdefault(self, param: Tensor, slots: Mapping[str, Any] | None = None) -> Slots:
-        """As of a dict."""
+        """Like ``dict.setdefault``."""
         return self[param] if param in self or slots is None else self._put(param, slots)
 
     def update(self, content: Mapping[Tensor, Mapping[str, Any]]) -> None:  # type: ignore[override]
-        """As of a dict, from a mapping."""
+        """Like ``dict.update``, from a mapping."""
         for param, slots in content.items():
             self[param] = slots
 
@@ -91,6 +91,6 @@ class StateMap(dict[Tensor, Slots]):
 
 
 def own(value: Any) -> Any:
-    """A tensor without the rest of the slab that it is a row of."""
+    """A copy of ``value`` if it is a tensor that views part of a larger storage; otherwise ``value``."""
     shares = isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.numel() * value.element_size()
     return value.clone() if shares else value

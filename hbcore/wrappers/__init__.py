@@ -1,1 +1,1 @@
-"""Optimizers made of optimizers, and gradient release."""
+"""Composite optimizers and gradient release."""

@@ -1,4 +1,4 @@
-"""Optimizers that are made of optimizers: one object, one list of param groups, one state dict."""
+"""Optimizers composed of optimizers: one object, one list of param groups, one state dict."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from hbcore.optimizer import Optimizer
 class Composite(torch.optim.Optimizer):
     """Several optimizers as one.
 
-    ``param_groups`` are the very dicts of the optimizers inside, so that schedulers, ``zero_grad`` and loggers see and change
-    what those read. A state dict has torch's layout, groups in the order of ``param_groups``.
+    ``param_groups`` holds the children's own dicts, so schedulers, ``zero_grad`` and loggers act on the children directly. The
+    state dict has torch's layout, with groups in the order of ``param_groups``.
 
     Args:
         children: hbcore optimizers that share no parameter.
 
     Attributes:
-        children: the same.
+        children: the optimizers.
     """
 
     requires_closure: ClassVar[bool] = False
-    """Whether ``step`` has to compute gradients by itself."""
+    """Whether ``step`` needs a closure to compute gradients."""
 
     def __init__(self, children: Iterable[Optimizer]) -> None:
         self.children = list(children)
@@ -40,7 +40,7 @@ class Composite(torch.optim.Optimizer):
 
     @property  # type: ignore[override]
     def state(self) -> MutableMapping[Tensor, dict[str, Any]]:
-        """Parameter -> its state, in whichever optimizer has it."""
+        """Parameter -> its state in the child that owns it."""
         return States(self)
 
     @state.setter
@@ -50,7 +50,7 @@ class Composite(torch.optim.Optimizer):
 
     @property
     def report(self) -> Report:
-        """How the last step ran, all optimizers together."""
+        """How the last step ran, over all children."""
         reports = [child.report for child in self.children]
         return Report(
             backend="+".join(sorted({part for r in reports for part in r.backend.split("+")})),
@@ -63,7 +63,7 @@ class Composite(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every optimizer; ``closure`` computes the loss anew and is called once."""
+        """Step every child; ``closure`` recomputes the loss and is called once."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -74,7 +74,7 @@ class Composite(torch.optim.Optimizer):
         return loss
 
     def train(self, mode: bool = True) -> Self:
-        """As of an optimizer, for all of them."""
+        """See :meth:`hbcore.optimizer.Optimizer.train`; applies to all children."""
         for child in self.children:
             child.train(mode)
         return self
@@ -85,10 +85,10 @@ class Composite(torch.optim.Optimizer):
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """As of an optimizer, for those that were built with ``use_ema=True``.
+        """See :meth:`hbcore.optimizer.Optimizer.ema_weights`; applies to children built with ``use_ema=True``.
 
         Raises:
-            OptionError: none was.
+            OptionError: no child was built with ``use_ema=True``.
         """
         keeping = [child for child in self.children if child.settings.use_ema]
         if not keeping:
@@ -99,36 +99,36 @@ class Composite(torch.optim.Optimizer):
             yield
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the optimizer that :meth:`child_for` names.
+        """Add a group to the child returned by :meth:`child_for`.
 
         Raises:
-            as of an optimizer.
+            HyperparameterError, ParameterError: as :meth:`hbcore.optimizer.Optimizer.add_param_group`.
         """
         if any(group is param_group for child in self.children for group in child.param_groups):
-            self.param_groups.append(param_group)  # torch's constructor, handing over what the children have
+            self.param_groups.append(param_group)  # torch's constructor adds the children's own groups
             return
         self._hand_over(self.child_for(param_group), param_group)
 
     def _hand_over(self, child: Optimizer, param_group: dict[str, Any]) -> None:
-        """Add a group to one of the optimizers, which may make several of it."""
+        """Add a group to one child, which may split it into several."""
         before = len(child.param_groups)
         child.add_param_group(param_group)
         self.param_groups.extend(child.param_groups[before:])
 
     def child_for(self, param_group: Mapping[str, Any]) -> Optimizer:
-        """The optimizer that takes a new group: the last one."""
+        """The child that takes a new group: the last one."""
         return self.children[-1]
 
     def state_dict(self) -> dict[str, Any]:
-        """As of an optimizer: whole, plain data, in torch's layout."""
+        """See :meth:`hbcore.optimizer.Optimizer.state_dict`: complete, plain data, in torch's layout."""
         return save.with_hooks(self, self._merged)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """As of an optimizer: exactly, matched by name within each group, all or nothing.
+        """See :meth:`hbcore.optimizer.Optimizer.load_state_dict`: exact, matched by name within each group, all or nothing.
 
         Raises:
-            CheckpointError: it does not fit; nothing was changed.
+            CheckpointError: the state dict does not fit; nothing was changed.
         """
         with load.hooks(self, state_dict) as given:
             contents = [load.read(child.core, part, strict) for child, part in self._parts(given)]
@@ -152,7 +152,7 @@ class Composite(torch.optim.Optimizer):
         return {"state": state, "param_groups": merged}
 
     def _parts(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Optimizer, dict[str, Any]]]:
-        """Each optimizer and its part of a state dict."""
+        """Each child and its part of a state dict."""
         self._hand_down()
         saved, state = state_dict.get("param_groups"), state_dict.get("state")
         if not isinstance(saved, (list, tuple)) or not isinstance(state, Mapping) or len(saved) != len(self.param_groups):
@@ -170,7 +170,7 @@ class Composite(torch.optim.Optimizer):
             yield child, {"state": {**{k: v for k, v in state.items() if k in keys}, **strangers}, "param_groups": groups}
 
     def _hand_down(self) -> None:
-        """Give the optimizers the group dicts that a wrapper may have put in the place of theirs."""
+        """Pass on group dicts that a wrapper may have substituted for the children's."""
         known = {id(group) for child in self.children for group in child.param_groups}
         if len(known) == len(self.param_groups) and all(id(group) in known for group in self.param_groups):
             return
@@ -191,7 +191,7 @@ class Composite(torch.optim.Optimizer):
 
 
 class States(MutableMapping[Tensor, dict[str, Any]]):
-    """The states of several optimizers as one mapping, which writes to the optimizer that has the parameter."""
+    """The children's states as one mapping; writes go to the child that owns the parameter."""
 
     def __init__(self, composite: Composite) -> None:
         self._children = composite.children

@@ -1,4 +1,4 @@
-"""Gradient release: each parameter is stepped inside backward, and its gradient freed before the next one is made."""
+"""Gradient release: step each parameter during backward and free its gradient before the next is computed."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from hbcore.wrappers.composite import Composite
 
 
 def hook_into_backward(model: nn.Module | Iterable[Tensor], optimizer: Optimizer | Composite) -> Release:
-    """Let ``loss.backward()`` step each parameter as soon as its gradient is there, and free that gradient.
+    """Let ``loss.backward()`` step each parameter as soon as its gradient is ready, then free the gradient.
 
-    The memory of all gradients becomes that of the largest. Call ``optimizer.step()`` after each backward as before, so that
-    schedulers count; it finds nothing left to do. A parameter's step is the same as in ``optimizer.step()``; a step counts once
-    for a group, however many parameters took it. Gradients cannot be accumulated over several backwards, clipped over the model
-    or unscaled afterwards. ``torch.func``'s transforms and ``retain_graph`` know nothing of this.
+    Gradient memory shrinks to that of the largest gradient. Still call ``optimizer.step()`` after each backward, so that
+    schedulers count; it has nothing left to do. A parameter's step is the same as in ``optimizer.step()``, and a group counts
+    one step however many of its parameters were stepped. Gradients cannot be accumulated over several backwards, clipped over
+    the model or unscaled afterwards. ``torch.func`` transforms and ``retain_graph`` are not supported.
 
     Args:
-        model: a module or parameters; those of them that the optimizer has and that are trained are hooked.
+        model: a module or parameters; trainable parameters that belong to the optimizer are hooked.
         optimizer: an optimizer, or several in a :class:`hbcore.SplitOpt`.
 
     Returns:
-        A handle whose ``remove()`` ends it; also a context manager.
+        A handle; ``remove()`` restores normal stepping. Also a context manager.
 
     Raises:
-        OptionError: a rule sees the whole model, or steps may be captured, or the optimizer steps in its own way (SAMWrapper).
-        ParameterError: the optimizer has none of the parameters, or one is spread over ranks.
+        OptionError: a rule needs the whole model, ``capturable=True``, or the optimizer needs a closure (SAMWrapper).
+        ParameterError: none of the parameters belong to the optimizer, or one is sharded over ranks.
     """
     if isinstance(optimizer, Composite) and optimizer.requires_closure:
-        raise OptionError(f"{type(optimizer).__name__} needs more than one backward for a step; it cannot be hooked into one.")
+        raise OptionError(f"{type(optimizer).__name__} needs more than one backward per step; it cannot be hooked into one.")
     asked = set(model.parameters() if isinstance(model, nn.Module) else model)
     release = Release(optimizer)
     for child in optimizer.children if isinstance(optimizer, Composite) else [optimizer]:
@@ -52,16 +52,16 @@ def hook_into_backward(model: nn.Module | Iterable[Tensor], optimizer: Optimizer
                 if p in asked and p.requires_grad:
                     release.hook(child, g, i, p)
     if not release.hooked:
-        raise ParameterError(f"{type(optimizer).__name__} has none of these parameters; pass the model that it was built for.")
+        raise ParameterError(f"{type(optimizer).__name__} has none of these parameters; pass the model it was built for.")
     return release
 
 
 class ParameterCore(OptimizerCore):
-    """An optimizer's core, narrowed to one parameter, which steps by itself: it shares state, chain, report and modes.
+    """An optimizer's core restricted to one parameter, which steps alone; shares state, chain, report and modes.
 
     Args:
-        core: the optimizer's.
-        g, i: the parameter's group, and its index there.
+        core: the optimizer's core.
+        g, i: the parameter's group and its index in that group.
     """
 
     def __init__(self, core: OptimizerCore, g: int, i: int) -> None:
@@ -69,7 +69,7 @@ class ParameterCore(OptimizerCore):
         self.whole, self.g, self.i = core, g, i
         self.report, self.modes, self.state = core.report, core.modes, core.state
         param = core.groups[g]["params"][i]
-        view: Any = ChainMap({"params": [param]}, core.groups[g])  # its numbers stay the group's present ones
+        view: Any = ChainMap({"params": [param]}, core.groups[g])  # reads the group's current hyperparameters
         self.groups = [view]
 
     def name_of(self, g: int, i: int) -> str:
@@ -81,7 +81,7 @@ class ParameterCore(OptimizerCore):
 
 @dataclass
 class Hooked:
-    """One parameter that steps by itself."""
+    """One parameter that steps alone."""
 
     optimizer: Optimizer
     group: int
@@ -89,10 +89,10 @@ class Hooked:
     core: ParameterCore | None = None
 
     def step(self, param: Tensor) -> GroupScalars:
-        """Step the parameter; return what its group then carries."""
+        """Step the parameter; return its group's scalars after the step."""
         whole = self.optimizer.core
         if not whole.modes.training or whole.modes.averaging:
-            raise RuleError(f"{whole.name}: backward with the weights to evaluate with; call optimizer.train().")
+            raise RuleError(f"{whole.name}: backward ran with the evaluation weights; call optimizer.train() first.")
         if self.core is None or self.core.state is not whole.state:
             self.core = ParameterCore(whole, self.group, self.index)
             self.core.plan = plan_for(self.core)
@@ -109,7 +109,7 @@ class Release:
     """The hooks of one call; see :func:`hook_into_backward`.
 
     Attributes:
-        hooked: the parameters.
+        hooked: the hooked parameters.
     """
 
     def __init__(self, optimizer: Optimizer | Composite) -> None:
@@ -120,16 +120,16 @@ class Release:
         self._handles: list[Any] = [optimizer.register_step_pre_hook(lambda *_: self._end_round())]
 
     def hook(self, optimizer: Optimizer, group: int, index: int, param: Tensor) -> None:
-        """Step ``param`` in every backward from now on."""
+        """Step ``param`` during every backward from now on."""
         if is_dtensor(param):
             raise ParameterError(
-                f"{optimizer.core.name_of(group, index)} is spread over ranks; gradient release needs whole ones."
+                f"{optimizer.core.name_of(group, index)} is sharded over ranks; gradient release needs unsharded parameters."
             )
         self.hooked[param] = Hooked(optimizer, group, index)
         self._handles.append(param.register_post_accumulate_grad_hook(self._take))  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
-        """Step in ``optimizer.step()`` again."""
+        """Remove the hooks: ``optimizer.step()`` steps the parameters again."""
         self._end_round()
         for handle in self._handles:
             handle.remove()
@@ -145,14 +145,14 @@ class Release:
 
     @torch.no_grad()
     def _take(self, param: Tensor) -> None:
-        if param in self._stepped:  # nobody called optimizer.step() since the last backward
+        if param in self._stepped:  # optimizer.step() was not called since the last backward
             self._end_round()
         hooked = self.hooked[param]
         self._carried[hooked.optimizer, hooked.group] = hooked.step(param)
         self._stepped.add(param)
 
     def _end_round(self) -> None:
-        """Commit what each group carries once for a backward, so that every parameter saw the same numbers."""
+        """Commit each group's scalars once per backward, so that every parameter saw the same ones."""
         for (optimizer, g), scalars in self._carried.items():
             optimizer.core.group_scalars[g] = dict(scalars)
         self._carried.clear()
@@ -163,6 +163,6 @@ def _check(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     seeing = [t.name for group in optimizer.param_groups for t in optimizer.core.chain.every(group) if t.domain == Domain.MODEL]
     if seeing:
-        raise OptionError(f"{name}: {seeing[0]} sees the whole model, of which backward has one gradient at a time.")
+        raise OptionError(f"{name}: {seeing[0]} needs the whole model, but backward has one gradient at a time.")
     if optimizer.settings.capturable:
-        raise OptionError(f"{name}: capturable=True and gradient release exclude each other; pass capturable=False.")
+        raise OptionError(f"{name}: gradient release does not support capturable=True; pass capturable=False.")

@@ -17,11 +17,11 @@ from hbcore.wrappers.composite import Composite
 
 Spec = Mapping[str, Any]
 ROUTING = ("optimizer", "match", "when", "params")
-"""The entries of a spec that are no keyword arguments of its optimizer."""
+"""The entries of a spec that are not keyword arguments of its optimizer."""
 
 
 class SplitOpt(Composite):
-    """Each parameter to one of several optimizers, by its name or by what it is; one optimizer object, one state dict.
+    """Route each parameter to one of several optimizers, by name or predicate; one optimizer object, one state dict.
 
     ::
 
@@ -31,21 +31,21 @@ class SplitOpt(Composite):
             {"optimizer": "AdamW", "lr": 1e-3},
         ])
 
-    A parameter goes to the first spec that takes it. ``repr`` prints who has what. What a rule takes from all parameters, as
-    MSAMLaProp does the norm of the momentum, it takes from those of its own optimizer.
+    A parameter goes to the first spec that matches it; ``repr`` shows the assignment. Model-wide quantities, such as
+    MSAMLaProp's norm of the momentum, are computed over each optimizer's own parameters.
 
     Args:
         params: parameters, named parameters or groups of them; or, without ``specs``, groups that each name their optimizer:
             ``[{"params": [...], "optimizer": "Muon", "lr": 0.02}, ...]``.
-        specs: dicts with ``"optimizer"``, a class or a name that :func:`hbcore.get` knows; either or none of ``"match"``, one
-            pattern or several with ``*`` for the parameter's name, and ``"when"``, a function of the parameter; and keyword
-            arguments of the optimizer.
-        **shared: keyword arguments of every optimizer that does not have its own.
+        specs: dicts with ``"optimizer"``, a class or a name that :func:`hbcore.get` accepts; optionally ``"match"``, one or
+            several ``*`` patterns for parameter names, and ``"when"``, a predicate on the parameter; and keyword arguments of
+            the optimizer.
+        **shared: keyword arguments for all optimizers; a spec's own take precedence.
 
     Raises:
-        ParameterError: no spec takes a parameter, a spec takes none, or a pattern meets parameters without names.
-        OptionError: a spec is incomplete, or asks for a clip over the whole model, of which each optimizer has a part.
-        RegistryError: there is no optimizer of that name.
+        ParameterError: a parameter matches no spec, a spec matches no parameter, or a pattern needs missing names.
+        OptionError: a spec is incomplete, or has a clip over the whole model, of which each optimizer sees only a part.
+        RegistryError: an optimizer's name is unknown.
     """
 
     def __init__(self, params: Any, specs: Sequence[Spec] | None = None, **shared: Any) -> None:
@@ -54,13 +54,13 @@ class SplitOpt(Composite):
         routed = self._route(groups) if specs is not None else [[{"params": group["params"]}] for group in groups]
         for i, spec in enumerate(self.specs):
             if not routed[i]:
-                raise ParameterError(f"SplitOpt: {spec} takes no parameter; drop it, or move it before the one that took its.")
+                raise ParameterError(f"SplitOpt: {spec} takes no parameter; drop it, or move it further up.")
         children = [spec.build(routed[i]) for i, spec in enumerate(self.specs)]
         self._refuse_global_clips(children)
         super().__init__(children)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; each of its parameters goes where one of the constructor's would have gone."""
+        """Add a group; its parameters are routed like those of the constructor."""
         if any(group is param_group for child in self.children for group in child.param_groups):
             super().add_param_group(param_group)
             return
@@ -70,7 +70,7 @@ class SplitOpt(Composite):
                 self._hand_over(child, group)
 
     def _route(self, groups: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """For each spec, its groups: those of ``groups``, with the parameters that it takes."""
+        """For each spec, ``groups`` restricted to the parameters it takes."""
         routed: list[list[dict[str, Any]]] = [[] for _ in self.specs]
         left: list[str] = []
         for group in groups:
@@ -112,13 +112,13 @@ class SplitOpt(Composite):
 
 
 class Routed:
-    """One spec: what it takes, and what it builds.
+    """One spec: matches parameters and builds their optimizer.
 
     Args:
-        index: its place.
-        spec: as the user wrote it.
-        shared: keyword arguments for where the spec has none.
-        closed: it has its parameters, and takes no others.
+        index: the spec's index.
+        spec: the spec as passed by the user.
+        shared: default keyword arguments.
+        closed: whether the spec lists its own parameters and takes no others.
     """
 
     def __init__(self, index: int, spec: Spec, shared: Mapping[str, Any], closed: bool) -> None:
@@ -128,7 +128,7 @@ class Routed:
         self.index, self.closed = index, closed
         self.cls: Any = registry.get(named) if isinstance(named, str) else named
         if not (isinstance(self.cls, type) and issubclass(self.cls, Optimizer)):
-            raise OptionError(f"SplitOpt: spec {index} has the optimizer {named!r}, which is no hbcore optimizer class.")
+            raise OptionError(f"SplitOpt: spec {index} has the optimizer {named!r}, which is not an hbcore optimizer class.")
         match: str | Iterable[str] | None = spec.get("match")
         self.match = None if match is None else (match,) if isinstance(match, str) else tuple(match)
         self.when: Callable[[Tensor], bool] | None = spec.get("when")
@@ -138,7 +138,7 @@ class Routed:
         return f"spec {self.index} ({self.cls.__name__})"
 
     def takes(self, name: str | None, param: Tensor) -> bool:
-        """Whether a parameter is for this optimizer."""
+        """Whether a parameter belongs to this optimizer."""
         if self.match is not None:
             if name is None:
                 raise ParameterError(f"SplitOpt: {self} matches names; pass model.named_parameters().")
@@ -147,7 +147,7 @@ class Routed:
         return not self.closed and (self.when is None or bool(self.when(param)))
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """The optimizer of its groups."""
+        """Build the optimizer for its groups."""
         optimizer: Optimizer = self.cls(groups, **self.options)
         return optimizer
 
@@ -163,6 +163,6 @@ def summary(groups: Iterable[Mapping[str, Any]], first: int = 4) -> str:
 
 
 def _groups(params: Any) -> list[dict[str, Any]]:
-    """Whatever an optimizer takes, as groups."""
+    """Any valid ``params`` argument, as groups."""
     checked = check_params("SplitOpt", params)
     return checked if isinstance(checked[0], dict) else [{"params": checked}]

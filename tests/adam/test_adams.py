@@ -194,7 +194,7 @@ def test_shared_options_train(options):
 
 def test_what_it_cannot_do_is_refused_by_name():
     p = nn.Parameter(torch.ones(3, 4))
-    with pytest.raises(OptionError, match="capturable=True is not to be had for spectral_decay"):
+    with pytest.raises(OptionError, match="capturable=True is not supported by spectral_decay"):
         Adams([p], capturable=True)
     with pytest.raises(OptionError, match="division_backend='eps_add' would need an eps"):
         Adams([p], division_backend="eps_add")

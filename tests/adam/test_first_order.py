@@ -23,7 +23,7 @@ def test_a_rule_agrees_with_its_oracle(cls, oracle, options, spelled, dtype):
     optimizer = cls(params, **options, compile="eager")
     run(optimizer, params, gradients(STEPS, dtype=dtype))
     assert distance(params, expected(oracle, options, spelled, dtype=dtype)) < TOLERANCE[dtype]
-    if cls is not SUDSAdamW:  # a matrix rule has a lane before it and one after it
+    if cls is not SUDSAdamW:  # a matrix rule has a segment before it and one after it
         assert optimizer.report.programs == 1 and not optimizer.report.reasons
 
 

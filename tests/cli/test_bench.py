@@ -294,9 +294,9 @@ def test_state_is_counted_by_storage() -> None:
         def __init__(self) -> None:
             self.codes, self.scale, self.me = torch.zeros(7, dtype=torch.int8), torch.zeros(1), self
 
-    p, slab = nn.Parameter(torch.zeros(5)), torch.zeros(4, 5)
+    p, rows = nn.Parameter(torch.zeros(5)), torch.zeros(4, 5)
     optimizer = torch.optim.SGD([p])
-    optimizer.state[p] = {"a": slab[0], "b": [slab[1], {"c": slab}], "q": Quantised(), "z": p.detach(), "n": 3, "f": print}
+    optimizer.state[p] = {"a": rows[0], "b": [rows[1], {"c": rows}], "q": Quantised(), "z": p.detach(), "n": 3, "f": print}
     assert memory.state_bytes(optimizer) == 4 * 20 + 7 + 4
 
 

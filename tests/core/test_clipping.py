@@ -203,10 +203,10 @@ def test_nan_is_not_hidden(name, backend):
 @pytest.mark.parametrize(
     ("value", "error", "words"),
     [
-        ("l2_clip", OptionError, r"gradient_clipping='l2_clip' is no clipping; pass one of l2_clip_, .*softsign_compress"),
-        (3, OptionError, "gradient_clipping=3 is no clipping"),
-        (("l2_clip_", 1.0, 2.0), OptionError, "is no clipping"),
-        (clipping.L2Clip, OptionError, "is no clipping"),
+        ("l2_clip", OptionError, r"gradient_clipping='l2_clip' is not a clip; pass one of l2_clip_, .*softsign_compress"),
+        (3, OptionError, "gradient_clipping=3 is not a clip"),
+        (("l2_clip_", 1.0, 2.0), OptionError, "is not a clip"),
+        (clipping.L2Clip, OptionError, "is not a clip"),
         (("trust_region_clip_", {"scle": 1.0}), OptionError, "no parameter 'scle'; it has bound, scale, lerp"),
         (("l2_clip_", 0.0), HyperparameterError, r"l2_clip_: threshold=0\.0 is outside \(0, inf\)"),
         (("l2_clip_", "1"), HyperparameterError, "threshold='1' is a str"),

@@ -25,7 +25,7 @@ def test_without_a_compiler_plain_torch_runs_and_one_warning_says_why(choice, no
     monkeypatch.setattr(fallback, "WORTH_COMPILING", 1)  # every model is a large one
     model, plain = mlp(), mlp()
     plain_optimizer = AdamW(plain.parameters(), caution=True, compile="eager")
-    half = [torch.nn.Parameter(torch.ones(4, dtype=torch.float64))]  # a second lane, which must not warn again
+    half = [torch.nn.Parameter(torch.ones(4, dtype=torch.float64))]  # a second segment, which must not warn again
     optimizer = AdamW([*model.parameters(), *half], caution=True, compile=choice)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -85,7 +85,7 @@ def test_a_size_that_first_gets_a_gradient_later_is_compiled_then_and_counted():
 
 
 def test_a_compilation_that_fails_later_leaves_no_step_half_done(monkeypatch):
-    """A size compiles when it first gets a gradient. If that fails, the lanes before it must not have moved yet."""
+    """A size compiles when it first gets a gradient. If that fails, earlier segments must not have been stepped yet."""
     shapes = [(4,), (200, 200)]
     params, plain = parameters(shapes), parameters(shapes)
     double, plain_double = [parameters([(3,)], torch.float64)[0] for _ in range(2)]

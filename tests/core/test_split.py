@@ -170,7 +170,7 @@ def test_modes_are_forwarded():
         ([{"optimizer": "Muon", "when": is_matrix}], ParameterError, "no spec takes 0.bias of shape .* neither match nor when"),
         ([{"optimizer": "Muon", "match": "x"}, {"optimizer": "SGD"}], ParameterError, r"spec 0 \(Muon\) takes no parameter"),
         ([{"lr": 1}], OptionError, "spec 0 must be a dict with an 'optimizer'"),
-        ([{"optimizer": torch.optim.SGD}], OptionError, "no hbcore optimizer class"),
+        ([{"optimizer": torch.optim.SGD}], OptionError, "not an hbcore optimizer class"),
         (
             [{"optimizer": "AdamW", "when": is_matrix, "gradient_clipping": "global_l2norm_clip"}, {"optimizer": "SGD"}],
             OptionError,

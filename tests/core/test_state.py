@@ -67,7 +67,7 @@ def test_a_migration_carries_older_state_over(trained, monkeypatch):
 
     monkeypatch.setattr(ScaleByAdam, "version", 2)
     other = AdamW(params, compile="eager")
-    with pytest.raises(CheckpointError, match=r"'adam' was saved at version 1, installed is version 2"):
+    with pytest.raises(CheckpointError, match=r"'adam' was saved at version 1, version 2 is installed"):
         other.load_state_dict(saved)
     monkeypatch.setattr(hbcore.registry, "migrations", lambda: [Migration("adam", 1, undo)])
     other.load_state_dict(saved)

@@ -136,10 +136,10 @@ def traced(rule, **options):
     cls = optimizer_of(rule)
     [p] = parameters([(3, 4)])
     optimizer = cls([p], **options)
-    recipe = optimizer.core.chain.spec(optimizer.param_groups[0])
+    spec = optimizer.core.chain.spec(optimizer.param_groups[0])
     dtypes = {"param": torch.float32, "grad": torch.float32}
     dtypes |= dict.fromkeys(rule().slots(p), torch.float32)
-    return trace(recipe, dtypes)
+    return trace(spec, dtypes)
 
 
 def gradients_of(params, steps):

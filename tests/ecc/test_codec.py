@@ -107,18 +107,18 @@ def test_backends_store_the_same_bits(dtype, backend, name):
 
 @ALL
 def test_traced_is_untraced(name):
-    """The recipe called directly, without a trace, is the same computation."""
+    """Calling the segment spec directly, without tracing, gives the same result."""
     traced = parameters(SHAPES)
     optimizer = with_codec(AdamW(traced, compile="eager"), CODECS[name]())
     run(optimizer, traced, steps(1))
-    recipe = optimizer.core.chain.spec(optimizer.param_groups[0])
+    spec = optimizer.core.chain.spec(optimizer.param_groups[0])
     numbers = {"lr": 0.0025, "betas.0": 0.9, "betas.1": 0.99, "eps": 1e-8, "weight_decay": 0.0}
     numbers |= {"warmup_steps": 0.0, "step": 1.0, "model_numel": 0.0}
-    scalars = {n: torch.tensor(numbers[n], dtype=torch.float64) for n in recipe.scalar_names}
+    scalars = {n: torch.tensor(numbers[n], dtype=torch.float64) for n in spec.scalar_names}
     for p, start, g in zip(traced, parameters(SHAPES), steps(1)[0], strict=True):
         blank = {k: torch.zeros_like(v) for k, v in optimizer.state[p].items() if k != "step"}
         tensors = {"param": start.detach(), "grad": g, **blank}
-        results = recipe.update(tensors, scalars, torch.tensor(float(g.numel())).double(), direct_reduce)
+        results = spec.update(tensors, scalars, torch.tensor(float(g.numel())).double(), direct_reduce)
         assert same([results[k] for k in blank], [optimizer.state[p][k] for k in blank])
 
 

@@ -1,1 +1,1 @@
-"""What runs a program: generated Triton kernels, torch.compile or plain torch."""
+"""Backends that run a program: generated Triton kernels, torch.compile or eager torch."""

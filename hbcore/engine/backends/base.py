@@ -1,4 +1,4 @@
-"""What a backend does: it compiles a program, and runs its phases over a batch of parameters."""
+"""The backend interface: compile a program, and run its phases over a batch of parameters."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from hbcore.rules.noise import philox4x32
 
 @dataclass(eq=False)
 class Batch:
-    """The parameters of one segment that have a gradient this step, column by column.
+    """The parameters of one segment that have a gradient this step, stored by column.
 
     Attributes:
-        tensors: stored tensor -> one tensor for each parameter; ``param`` and ``grad`` among them.
-        rows: for each parameter, which row of ``values`` is its own.
-        values: one row for each distinct (group, step): the program's scalar inputs, as numbers, or as 0-d tensors where
-            they live on a device (``capturable=True``).
-        sums: reduction -> one 0-d tensor for each parameter; the phases fill it.
+        tensors: stored tensor -> one tensor per parameter; includes ``param`` and ``grad``.
+        rows: for each parameter, its row in ``values``.
+        values: one row per distinct (group, step): the program's scalar inputs as numbers, or as 0-d tensors if they live on
+            a device (``capturable=True``).
+        sums: reduction -> one 0-d tensor per parameter; filled by the phases.
         keys: noise input -> each parameter's key for this step.
-        dense: whether every tensor is dense in memory, in whatever order of dimensions.
+        dense: whether every tensor is dense in memory, in any order of dimensions.
         model: reduction over the whole model -> its 0-d result, once every segment has contributed.
-        moves: how often the memory of stack inputs was found to lie elsewhere than in the step before.
-        numels, starts: where the tensors are parts of larger ones, how many elements those have, and how many come before.
+        moves: number of steps in which the addresses of stack inputs differed from the previous step.
+        numels, starts: if the tensors are parts of larger ones, the size of each whole and the part's offset in it.
     """
 
     tensors: Mapping[str, list[Tensor]]
@@ -52,7 +52,7 @@ class Batch:
         return (philox4x32(self.keys[name][i], index)[0] & 0xFFFF).to(torch.int32)
 
     def flat(self, name: str) -> list[Tensor]:
-        """A column's tensors, one dimension each, in memory order. All but gradients are kept from step to step."""
+        """A column's tensors, flattened in memory order. All but gradients are cached across steps."""
         if name == "grad":
             return [g.view(-1) if g.is_contiguous() else flat(g) for g in self.tensors[name]]
         if name not in self._flat:
@@ -65,7 +65,7 @@ class Batch:
         return torch.tensor(numel, dtype=torch.float64, device="cpu")
 
     def summed(self, name: str, i: int) -> Tensor:
-        """The result of a reduction for parameter ``i``: its own, or the whole model's."""
+        """The result of a reduction for parameter ``i``: over its own tensor or over the whole model."""
         return self.model[name] if name in self.model else self.sums[name][i]
 
 
@@ -73,50 +73,50 @@ class Executable(Protocol):
     """A compiled program.
 
     Attributes:
-        compiles: how many kernels or graphs were compiled so far.
+        compiles: number of kernels or graphs compiled so far.
     """
 
     compiles: int
 
     def prepare(self, batch: Batch) -> None:
-        """Make ready for this step's numbers and gradients without writing to the batch's tensors.
+        """Prepare for this step's numbers and gradients without writing to the batch's tensors.
 
-        Hoists the scalars, lays out what is kept while the batch is the same object, sends addresses that moved, and compiles
-        what is lacking.
+        Computes the hoisted scalars, caches layouts that stay valid for the same batch object, uploads changed addresses, and
+        compiles missing variants.
 
         Raises:
-            CompileError: a size or an alignment that did not occur before does not run here.
+            CompileError: a new size or alignment is not supported on this machine.
         """
 
     def run(self, phase: int, batch: Batch) -> int:
-        """Run one phase over the batch: writes its tensors in place, adds its reductions to ``batch.sums``.
+        """Run one phase over the batch: write its tensors in place and add its reductions to ``batch.sums``.
 
         Returns:
-            The number of kernels launched, 0 where that is not counted.
+            The number of kernels launched, 0 if not counted.
         """
 
 
 class Backend(Protocol):
-    """A way to run programs. Stateless; a machine that cannot run it raises :class:`hbcore.errors.CompileError`."""
+    """A way to run programs. Stateless; raises :class:`hbcore.errors.CompileError` on machines that cannot run it."""
 
     name: str
 
     def compile(self, program: Program, batch: Batch) -> Executable:
-        """Compile every phase before anything is written.
+        """Compile every phase without writing to the batch's tensors.
 
         Args:
             program: what to run.
-            batch: an example, which is only looked at.
+            batch: an example; only read.
 
         Raises:
-            CompileError: this machine or this program is not for this backend; the message says why.
+            CompileError: the backend does not support this machine or program; the message gives the reason.
         """
 
 
 def flat(tensor: Tensor) -> Tensor:
     """A dense tensor as one dimension, in its own memory order, sharing its memory.
 
-    Not a view to autograd: torch.compile guards on the shape of a view's base, and would compile anew for each number of
+    Not an autograd view: torch.compile guards on the shape of a view's base and would recompile for each number of
     dimensions.
     """
     storage = tensor.untyped_storage()
@@ -124,7 +124,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory without gaps or overlaps, in whatever order of dimensions."""
+    """Whether the elements fill a stretch of memory without gaps or overlaps, in any order of dimensions."""
     expected = 1
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda d: (d[1], d[0])):
         if size != 1:

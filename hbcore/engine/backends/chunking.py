@@ -1,8 +1,8 @@
-"""How a batch is handed to a graph of flat tensors, one call for each chunk. Cut once, and used while the batch lasts.
+"""Split a batch into chunks, one graph call each. Split once and reused for the lifetime of the batch.
 
-A call costs microseconds whatever it computes, and a temporary that leaves the cache costs a trip to memory. So small tensors
-that share their scalars are packed into one chunk, and, for plain torch on a CPU, large ones are cut into slices that fit the
-cache. Reductions are per tensor: where a phase makes or reads one, a chunk never holds more than one tensor.
+Each call costs microseconds regardless of size, and temporaries larger than the cache cost memory traffic. Small tensors that
+share their scalars are therefore packed into one chunk, and the eager backend cuts large CPU tensors into slices that fit the
+cache. Reductions are per tensor, so in phases that compute or read one a chunk never spans several tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hbcore.engine.backends.base import Batch
 from hbcore.engine.graph.program import NOISE, Phase
 
 SMALL = 32_768
-"""Tensors of fewer elements are packed. Packing larger ones costs more in copies than it saves in calls."""
+"""Tensors with fewer elements are packed. Packing larger ones costs more in copies than it saves in calls."""
 
 
 @dataclass(eq=False)
@@ -25,12 +25,12 @@ class Chunk:
     """Elements of one parameter's tensors: all, or a slice.
 
     Attributes:
-        row: which row of scalars it takes.
-        index: the parameter.
+        row: its row of scalars.
+        index: the parameter's index in the batch.
         names: the graph's inputs.
-        views: a flat view for each input; None for gradients and noise, which are other tensors in every step.
-        targets: a flat view for each tensor that the phase writes.
-        start, length: which elements; the length is 0 for all of them.
+        views: a flat view per input; None for gradients and noise, which are new tensors every step.
+        targets: a flat view per tensor that the phase writes.
+        start, length: the range of elements; a length of 0 means all of them.
     """
 
     row: int
@@ -63,16 +63,16 @@ class Chunk:
 
 @dataclass(eq=False)
 class Pack:
-    """Several small parameters as one.
+    """Several small parameters packed into one call.
 
     Attributes:
-        row: which row of scalars they take.
-        index: the first of them.
+        row: their row of scalars.
+        index: the first parameter's index in the batch.
         names: the graph's inputs.
-        members: the parameters.
-        sizes: how many elements each has.
-        parts: for each input the members' flat tensors; None for gradients and noise.
-        targets: for each tensor that the phase writes, the members' flat tensors.
+        members: the parameters' indices in the batch.
+        sizes: the number of elements of each.
+        parts: per input, the members' flat tensors; None for gradients and noise.
+        targets: per tensor that the phase writes, the members' flat tensors.
     """
 
     row: int
@@ -89,7 +89,7 @@ class Pack:
         self._results = [buffer.split_with_sizes(self.sizes) for buffer in self._buffers]
 
     def columns(self, batch: Batch, grads: Sequence[Tensor]) -> list[Tensor]:
-        """As :meth:`Chunk.columns`: copies of the members' tensors, one after the other."""
+        """Like :meth:`Chunk.columns`, from concatenated copies of the members' tensors."""
         columns: list[Tensor] = []
         for name, parts in zip(self.names, self.parts, strict=True):
             if parts is None and name == "grad":
@@ -100,25 +100,25 @@ class Pack:
         return columns
 
     def write(self, values: Sequence[Tensor]) -> None:
-        """As :meth:`Chunk.write`."""
+        """Like :meth:`Chunk.write`."""
         for targets, buffer, results, value in zip(self.targets, self._buffers, self._results, values, strict=False):
             buffer.copy_(value)
             torch._foreach_copy_(targets, results)
 
 
 def columns_of(phase: Phase) -> list[str]:
-    """Every stored tensor that the phase touches, once: what it reads first, then what it only writes."""
+    """Every stored tensor used by the phase, once: those it reads, then those it only writes."""
     return [*phase.tensors, *(name for name in phase.writes if name not in phase.tensors)]
 
 
 def chunks(phase: Phase, batch: Batch, names: Sequence[str], largest: int | None = None) -> list[Chunk | Pack]:
-    """Cut ``batch`` for one phase.
+    """Split ``batch`` into chunks for one phase.
 
     Args:
-        phase: what will run.
-        batch: tensors that are dense in memory.
+        phase: the phase to run.
+        batch: a batch of dense tensors.
         names: the graph's inputs.
-        largest: the most elements of a chunk; None for whole tensors.
+        largest: the maximum number of elements per chunk; None for whole tensors.
     """
     stored = {n: batch.flat(n) for n in (*names, *phase.writes) if n != "grad" and not n.startswith(NOISE)}
     sizes = [t.numel() for t in batch.tensors["param"]]
@@ -145,12 +145,12 @@ def chunks(phase: Phase, batch: Batch, names: Sequence[str], largest: int | None
 
 
 class Chunked:
-    """The chunks of a batch for each phase; cut again when the batch is another, or its parameters share scalars otherwise.
+    """Cached chunks of a batch for each phase; rebuilt when the batch or its assignment of scalars changes.
 
     Args:
         phases: a program's phases.
         names: the inputs of each phase's graph.
-        largest: as :func:`chunks` takes it.
+        largest: see :func:`chunks`.
     """
 
     def __init__(self, phases: Sequence[Phase], names: Sequence[Sequence[str]], largest: int | None = None) -> None:
@@ -169,13 +169,13 @@ class Chunked:
 
 
 def numbers(phase: Phase, batch: Batch, scalars: Sequence[Tensor], index: int) -> list[Tensor]:
-    """What follows a phase's columns among its graph's inputs, 0-d each.
+    """The 0-d inputs of a phase's graph, which follow its columns.
 
     Args:
-        phase: what runs.
-        batch: what it runs over.
+        phase: the phase to run.
+        batch: the batch it runs over.
         scalars: the program's hoisted scalars for the parameter's row.
-        index: the parameter, for its reductions and its number of elements.
+        index: the parameter's index, for its reductions and number of elements.
     """
     values = [scalars[i] for i in phase.scalars]
     for name in phase.sums:

@@ -1,4 +1,4 @@
-"""Plain torch, one call of the graph for each chunk: what the other backends fall back to, and are compared with."""
+"""Eager torch, one graph call per chunk: the fallback and the reference for the other backends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hbcore.engine.graph.program import Phase, Program, as_scalars, direct_reduc
 from hbcore.engine.graph.segment_spec import SegmentSpec
 
 SLICE = 262144
-"""Elements of a large CPU tensor that one call takes: its temporaries stay in the cache, and memory does not grow."""
+"""Elements of a large CPU tensor per call, so that temporaries stay in the cache and memory use is bounded."""
 
 
 class EagerBackend:
@@ -22,16 +22,16 @@ class EagerBackend:
     name = "eager"
 
     def compile(self, program: Program, batch: Batch) -> Executable:
-        """Nothing to compile."""
+        """Wrap the program; nothing is compiled."""
         return EagerExecutable(program, SLICE if batch.tensors["param"][0].device.type == "cpu" else None)
 
 
 class EagerExecutable:
-    """Calls each phase's graph on one chunk after the other; memory peaks at one chunk's intermediates.
+    """Calls each phase's graph chunk by chunk; peak memory is one chunk's intermediates.
 
     Args:
-        program: what to run.
-        largest: the most elements of a chunk; None for whole tensors.
+        program: the program to run.
+        largest: the maximum number of elements per chunk; None for whole tensors.
     """
 
     def __init__(self, program: Program, largest: int | None) -> None:
@@ -63,7 +63,7 @@ class EagerExecutable:
         return 0
 
     def _run_whole(self, p: Phase, batch: Batch) -> None:
-        """One call for each parameter, in its own shape: for tensors that are not dense in memory."""
+        """One call per parameter, in its own shape: for tensors that are not dense in memory."""
         for r in p.reduces:
             batch.sums[r.name] = []
         for i, row in enumerate(batch.rows):
@@ -84,13 +84,13 @@ def columns_at(batch: Batch, i: int) -> dict[str, Tensor]:
 
 
 class DirectExecutable:
-    """Calls a segment that could not be traced, one parameter at a time. Right on whole tensors, never fused."""
+    """Calls a segment that could not be traced, one parameter at a time. Correct on whole tensors, never fused."""
 
     def __init__(self, spec: SegmentSpec) -> None:
         self.spec, self.compiles = spec, 0
 
     def prepare(self, batch: Batch) -> None:
-        """Nothing to make ready."""
+        """Nothing to prepare."""
 
     def run(self, phase: int, batch: Batch) -> int:
         rows = [as_scalars(values) for values in batch.values]
@@ -98,7 +98,7 @@ class DirectExecutable:
             tensors = columns_at(batch, i)
             scalars = dict(zip(self.spec.scalar_names, rows[row], strict=True))
             results = self.spec.update(tensors, scalars, batch.numel(i), direct_reduce)
-            given = {id(t) for t in tensors.values()}  # a value that is another stored tensor is read before it is written
+            given = {id(t) for t in tensors.values()}  # clone results that are another stored tensor before it is overwritten
             results = {name: value.clone() if id(value) in given else value for name, value in results.items()}
             for name, value in results.items():
                 tensors[name].copy_(value)

@@ -1,9 +1,9 @@
 """torch.compile over the traced graph: C++ on a CPU, and on a GPU where the Triton backend cannot run.
 
-Two dynamic graphs for each phase serve every shape, one compiled for large tensors and one for small ones: Inductor decides
-from its first example whether a loop is worth several threads, and a graph made for an embedding wastes them on a bias. Its
-cache keeps what it made of that example for every size, so the examples, and an option, tell the two apart.
-Tensors are passed flat, in their own memory order, so a shape never makes a graph.
+Two dynamic graphs per phase serve every shape, one compiled for large tensors and one for small ones: Inductor decides from its
+first example whether to run a loop on several threads, and a graph compiled for an embedding wastes them on a bias. Its cache
+would reuse one result for every size, so the two differ in example size and in an option.
+Tensors are passed flat, in their own memory order, so new shapes need no new graphs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hbcore.rules.numerics import compute_dtype
 Flat = Callable[..., tuple[Tensor, ...]]
 
 EXAMPLE = {False: 1 << 20, True: SMALL // 2}
-"""Whether small -> the number of elements to compile with. Large enough for every core to be worth its thread."""
+"""small or not -> number of elements to compile with. The large one is worth a thread on every core."""
 
 
 class InductorBackend:
@@ -38,7 +38,7 @@ class InductorBackend:
         """Compile for the sizes in ``batch`` by running each graph on throwaway copies of two of its parameters.
 
         Raises:
-            CompileError: there is no C++ compiler, or Inductor does not know an operation.
+            CompileError: there is no C++ compiler, or Inductor does not support an operation.
         """
         if batch.tensors["param"][0].device.type == "cpu" and not compiler_on_path():
             raise CompileError("there is no C++ compiler on PATH (g++, clang++ or cl); install one to compile")
@@ -65,12 +65,12 @@ class InductorExecutable:
         try:
             for k, phase in enumerate(self.program.phases):
                 self._warm_up(k, phase, batch)
-        except Exception as error:  # torch.compile wraps whatever went wrong in one of many private classes
+        except Exception as error:  # torch.compile raises one of many private classes
             raise CompileError(f"torch.compile failed: {type(error).__name__}: {first_line(error)}") from error
         self.compiles = len(self._warm)
 
     def _warm_up(self, k: int, phase: Phase, batch: Batch) -> None:
-        """Compile what ``batch`` needs and is not compiled yet, writing to throwaway tensors only."""
+        """Compile the graphs that ``batch`` still needs, writing only to throwaway tensors."""
         if {(k, False), (k, True)} <= self._warm or self._seen.get(k) is batch:
             return
         grads = batch.flat("grad")
@@ -94,27 +94,27 @@ class InductorExecutable:
         grads, names = batch.flat("grad"), self._names[phase]
         for chunk in self._chunked.of(phase, batch):
             columns = chunk.columns(batch, grads)
-            # a length of one would be a graph of its own, and is not worth it
+            # a length of one would specialise another graph; not worth compiling
             size = columns[0].numel()
             function = self._functions[phase][size < SMALL] if size > 1 else self._single[phase]
             results = function(*columns, *numbers(p, batch, self._scalars[chunk.row], chunk.index))
-            if isinstance(chunk, Pack):  # the graph wrote to copies
+            if isinstance(chunk, Pack):  # the graph wrote to packed copies
                 chunk.write([columns[names.index(name)] for name in p.writes])
             for r, value in zip(p.reduces, results, strict=True):
                 batch.sums[r.name].append(value)
         return 0
 
     def _hoisted(self, values: Sequence[float | Tensor]) -> tuple[Tensor, ...]:
-        """The scalars in the compute dtype: beside float32 elements a float64 one would keep C++ loops from vectorising."""
+        """The scalars in the compute dtype: a float64 scalar would keep float32 C++ loops from vectorising."""
         dtype = compute_dtype(self.program.dtypes["param"])
         return tuple(s.to(dtype) if s.is_floating_point() else s for s in self.program.scalars(values))
 
 
 def _in_place(phase: Phase) -> Flat:
-    """The phase as a function of its columns and numbers that writes the columns and returns the reductions.
+    """The phase as a function of columns and numbers that writes the columns in place and returns the reductions.
 
-    The writes become nodes of the graph, so that each module has code of its own: torch.compile counts recompiles for each
-    code object, and one function around all graphs would use up its limit after a few optimizers.
+    The writes are graph nodes, so that each module has its own code object: torch.compile counts recompiles per code object,
+    and one function shared by all graphs would exhaust the limit after a few optimizers.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -145,17 +145,17 @@ def _compiled(phase: Phase, small: bool) -> Flat:
 
 
 def _options(small: bool) -> dict[str, Any]:
-    """One thread for small tensors, and nothing compiled but the graph: the rest took most of a first step.
+    """One thread for small tensors, and no compilation besides the graph itself, which took most of the first step.
 
-    Inductor compiles a test of each vector instruction set of the CPU, unless told that they are usable. All that the tests can
-    find is a C++ compiler too old for the instructions, and one that old does not compile torch's headers either. And it
-    precompiles those headers, which pays from about the fifth graph on; most trainings need one or two.
+    By default Inductor compiles a test for each vector instruction set of the CPU. These can only detect a C++ compiler too old
+    for the instructions, and such a compiler cannot compile torch's headers either. It also precompiles those headers, which
+    pays off from about the fifth graph; most trainings need one or two.
     """
-    from torch._inductor import config  # takes long, and only who compiles needs it
+    from torch._inductor import config  # slow to import, and only needed when compiling
 
     known = config.get_config_copy()
     options: dict[str, Any] = {"cpp.threads": 1} if small else {}
-    if known.get("cpp.vec_isa_ok", False) is None:  # neither the user nor the environment has said
+    if known.get("cpp.vec_isa_ok", False) is None:  # set neither by the user nor by the environment
         options["cpp.vec_isa_ok"] = True
     if "cpp_cache_precompile_headers" in known:  # not in every version of torch
         options["cpp_cache_precompile_headers"] = False
@@ -163,12 +163,12 @@ def _options(small: bool) -> dict[str, Any]:
 
 
 def compiler_on_path() -> bool:
-    """Whether a C++ compiler that Inductor would use is there. Asking first keeps torch.compile from failing halfway."""
+    """Whether Inductor's C++ compiler is available. Checking first keeps torch.compile from failing halfway."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
     return any(shutil.which(name) for name in names) or (sys.platform == "darwin" and shutil.which("clang") is not None)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line that says something."""
+    """The first informative line of an error message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) if lines and lines[0].endswith("raised:") else next(iter(lines), "no message")

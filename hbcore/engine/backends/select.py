@@ -1,4 +1,4 @@
-"""Which backend runs a program, and the warning issued when the requested one is unavailable."""
+"""Backend selection, and the warning issued when the requested backend is unavailable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hbcore.errors import CompileError, FallbackWarning, OptionError
 from hbcore.warn import warn_at_caller
 
 WORTH_COMPILING = 4_000_000
-"""Elements from which ``compile="auto"`` compiles on a CPU: below, the seconds of compiling outlast a short training."""
+"""Model size from which ``compile="auto"`` compiles on a CPU: below it, compilation outlasts a short training."""
 
 BACKENDS: tuple[type[Backend], ...] = (TritonBackend, InductorBackend, EagerBackend)
 """Fastest first; each falls back to the next."""
@@ -37,7 +37,7 @@ def candidates(choice: str, device: torch.device, numel: int) -> list[Backend]:
 
 
 def compile_first(backends: list[Backend], program: Program, batch: Batch, report: Report) -> tuple[str, Executable]:
-    """Compile with the first backend that can; warn once about each that cannot."""
+    """Compile with the first backend that works; warn once about each that does not."""
     for backend, following in zip(backends, [*backends[1:], None], strict=True):
         try:
             executable = backend.compile(program, batch)
@@ -47,11 +47,11 @@ def compile_first(backends: list[Backend], program: Program, batch: Batch, repor
             fell_back(report, f"{backend.name} does not run here: {error}. {following.name} runs instead")
             continue
         return backend.name, executable
-    raise CompileError("no backend is left to try")
+    raise CompileError("no backends left to try")
 
 
 def fell_back(report: Report, reason: str) -> None:
-    """Record a reason in the report and warn about it, once for each optimizer."""
+    """Record a reason in the report and warn about it, once per optimizer."""
     if reason not in report.reasons:
         report.reasons.append(reason)
         warn_at_caller(f"{reason}, with the same results.", FallbackWarning)

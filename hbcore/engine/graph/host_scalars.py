@@ -1,8 +1,8 @@
-"""The hoisted scalar arithmetic as plain Python on floats, for backends that send a row of numbers to a device.
+"""Hoisted scalar arithmetic as plain Python on floats, for backends that upload a row of numbers to a device.
 
-A step's bias corrections are some ten operations; as 0-d tensors they would cost more time than launching the kernel. Python
-floats are IEEE float64 like the tensors, so both give the same numbers; where Python raises (a division by zero) or an
-operation is missing here, the tensors decide.
+A step's bias corrections are about ten operations; as 0-d tensors they would take longer than launching the kernel. Python
+floats are IEEE float64 like the tensors, so both give the same numbers. Where Python raises (a division by zero) or an
+operation is not supported here, callers fall back to tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMS: dict[Any, str] = {
 
 
 def as_python(host: fx.GraphModule) -> Numbers | None:
-    """The host graph as one Python function of floats; None if an operation has no plain form."""
+    """The host graph as one Python function of floats; None if an operation is not supported."""
     names: dict[fx.Node, str] = {}
     lines: list[str] = []
     result = ""
@@ -51,7 +51,7 @@ def as_python(host: fx.GraphModule) -> Numbers | None:
             lines.append(f"    {names[node]} = {form.format(*operands)}")
     source = "\n".join(["def numbers(v):", *lines, f"    return ({result})"])
     scope: dict[str, Any] = {"math": math}
-    exec(source, scope)  # made of the table above and of the graph's own constants
+    exec(source, scope)  # the source contains only the table above and the graph's constants
     return cast("Numbers", scope["numbers"])
 
 
@@ -59,9 +59,9 @@ def _form(node: fx.Node) -> str | None:
     if node.target in (aten.clamp.default, aten.clamp.Tensor):
         bounds = {"max": (1, node.kwargs.get("min")), "min": (2, node.kwargs.get("max"))}
         form = "{0}"
-        for function, (place, keyword) in bounds.items():
-            if len(node.args) > place and node.args[place] is not None:
-                form = f"{function}({form}, {{{place}}})"
+        for function, (index, keyword) in bounds.items():
+            if len(node.args) > index and node.args[index] is not None:
+                form = f"{function}({form}, {{{index}}})"
             elif keyword is not None:
                 form = f"{function}({form}, {keyword!r})" if not isinstance(keyword, fx.Node) else ""
         return form or None

@@ -1,8 +1,8 @@
-"""One elementwise graph -> the host's scalar arithmetic and as many passes as its reductions ask for.
+"""Split one elementwise graph into host scalar arithmetic and as many passes as its reductions require.
 
-A reduction's result is known only after a pass over the whole tensor, so whatever depends on it belongs to a later pass. A
-later pass may compute an intermediate again from its inputs, or read it back if an earlier pass stored it. New slot values
-must be stored anyway, so storing them early is free scratch space; :func:`split` counts the bytes of both plans and takes the
+A reduction's result is known only after a pass over the whole tensor, so everything that depends on it belongs to a later
+pass. A later pass can recompute an intermediate from its inputs, or read it back if an earlier pass stored it. New slot values
+must be stored anyway, so storing them early is free scratch space; :func:`split` counts the bytes of both plans and picks the
 smaller.
 """
 
@@ -25,21 +25,21 @@ def split(
     """Cut ``graph`` into a :class:`Program`.
 
     Args:
-        graph: as recorded; each node's ``meta["kind"]`` says what it is.
-        results: stored tensor -> the node that is its new value.
+        graph: the recorded graph, with each node's kind in ``meta["kind"]``.
+        results: stored tensor -> the node of its new value.
         dtypes: stored tensor -> its dtype.
         scalar_names: the 0-d inputs, in order.
-        label: the chain in words, for generated sources and reports.
+        label: a readable name of the chain, for generated sources and reports.
     """
     carries = {name: node for name, node in results.items() if name.startswith(CARRIED)}
     results = {name: node for name, node in results.items() if name not in carries}
     for name, node in results.items():
         if node.meta["kind"] != "element":
-            raise TraceError(f"{node.meta['where']}: the new value of {name!r} is one number; it must be a whole tensor.")
+            raise TraceError(f"{node.meta['where']}: the new value of {name!r} is a scalar; it must be a full tensor.")
     for name, node in carries.items():
         if node.meta["kind"] != "host":
             raise TraceError(
-                f"{node.meta['where']}: {name.removeprefix(CARRIED)!r} is carried by the group and may not depend on a tensor."
+                f"{node.meta['where']}: {name.removeprefix(CARRIED)!r} is carried by the group and must not depend on a tensor."
             )
     stores = {name: node for name, node in results.items() if node.meta.get("input") != name}
     live = _live(graph, stores.values())
@@ -70,7 +70,7 @@ def _live(graph: fx.Graph, roots: Iterable[fx.Node]) -> dict[fx.Node, None]:
 
 
 def _varying(live: Iterable[fx.Node]) -> list[fx.Node]:
-    """The host values made of hyperparameters or the step; constants stay where they are used."""
+    """Host values computed from hyperparameters or the step; constants stay where they are used."""
     varying: dict[fx.Node, None] = {}
     for n in live:
         if n.meta["kind"] == "host" and (n.op == "placeholder" or any(i in varying for i in n.all_input_nodes)):
@@ -93,14 +93,14 @@ def _levels(live: Iterable[fx.Node]) -> dict[fx.Node, int]:
 def _host(graph: fx.Graph, live: Iterable[fx.Node], hoisted: Sequence[fx.Node], names: Sequence[str]) -> fx.GraphModule:
     host, copies = fx.Graph(), {}
     inputs = {n.meta.get("input"): n for n in graph.nodes if n.op == "placeholder"}
-    for name in names:  # all of them, used or not: the backends pass a full row
+    for name in names:  # including unused ones: the backends pass a full row
         copies[inputs[name]] = host.placeholder(inputs[name].name)
     for n in live:
         if n.meta["kind"] == "host" and n.op == "call_function":
             copies[n] = host.node_copy(n, lambda i: copies[i])
-            if n.target is torch.ops.aten.scalar_tensor.default:  # a fill, which a captured step can hold
+            if n.target is torch.ops.aten.scalar_tensor.default:  # a fill, which can be captured
                 copies[n].target, copies[n].args = torch.ops.aten.full.default, ([], n.args[0])
-            copies[n].kwargs = {k: v for k, v in n.kwargs.items() if k != "device"}  # Program.scalars says which
+            copies[n].kwargs = {k: v for k, v in n.kwargs.items() if k != "device"}  # Program.scalars sets it
     host.output(tuple(copies[n] for n in hoisted))
     return fx.GraphModule(torch.nn.Module(), host)
 
@@ -112,7 +112,7 @@ def _plan(
     level: Mapping[fx.Node, int],
     early: bool,
 ) -> tuple[Phase, ...]:
-    """Lay out the passes; with ``early``, each slot is stored by the first pass that knows it, where that is harmless."""
+    """Lay out the passes; with ``early``, each slot is stored by the first pass that can compute it, where that is safe."""
     last = max(level[n] for n in stores.values())
     when = {name: level[node] if early and name != "param" else last for name, node in stores.items()}
     while True:
@@ -128,7 +128,7 @@ def _plan(
             phases.append(phase)
         if clash is None:
             return tuple(phases)
-        when[clash] = last  # a later pass needs the old value, so it may not be overwritten before
+        when[clash] = last  # a later pass reads the old value, so it must not be overwritten earlier
 
 
 def _phase(
@@ -139,7 +139,7 @@ def _phase(
     hoisted: Sequence[fx.Node],
     known: Mapping[fx.Node, str],
 ) -> tuple[Phase, set[str]]:
-    """Build one pass; also return the tensors whose *old* value it reads."""
+    """Build one pass; also return the tensors whose old value it reads."""
     scalars = {n: i for i, n in enumerate(hoisted)}
     wanted, stack = set(), [*targets.values(), *reduces]
     while stack:
@@ -162,7 +162,7 @@ def _phase(
             copies[n] = graph.node_copy(n, lambda i: copies[i])
     outputs = [copies[n] for n in [*targets.values(), *reduces]]
     for i, (name, n) in enumerate(targets.items()):
-        if n in tensors and tensors[n] != name and tensors[n] in targets:  # another write would overwrite it first
+        if n in tensors and tensors[n] != name and tensors[n] in targets:  # otherwise another write would overwrite it first
             outputs[i] = graph.call_function(torch.ops.aten.clone.default, (copies[n],))
     graph.output(tuple(outputs))
     phase = Phase(
@@ -183,6 +183,6 @@ def _reduction(node: fx.Node, name: str) -> Reduction:
 
 
 def _traffic(phases: Iterable[Phase], dtypes: Mapping[str, torch.dtype]) -> int:
-    """Bytes per element that the passes move together."""
+    """Bytes per element that all passes move in total."""
     names = (name for p in phases for name in (*p.tensors, *p.writes) if not name.startswith(NOISE))
     return sum(dtypes[name].itemsize for name in names)

@@ -1,4 +1,4 @@
-"""A traced segment: plain data that the backends read."""
+"""A traced segment: plain data for the backends."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hbcore.rules.transform import Domain
 
 
 def reduce_sum(x: Tensor, domain: int) -> Tensor:
-    """The reduction node ``c.sum`` leaves in a graph; called directly, it sums one whole tensor."""
+    """The graph node recorded for ``c.sum``; called directly, it sums one whole tensor."""
     return x.sum()
 
 
 def reduce_amax(x: Tensor, domain: int) -> Tensor:
-    """The reduction node ``c.amax`` leaves in a graph; called directly, it is one whole tensor's maximum."""
+    """The graph node recorded for ``c.amax``; called directly, it returns the maximum of one whole tensor."""
     return x.amax()
 
 
@@ -28,23 +28,23 @@ REDUCERS: dict[str, Callable[[Tensor, int], Tensor]] = {"sum": reduce_sum, "amax
 
 
 def direct_reduce(x: Tensor, how: str, domain: Domain, rule: str) -> Tensor:
-    """``reduce`` for calling a segment without tracing it, on one whole tensor."""
+    """The ``reduce`` argument for running a segment untraced on one whole tensor."""
     return REDUCERS[how](x, domain)
 
 
 NOISE = "noise."
-"""Prefix of the graph inputs that are random bits: drawn from a key and the element's index, stored nowhere."""
+"""Prefix of graph inputs that are random bits: generated from a key and the element's index, never stored."""
 
 
 STACK = "stack."
-"""Prefix of what a segment writes for the matrix rule that follows it: ``stack.update``, ``stack.grad``, ``stack.param``."""
+"""Prefix of the tensors a segment writes for the matrix rule after it: ``stack.update``, ``stack.grad``, ``stack.param``."""
 
 CARRIED = "carried."
-"""Prefix of the numbers that a param group carries from one step to the next."""
+"""Prefix of numbers that a param group carries from step to step."""
 
 
 def as_scalars(values: Sequence[float | Tensor]) -> Sequence[Tensor]:
-    """Numbers as 0-d float64 tensors; tensors stay what and where they are."""
+    """Numbers as 0-d float64 tensors; tensors are returned unchanged."""
     if any(isinstance(v, Tensor) for v in values):
         return [v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64, device="cpu") for v in values]
     return torch.tensor(values, dtype=torch.float64, device="cpu").unbind()
@@ -52,7 +52,7 @@ def as_scalars(values: Sequence[float | Tensor]) -> Sequence[Tensor]:
 
 @dataclass(frozen=True)
 class Reduction:
-    """One number that a phase makes of each tensor, and that later phases read."""
+    """A scalar that a phase computes from each tensor and later phases read."""
 
     name: str
     how: str
@@ -78,7 +78,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Program:
-    """What the backends run: the host's scalar arithmetic, then one or more passes over the parameters."""
+    """The input of the backends: host scalar arithmetic, then one or more passes over the parameters."""
 
     label: str
     dtypes: Mapping[str, torch.dtype]
@@ -90,7 +90,7 @@ class Program:
     carry: fx.GraphModule | None = None
 
     def carried(self, values: Sequence[float | Tensor]) -> dict[str, float]:
-        """The new values of the numbers that a group carries, from the present ones among ``values``."""
+        """The new values of the group's carried numbers, from the current ones in ``values``."""
         if self.carry is None:
             return {}
         try:
@@ -101,9 +101,9 @@ class Program:
         return {name: float(value) for name, value in zip(self.carries, self.carry(*as_scalars(values)), strict=True)}
 
     def scalars(self, values: Sequence[float | Tensor]) -> tuple[Tensor, ...]:
-        """The hoisted scalars as 0-d tensors, from one number or 0-d tensor for each of :attr:`scalar_names`."""
-        if self._python is not None and type(values[-1]) is float:  # either all are numbers or all may be tensors
-            try:  # the same numbers in a tenth of the time
+        """The hoisted scalars as 0-d tensors, from one number or 0-d tensor per entry of :attr:`scalar_names`."""
+        if self._python is not None and type(values[-1]) is float:  # the values are either all numbers or possibly all tensors
+            try:  # the same result in a tenth of the time
                 made = torch.tensor(self._python(values), dtype=torch.float64, device="cpu").unbind()  # type: ignore[arg-type]
                 if self._float64:
                     return made
@@ -111,12 +111,12 @@ class Program:
             except (ArithmeticError, ValueError):
                 pass  # where Python raises, tensors have inf or nan
         inputs = as_scalars(values)
-        with inputs[-1].device:  # where the graph's constants are to be, whatever the user's default device
+        with inputs[-1].device:  # where the graph's constants belong, regardless of the user's default device
             result: tuple[Tensor, ...] = self.host(*inputs)
         return result
 
     def numbers(self, values: Sequence[Any]) -> tuple[float, ...]:
-        """The same as plain floats, computed without tensors where that is possible."""
+        """The same as plain floats, computed without tensors if possible."""
         try:
             if self._python is not None:
                 return self._python(values)

@@ -1,4 +1,4 @@
-"""The scalar inputs of a step: a group's hyperparameters, the step, a GradScaler's scale; on the host, or on the device."""
+"""Scalar inputs of a step: a group's hyperparameters, the step, a GradScaler's scale; on the host or the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hbcore.engine.graph.segment_spec import SegmentSpec
 
 
 class Amp(NamedTuple):
-    """What torch's GradScaler hands to an optimizer that unscales by itself: 0-d tensors on the device, or None."""
+    """Values that torch's GradScaler passes to optimizers that unscale themselves: 0-d tensors on the device, or None."""
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -22,7 +22,7 @@ NO_AMP = Amp()
 
 
 def numbers(spec: SegmentSpec, group: Mapping[str, Any], carried: Mapping[str, float]) -> list[float]:
-    """The group's present hyperparameters and what it carries, flattened as in ``spec.scalar_names``."""
+    """The group's current hyperparameters and carried numbers, flattened as in ``spec.scalar_names``."""
     flat: list[float] = []
     for key, n in spec.dynamic:
         if n is None:
@@ -35,9 +35,9 @@ def numbers(spec: SegmentSpec, group: Mapping[str, Any], carried: Mapping[str, f
 
 
 def device_values(spec: SegmentSpec, group: Mapping[str, Any], step: Tensor, amp: Amp, model_numel: float) -> list[Tensor]:
-    """The same as 0-d float64 tensors on the step counter's device, with nothing read back from it.
+    """The same as 0-d float64 tensors on the step counter's device, without synchronizing.
 
-    A hyperparameter that is a tensor is read when the step runs, also in a replay; a number is fixed by a capture.
+    A tensor hyperparameter is read when the step runs, including in replays; a number is fixed at capture.
     """
     flat: list[Any] = []
     for key, n in spec.dynamic:
@@ -50,7 +50,7 @@ def device_values(spec: SegmentSpec, group: Mapping[str, Any], step: Tensor, amp
 def _on(device: torch.device, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().reshape(()).to(device, torch.float64, non_blocking=True)
-    return torch.full((), float(value), dtype=torch.float64, device=device)  # a fill, which a capture can hold
+    return torch.full((), float(value), dtype=torch.float64, device=device)  # a fill, which can be captured
 
 
 def capturing() -> bool:

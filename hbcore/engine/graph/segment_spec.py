@@ -1,4 +1,4 @@
-"""A chain as one pure function of tensors: what backends trace, compile or call, and what the tests take as the truth."""
+"""A segment of a chain as one pure function of tensors, which backends trace, compile or call; the tests' reference."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ from hbcore.state.codec import StateCodec, codec_of, narrowed
 Chain = Callable[[SimpleNamespace, tuple[bool, ...], Any], tuple[Transform, ...]]
 """A group's hyperparameters, the branch taken at each fork, and the step -> the transforms, arranged."""
 Reduce = Callable[[Tensor, str, Domain, str], Tensor]
-"""``reduce(x, "sum" | "amax", domain, rule)``: the only way in which a rule sees more than one element."""
+"""``reduce(x, "sum" | "amax", domain, rule)``: the only way for a rule to see more than one element."""
 
 
 def length_of(value: Any) -> int | None:
-    """How many numbers a hyperparameter has; None for a plain number."""
+    """The length of a tuple hyperparameter; None for a plain number."""
     return len(value) if isinstance(value, (tuple, list)) else None
 
 
 def fixed(value: Any) -> Any:
-    """A structural entry as something that can be compared and hashed: a list, which users may write, as a tuple."""
+    """A structural entry in hashable form: lists, which users may pass, become tuples."""
     return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
 class SegmentSpec:
-    """Everything static about how a set of parameters is updated. Equal specs share one compiled program.
+    """The static description of how a set of parameters is updated. Equal specs share one compiled program.
 
-    A segment is a run of elementwise transforms. A matrix rule cuts a chain in two: the segment before it ends by writing what
-    the rule asks for into tensors named ``stack.<what>``, the one after it begins with the tensor named ``update``.
+    A segment is a run of elementwise transforms. A matrix rule splits a chain in two: the segment before it ends by writing the
+    rule's inputs to tensors named ``stack.<name>``, the segment after it starts from the tensor named ``update``.
 
     Args:
         chain: a group's hyperparameters, the branch taken at each fork, and the step -> its transforms, arranged.
-        static: the group's entries that are structure, ``((key, value), ...)``.
-        dynamic: the group's entries that may change every step, ``((key, length or None), ...)``: a length for tuples.
+        static: the group's structural entries, ``((key, value), ...)``.
+        dynamic: the group's entries that may change every step, ``((key, length or None), ...)``, with lengths for tuples.
         divide: the division backend.
         codec: how slots are stored.
         param_codec: how parameters are stored; None stores them as they are.
-        stochastic: round bfloat16 values stochastically, with noise that arrives as tensors named ``noise.<slot>``.
-        scaled: gradients come multiplied by ``grad_scale``, and ``found_inf`` skips the step, as torch's GradScaler asks.
+        stochastic: round bfloat16 values stochastically, with noise from tensors named ``noise.<slot>``.
+        scaled: gradients are multiplied by ``grad_scale`` and ``found_inf`` skips the step (torch's GradScaler protocol).
         maximize: ascend instead of descend.
         branches: the branch taken at each fork of the chain.
-        carried: the numbers that a group carries from step to step.
-        span: the first transform of this segment, and the one after its last; None for the end of the chain.
-        takes: the dtype of the update that the matrix rule before this segment made; None if it begins with the gradient.
-        feeds: what the matrix rule after this segment reads, with dtypes: ``(("update", bfloat16), ...)``.
+        carried: names of the numbers that a group carries from step to step.
+        span: indices of the segment's first transform and of the one after its last; None for the end of the chain.
+        takes: dtype of the update from the matrix rule before this segment; None if the segment starts from the gradient.
+        feeds: inputs of the matrix rule after this segment, with dtypes: ``(("update", bfloat16), ...)``.
     """
 
     chain: Chain
@@ -74,7 +74,7 @@ class SegmentSpec:
     feeds: tuple[tuple[str, torch.dtype], ...] = ()
 
     def fits(self, group: Mapping[str, Any]) -> bool:
-        """Whether the group still has the structure that this spec describes; its numbers may be anything."""
+        """Whether the group still has this spec's structure; its numbers may differ."""
         get, values = self._structure
         present = get(group)
         if present != values and tuple(map(fixed, present)) != values:
@@ -87,7 +87,7 @@ class SegmentSpec:
 
     @cached_property
     def _structure(self) -> tuple[Callable[[Mapping[str, Any]], Any], Any]:
-        """How to read a group's structural entries in one call, and what they have to be."""
+        """A getter of a group's structural entries in one call, and their expected values."""
         entries = {"maximize": self.maximize, **dict(self.static)}
         get = itemgetter(*entries) if len(entries) > 1 else lambda group: (group["maximize"],)
         return get, tuple(entries.values())
@@ -100,7 +100,7 @@ class SegmentSpec:
         return (*names, *(("grad_scale", "found_inf") if self.scaled else ()), "step", "model_numel")
 
     def whole_chain(self, scalars: Mapping[str, Any]) -> tuple[Transform, ...]:
-        """Every transform, hyperparameters bound to ``scalars``, which has an entry for each of :attr:`scalar_names`."""
+        """Every transform of the chain, with hyperparameters bound to ``scalars`` (an entry per :attr:`scalar_names`)."""
         values = dict(self.static)
         for key, n in self.dynamic:
             values[key] = scalars[key] if n is None else tuple(scalars[f"{key}.{i}"] for i in range(n))
@@ -116,10 +116,10 @@ class SegmentSpec:
         """Run the chain on one parameter and return the new value of every stored tensor. Pure.
 
         Args:
-            tensors: ``param``, ``grad`` and each slot's stored tensors, all of one shape.
-            scalars: a 0-d float64 tensor for each of :attr:`scalar_names`.
-            numel: how many elements the full tensor has, 0-d float64.
-            reduce: how to reduce over a tensor or the model.
+            tensors: ``param``, ``grad`` and each slot's stored tensors, all of the same shape.
+            scalars: a 0-d float64 tensor per entry of :attr:`scalar_names`.
+            numel: the number of elements of the full tensor, 0-d float64.
+            reduce: the reduction over a tensor or the model.
         """
         dtype = compute_dtype(tensors["param"].dtype)
         grad = tensors["grad"].to(dtype)
@@ -153,11 +153,11 @@ class SegmentSpec:
         return stored
 
     def narrows(self, dtype: torch.dtype) -> bool:
-        """Whether parameters of ``dtype`` are stored with :attr:`param_codec`: if it is the dtype of the codec's first part."""
+        """Whether parameters of ``dtype`` use :attr:`param_codec`: its ``param`` part has that dtype."""
         return self.param_codec is not None and self.param_codec.parts("param", torch.float32)["param"] == dtype
 
     def dtypes(self, param: Tensor, grad: torch.dtype, slots: Mapping[str, Slot]) -> dict[str, torch.dtype]:
-        """Every tensor that the segment reads or writes, and its dtype: ``param`` and ``grad`` first, noise last."""
+        """The dtype of every tensor that the segment reads or writes; ``param`` and ``grad`` first, noise last."""
         dtypes = {"param": param.dtype, "grad": grad}
         for name, slot in slots.items():
             dtypes.update(codec_of(slot, self.codec).parts(name, compute_dtype(param.dtype)))
@@ -171,7 +171,7 @@ class SegmentSpec:
         return dtypes
 
     def _rounded(self, param: torch.dtype, slots: Mapping[str, Slot]) -> list[str]:
-        """The slots, and ``param``, that are stored with fewer bits than they are computed with."""
+        """The slots (and ``param``) that are stored with fewer bits than they are computed in."""
         narrow = self.codec.rounds and compute_dtype(param) == torch.float32
         rounded = [name for name, slot in slots.items() if narrow and not slot.exact]
         exact = self.param_codec is not None and self.narrows(param) and not self.param_codec.rounds

@@ -1,10 +1,10 @@
-"""A segment -> one elementwise graph, with scalar arithmetic hoisted out and reductions cut into phases.
+"""Trace a segment into one elementwise graph, hoist its scalar arithmetic and split it into phases at reductions.
 
-The segment runs once on meta tensors under a dispatch mode that writes down every ATen call. It runs twice, with two lengths:
-what differs between the two graphs is a length that leaked into the rule, and an error. Each value falls in one of three kinds:
+The segment runs on meta tensors under a dispatch mode that records every ATen call. It runs twice, with different lengths: any
+difference between the graphs is a length that leaked into the rule, which is an error. Each value has one of three kinds:
 
-* ``host``: 0-d, made of hyperparameters and the step alone. Hoisted: computed once for each (group, step), in float64.
-* ``scalar``: 0-d, but made of a tensor: a reduction, ``c.numel``, and what is computed from them. One for each tensor.
+* ``host``: 0-d, computed from hyperparameters and the step only. Hoisted: computed once per (group, step), in float64.
+* ``scalar``: 0-d, but depends on a tensor: a reduction, ``c.numel``, and values computed from them. One per tensor.
 * ``element``: as long as the parameter.
 """
 
@@ -30,7 +30,7 @@ from hbcore.rules.transform import Domain
 
 Kind = Literal["host", "scalar", "element"]
 LENGTHS = (7, 5_000_011)
-"""Two lengths that no formula contains by accident: both graphs must agree."""
+"""Two lengths unlikely to appear as constants in a formula; both graphs must agree."""
 
 REDUCTIONS = {
     torch.ops.aten.sum.default, torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.default, torch.ops.aten.mean.dim,
@@ -47,11 +47,11 @@ HARMLESS = {
     torch.ops.aten.scalar_tensor.default, torch.ops.aten.zeros.default, torch.ops.aten.ones.default,
     torch.ops.aten.view.dtype, torch.ops.aten.clone.default,
 }  # fmt: skip
-"""Not tagged pointwise by torch, and elementwise all the same."""
+"""Elementwise operations that torch does not tag as pointwise."""
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes each ATen call into an fx graph, and refuses the ones that are not elementwise, at the line that made them."""
+    """Records each ATen call in an fx graph; rejects calls that are not elementwise, naming the line that made them."""
 
     def __init__(self, length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -62,13 +62,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[Any, Tensor] = {}
 
     def placeholder(self, name: str, value: Tensor, kind: Kind) -> Tensor:
-        """Declare a graph input; its plain name goes into ``node.meta["input"]``."""
+        """Declare a graph input; its original name is stored in ``node.meta["input"]``."""
         node = self.graph.placeholder(name.replace(".", "_").replace("#", "_"))
         node.meta.update(input=name)
         return self._remember(value, node, kind)
 
     def reduce(self, x: Tensor, how: str, domain: Domain, rule: str) -> Tensor:
-        """Record a reduction asked for through the context."""
+        """Record a reduction requested through the context."""
         if domain < Domain.TENSOR:
             raise TraceError(
                 f"{where()}: c.{how} (or c.mean, c.norm) in a rule whose domain is ELEMENTWISE; declare "
@@ -77,20 +77,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = (how, id(x), domain)
         if key not in self._known:
             node = self.graph.call_function(REDUCERS[how], (self._nodes[id(x)], int(domain)))
-            stem = f"{rule}_{how}"  # counted within the rule: lanes with other rules must agree on the name
+            stem = f"{rule}_{how}"  # numbered within the rule: segments with other rules must agree on the name
             node.meta["reduction"] = f"{stem}{sum(n.meta.get('reduction', '').startswith(stem) for n in self.graph.nodes)}"
             self._known[key] = self._remember(torch.empty((), dtype=x.dtype, device="meta"), node, "scalar")
         return self._known[key]
 
     def node(self, value: Tensor) -> fx.Node:
-        """The node that made ``value``."""
+        """The node that produced ``value``."""
         return self._nodes[id(value)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default):
             return args[0]
-        if func is torch.ops.aten.empty.memory_format:  # only the reductions below ask for one; each is a value of its own
+        if func is torch.ops.aten.empty.memory_format:  # only the reductions above create these; each is a distinct value
             return func(*args, **kwargs)
         self._refuse(func, args)
         key = (func, *self._key(args), *self._key(tuple(sorted(kwargs.items()))))
@@ -98,13 +98,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._known[key]
         value = func(*args, **kwargs)
         if not isinstance(value, Tensor) or tuple(value.shape) not in {(), (self.length,)}:
-            raise TraceError(f"{where()}: {func} is not elementwise; a rule maps each element by itself.")
+            raise TraceError(f"{where()}: {func} is not elementwise; a rule must treat each element independently.")
         kind: Kind = "element" if value.ndim else "host"
         if kind == "host" and tree_any(lambda a: isinstance(a, Tensor) and self._kind(a) != "host", (args, kwargs)):
             kind = "scalar"
-        kept = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}  # the trace's own: meta
+        kept = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}  # specific to the trace
         if not value.ndim and "device" in kwargs and func in HARMLESS and func is not torch.ops.aten._to_copy.default:
-            kept["device"] = torch.device("cpu")  # a 0-d constant meets any tensor there; the default device may be another
+            kept["device"] = torch.device("cpu")  # combines with any tensor, unlike other devices
         target = self.graph.call_function(func, *tree_map(self._argument, (args, kept)))
         self._known[key] = self._remember(value, target, kind)
         return value
@@ -126,7 +126,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._nodes[id(a)]
         if a.ndim == 0 and a.device.type != "meta":
             return a.item()  # a constant such as torch.tensor(0.5)
-        raise TraceError(f"{where()}: a tensor from outside the rule; rules read their arguments and nothing else.")
+        raise TraceError(f"{where()}: a tensor from outside the rule; rules may only read their arguments.")
 
     def _key(self, a: Any) -> tuple[Any, ...]:
         self._alive.extend(x for x in a if isinstance(x, Tensor))
@@ -135,7 +135,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _refuse(self, func: Any, args: Any) -> None:
         if func in REDUCTIONS and tree_any(lambda a: isinstance(a, Tensor) and a.ndim > 0, args):
             raise TraceError(
-                f"{where()}: {func} reduces a tensor behind the engine's back, which is wrong on shards; "
+                f"{where()}: {func} reduces a tensor without the engine, which is wrong on shards; "
                 "use c.sum, c.mean, c.norm or c.amax."
             )
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -150,11 +150,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._schema.is_mutable:
             raise TraceError(f"{where()}: {func} mutates its argument; rules are pure, use the out-of-place form.")
         if torch.Tag.pointwise not in func.tags and func not in HARMLESS:
-            raise TraceError(f"{where()}: {func} is not elementwise; a rule maps each element by itself.")
+            raise TraceError(f"{where()}: {func} is not elementwise; a rule must treat each element independently.")
 
 
 def where() -> str:
-    """``file:line`` of the innermost frame that is a rule's, for error messages."""
+    """``file:line`` of the innermost frame in a rule, for error messages."""
     frame = sys._getframe(1)
     skip = (f"{torch.__path__[0]}{os.sep}", __file__, spec_module.__file__, transform_module.__file__)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(skip):
@@ -181,7 +181,7 @@ def trace(spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], label: str = "")
     """Trace ``spec`` for parameters whose tensors have ``dtypes``.
 
     Raises:
-        TraceError: the rule broke the tracing contract; the message names the line.
+        TraceError: the rule violates the tracing contract; the message names the line.
     """
     (graph, results), (other, _) = (record(spec, dtypes, n) for n in LENGTHS)
     for a, b in zip(graph.nodes, other.nodes, strict=False):

@@ -1,1 +1,1 @@
-"""One generated kernel for all tensors of all groups."""
+"""The Triton backend: one generated kernel for all tensors of all groups."""

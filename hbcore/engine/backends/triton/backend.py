@@ -1,4 +1,4 @@
-"""One kernel launch a phase for every tensor of every group."""
+"""One kernel launch per phase for all tensors of all groups."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from hbcore.errors import CompileError
 from hbcore.rules.transform import Domain
 
 CHUNK = 2_048
-"""Elements a program instance takes. Measured on an H200: GPT-2 in float32 at 0.95 of copy speed, where 8,192 reach 0.92."""
+"""Elements per program instance. Measured on an H200, GPT-2 in float32: 0.95 of copy speed, against 0.92 with 8,192."""
 
 CHUNK_NARROW = 8_192
-"""The same where some tensor has fewer than four bytes an element: as many bytes in flight need more elements."""
+"""The same if some tensor has fewer than four bytes per element: the same bytes in flight need more elements."""
 
 CHUNK_REDUCED = 16_384
-"""The same where phases reduce: each instance of the next phase sums the partials of its tensor, so there are fewer."""
+"""The same with reductions: each instance of the next phase sums its tensor's partials, so there should be fewer."""
 
 WARPS = 8
 
@@ -40,7 +40,7 @@ class TritonBackend:
         """Generate the kernels and compile them for the batch's alignment, launching nothing.
 
         Raises:
-            CompileError: Triton is not installed, there is no GPU, or an operation is outside the generator's vocabulary.
+            CompileError: Triton is not installed, there is no GPU, or the generator does not support an operation.
         """
         interpreted = _interpreted()
         if batch.tensors["param"][0].device.type != "cuda" and not interpreted:
@@ -55,7 +55,7 @@ class TritonBackend:
 
 
 class TritonExecutable:
-    """A program's kernels and, for the batch they last ran over, its tables on the device."""
+    """A program's kernels, and the device tables of the batch they last ran over."""
 
     def __init__(self, program: Program, kernels: Sequence[Any], interpreted: bool) -> None:
         self.program, self.kernels, self.interpreted = program, kernels, interpreted
@@ -64,14 +64,14 @@ class TritonExecutable:
         narrow = min(dtype.itemsize for dtype in program.dtypes.values()) < 4
         self.chunk = CHUNK_REDUCED if len(program.phases) > 1 else CHUNK_NARROW if narrow else CHUNK
         self.block = 2048 if narrow else 1024  # 16 bytes for each of 256 threads
-        # a codec's integers are to be those of plain torch: one rounding less in a product would show in the last bit
+        # integer codecs must match eager torch bit for bit: a fused multiply-add rounds once less
         self.fusion = not any(d in (torch.int8, torch.int16) for d in program.dtypes.values())
         self.tables: Tables | None = None
         self._variants: dict[tuple[bool, int], Any] = {}
-        self._captured: list[Tables] = []  # what captured graphs point at lives as long as this does
+        self._captured: list[Tables] = []  # captured graphs point into these tables, so keep them alive
 
     def prepare(self, batch: Batch) -> None:
-        """Bring the device's tables up to date with ``batch``, and compile whatever variant it lacks."""
+        """Update the device tables for ``batch``, and compile missing variants."""
         with current(batch.tensors["param"][0].device):
             self._prepare(batch)
 
@@ -104,19 +104,19 @@ class TritonExecutable:
                 kernel[launch.chunks.shape[0], 1, 1](*self._arguments(launch))
         for r in self.program.phases[phase].reduces:
             if r.domain == Domain.MODEL:
-                place = self.layout.reductions.index(r.name)
-                partial = [launch.partials[place] for launch in self.tables.launches]
+                index = self.layout.reductions.index(r.name)
+                partial = [launch.partials[index] for launch in self.tables.launches]
                 batch.sums[r.name] = [x.sum() if r.how == "sum" else x.amax() for x in partial]
         return len(self.tables.launches)
 
     def _compiled(self, phase: int, launch: Launch) -> Any:
-        """The kernel of one phase and alignment class. A compiled one is launched without Triton's own look-up."""
+        """The kernel of one phase and alignment class; once compiled it is launched without Triton's own lookup."""
         kernel = self.kernels[phase]
         if self.interpreted:
             return kernel
         try:
             return kernel.warmup(*self._arguments(launch), grid=(1,), num_warps=WARPS, enable_fp_fusion=self.fusion)
-        except Exception as error:  # Triton raises what LLVM, ptxas and the driver make of it
+        except Exception as error:  # errors from Triton, LLVM, ptxas or the driver
             raise CompileError(f"Triton failed: {type(error).__name__}: {str(error).strip()[:300]}") from error
 
     def _arguments(self, launch: Launch) -> tuple[Any, ...]:
@@ -129,7 +129,7 @@ class TritonExecutable:
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make ``device`` the current one, on which Triton launches; free of charge where it is already."""
+    """Make ``device`` current, because Triton launches there; free if it already is."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)

@@ -1,7 +1,7 @@
-"""Generated kernels on disk: readable, one file a program, imported only if it still is what was written.
+"""On-disk cache of generated kernels: readable, one file per program, imported only if unmodified.
 
-Triton needs its kernels in a file. The folder is private (mode 0700), a file appears in one atomic step, and its name is the
-hash of its content, checked before anything in it runs.
+Triton needs its kernels in a file. The folder is private (mode 0700), files are written atomically, and a file's name is the
+hash of its content, which is checked before it is executed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from hbcore.errors import CompileError
 
 
 def directory() -> Path:
-    """Where generated kernels lie: ``$HBCORE_CACHE_DIR``, or ``hbcore`` in the user's cache folder."""
+    """The folder of generated kernels: ``$HBCORE_CACHE_DIR``, or ``hbcore`` in the user's cache folder."""
     root = os.environ.get("HBCORE_CACHE_DIR")
     return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hbcore"
 
 
 def load(source: str) -> ModuleType:
-    """Write ``source`` unless it is there already, and import it.
+    """Write ``source`` unless it is cached already, and import it.
 
     Raises:
-        CompileError: the folder cannot be used, or the file there is not what its name says.
+        CompileError: the folder cannot be used, or the file's content does not match its name.
     """
     digest = hashlib.sha256(source.encode()).hexdigest()
     name = f"hbcore_kernel_{digest[:16]}"
@@ -51,7 +51,7 @@ def load(source: str) -> ModuleType:
 
 
 def _private(folder: Path) -> Path:
-    """``folder``, made if need be, if nobody else can write to it."""
+    """Return ``folder``, created if missing; raise if others can write to it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()

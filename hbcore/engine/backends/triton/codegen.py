@@ -1,8 +1,8 @@
-"""One phase of a program -> the source of one Triton kernel, meant to be read.
+"""Generate the source of one Triton kernel from one phase of a program; the result is meant to be readable.
 
-The kernel serves every tensor of every group at once. ``table`` has a row for each tensor: a pointer for each column, then the
-element count, the first chunk and the number of chunks; ``moving`` has what may change between steps: gradient pointers and
-scalar rows. A program takes one chunk of one tensor. Offsets are int64, so tensors may pass 2**31 elements.
+The kernel processes all tensors of all groups at once. ``table`` has a row per tensor: a pointer per column, then the element
+count, the first chunk and the number of chunks. ``moving`` holds values that may change between steps: gradient pointers and
+scalar rows. A program instance processes one chunk of one tensor. Offsets are int64, so tensors may exceed 2**31 elements.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def phase_{index}(
 
 @dataclass(frozen=True)
 class KernelLayout:
-    """Where a program's kernels find things: the columns of ``table``, and the reductions' places in ``partials``."""
+    """Memory layout shared by a program's kernels: columns of ``table`` and reduction indices in ``partials``."""
 
     columns: tuple[str, ...]
     scalars: int
@@ -54,7 +54,7 @@ class KernelLayout:
 
     @classmethod
     def of(cls, program: Program) -> KernelLayout:
-        """The layout all phases of ``program`` share."""
+        """The layout shared by all phases of ``program``."""
         noise = tuple(name for name in program.dtypes if name.startswith(NOISE))
         columns = tuple(name for name in program.dtypes if name != "grad" and name not in noise)
         reductions = tuple(r.name for p in program.phases for r in p.reduces)
@@ -67,10 +67,10 @@ class KernelLayout:
 
 
 def module_source(program: Program, chain: str, version: str) -> str:
-    """The source of a module with one kernel a phase.
+    """The source of a module with one kernel per phase.
 
     Raises:
-        CompileError: an operation is outside the generator's vocabulary; the message names it.
+        CompileError: an operation is not supported; the message names it.
     """
     layout = KernelLayout.of(program)
     kernels = [PhaseWriter(program, layout, i).write() for i in range(len(program.phases))]
@@ -104,14 +104,14 @@ class PhaseWriter:
             start = "0.0" if r.how == "sum" else 'float("-inf")'
             lines.append(f"    acc{i} = tl.full([BLOCK], {start}, {TYPES[r.dtype]})")
         elements = [n for n in body if n.meta["kind"] == "element"]
-        lines.append("    if start + CHUNK <= n:  # whole chunks need no mask, and load 16 bytes at a time")
+        lines.append("    if start + CHUNK <= n:  # full chunks need no mask and load 16 bytes at a time")
         lines += self._loop(inputs, elements, output, masked=False)
         lines.append("    else:")
         lines += self._loop(inputs, elements, output, masked=True)
         for i, r in enumerate(self.phase.reduces):
-            place = self.layout.reductions.index(r.name)
+            index = self.layout.reductions.index(r.name)
             value = f"tl.sum(acc{i})" if r.how == "sum" else f"tl.reduce(acc{i}, 0, maximum)"
-            lines.append(f"    tl.store(partials + {place} * n_chunks + pid, {value}.to(tl.float64))")
+            lines.append(f"    tl.store(partials + {index} * n_chunks + pid, {value}.to(tl.float64))")
         return "\n".join(lines) + "\n"
 
     def _pointers(self) -> list[str]:
@@ -119,21 +119,21 @@ class PhaseWriter:
         for name in dict.fromkeys((*self.phase.tensors, *self.phase.writes)):
             if name.startswith(NOISE):
                 key = 2 + self.layout.noise.index(name)
-                lines.append(f"    {pointer(name)} = tl.load(moving + {key} * n_tensors + t)  # a key, not a pointer")
+                lines.append(f"    {pointer(name)} = tl.load(moving + {key} * n_tensors + t)  # a noise key, not a pointer")
                 continue
             dtype = TYPES[self.program.dtypes[name]]
-            place = "moving + t" if name == "grad" else f"entry + {self.layout.columns.index(name)}"
-            lines.append(f"    {pointer(name)} = tl.load({place}).to(tl.pointer_type({dtype}))")
+            address = "moving + t" if name == "grad" else f"entry + {self.layout.columns.index(name)}"
+            lines.append(f"    {pointer(name)} = tl.load({address}).to(tl.pointer_type({dtype}))")
             lines.append(f"    if ALIGNED:\n        {pointer(name)} = tl.multiple_of({pointer(name)}, 16)")
         return lines
 
     def _scalars(self, inputs: Sequence[fx.Node]) -> list[str]:
-        """Host scalars, earlier reductions and the element count, once for each program."""
+        """Load host scalars, earlier reductions and the element count, once per program instance."""
         lines = []
         rest = inputs[len(self.phase.tensors) :]
-        for node, place in zip(rest, self.phase.scalars, strict=False):
-            name = self.names[node] = f"s{place}"
-            lines.append(f"    {name} = tl.load(row + {place})")
+        for node, index in zip(rest, self.phase.scalars, strict=False):
+            name = self.names[node] = f"s{index}"
+            lines.append(f"    {name} = tl.load(row + {index})")
             if node.meta["dtype"] == torch.bool:
                 lines[-1] += " != 0"
         rest = rest[len(self.phase.scalars) :]
@@ -149,10 +149,10 @@ class PhaseWriter:
         reduction = next(r for p in self.program.phases for r in p.reduces if r.name == name)
         function = "total" if reduction.how == "sum" else "highest"
         at = len(self.layout.columns)
-        place = self.layout.reductions.index(name)
-        value = f"{function}(partials + {place} * n_chunks, tl.load(entry + {at + 1}), tl.load(entry + {at + 2}), 512)"
+        index = self.layout.reductions.index(name)
+        value = f"{function}(partials + {index} * n_chunks, tl.load(entry + {at + 1}), tl.load(entry + {at + 2}), 512)"
         if reduction.domain == Domain.MODEL:
-            value = f"tl.load(model + {place})"
+            value = f"tl.load(model + {index})"
         return value if reduction.dtype == torch.float64 else f"{value}.to({TYPES[reduction.dtype]})"
 
     def _loop(self, inputs: Sequence[fx.Node], body: Sequence[fx.Node], output: Any, masked: bool) -> list[str]:
@@ -185,13 +185,13 @@ class PhaseWriter:
 
     def _statement(self, node: fx.Node) -> str:
         if node.target not in OPERATIONS:
-            raise CompileError(f"the Triton generator has no {node.target}, used at {node.meta['where']}")
+            raise CompileError(f"the Triton generator does not support {node.target}, used at {node.meta['where']}")
         self.names[node] = node.name
         return f"{node.name} = {OPERATIONS[node.target](Call(node, self.names, self.compute))}"
 
 
 def pointer(name: str) -> str:
-    """The kernel's variable for a tensor's address."""
+    """The kernel variable that holds a tensor's address."""
     return f"p_{identifier(name)}"
 
 

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="untyped-decorator"
-"""Device functions that generated kernels call where Triton's own would differ from torch, or from its interpreter.
+"""Device functions for generated kernels, where Triton's own differ from torch or from Triton's interpreter.
 
-Three differences made these necessary: the interpreter truncates float32 to bfloat16 where a GPU rounds; its
-``tl.maximum(nan, 1)`` is 1; and its ``libdevice`` raises. Each function here gives torch's result on both.
+The interpreter truncates float32 to bfloat16 where a GPU rounds, its ``tl.maximum(nan, 1)`` is 1, and its ``libdevice`` raises.
+Each function here gives torch's result on both.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def minimum(x, y):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def sign(x):  # type: ignore[no-untyped-def]
-    """torch.sign: -1, 0 or 1; 0 for NaN, as torch has it."""
+    """torch.sign: -1, 0 or 1; 0 for NaN, as in torch."""
     return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
 
 
@@ -61,7 +61,7 @@ def rint(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def atan_unit(x):  # type: ignore[no-untyped-def]
-    """atan on [0, 1], to 2e-9: a halved argument, then the odd Taylor polynomial of degree 19."""
+    """atan on [0, 1], accurate to 2e-9: halve the argument, then use the odd Taylor polynomial of degree 19."""
     half = x / (1.0 + tl.sqrt(1.0 + x * x))
     z = half * half
     s = -1.0 / 19 * z + 1.0 / 17

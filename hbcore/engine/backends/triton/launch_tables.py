@@ -1,7 +1,7 @@
-"""What the device reads of a batch: where its tensors are, how they are cut into chunks, and the numbers of this step.
+"""Device tables of a batch: tensor addresses, the split into chunks, and this step's numbers.
 
-The first two change when parameters come, go or move. The numbers change every step, and gradient pointers in most; both lie
-in one small buffer that a step fills with one asynchronous copy from pinned memory.
+The first two change only when parameters are added, removed or moved. The numbers change every step and gradient pointers in
+most steps; both are in one small buffer, filled by one asynchronous copy from pinned memory per step.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from hbcore.engine.backends.triton.codegen import KernelLayout
 from hbcore.errors import CompileError
 
 WORD = 8
-"""Bytes of a scalar (float64), of a pointer and of a row number (int64)."""
+"""Size in bytes of a scalar (float64), a pointer or a row index (int64)."""
 
 ALIGNED = bytes(range(0, 256, 16))
-"""The lowest bytes of the addresses that 16 divides."""
+"""The lowest bytes of addresses that are multiples of 16."""
 
 LOWEST = 0 if sys.byteorder == "little" else WORD - 1
 
@@ -35,11 +35,11 @@ class Launch:
     """The tensors of one batch that share a kernel variant, as the device sees them.
 
     Attributes:
-        members: their places in the batch.
+        members: their indices in the batch.
         aligned: whether every pointer is a multiple of 16 bytes.
         table: int64 ``[tensors, columns + 3]``: pointers, element count, first chunk, number of chunks.
         chunks: int64 ``[chunks, 2]``: tensor, offset of the chunk's first element.
-        moving: int64, part of the shared buffer: each tensor's gradient pointer, then scalar rows, then keys of noise.
+        moving: int64, part of the shared buffer: each tensor's gradient pointer, then scalar rows, then noise keys.
         partials: float64 ``[reductions, chunks]``.
     """
 
@@ -52,7 +52,7 @@ class Launch:
 
 
 class Tables:
-    """The tables of one batch, in one launch for aligned tensors and one for the rest."""
+    """The tables of one batch: one launch for aligned tensors and one for the rest."""
 
     def __init__(self, batch: Batch, layout: KernelLayout, chunk: int, rows: int) -> None:
         self.layout, self.chunk, self.capacity = layout, chunk, rows
@@ -89,7 +89,7 @@ class Tables:
         )
 
     def follow(self) -> None:
-        """Write down where the columns lie now, if some of them moved. They are as well aligned as before."""
+        """Update the columns' addresses if any of them moved. Their alignment does not change."""
         if self.moves == self.batch.moves:
             return
         self.moves = self.batch.moves
@@ -98,35 +98,35 @@ class Tables:
             pointers = torch.tensor(
                 [[column[i] for column in columns] for i in launch.members], dtype=torch.int64, device="cpu"
             )
-            if self.device.type == "cuda":  # else the copy would wait for the device
+            if self.device.type == "cuda":  # from pageable memory the copy would wait for the device
                 pointers = pointers.pin_memory()
             launch.table[:, : len(columns)].copy_(pointers, non_blocking=True)
 
     def _columns(self) -> list[list[int]]:
-        """The addresses in each column but the gradients'."""
+        """The addresses in each column except gradients."""
         return [[t.data_ptr() for t in self.batch.tensors[name]] for name in self.layout.columns]
 
     def send(self, pointers: array[int], numbers: Sequence[Sequence[float]]) -> None:
-        """Send the step's scalars, one row for each of ``numbers``, and pointers and row numbers if they changed."""
+        """Send the step's scalars, one row per entry of ``numbers``, and pointers and row indices if they changed."""
         parts: list[tuple[int, array[Any]]] = [(0, array("d", chain.from_iterable(numbers)))]
         alone = len(self.launches) == 1 and self.batch.rows is self._sent_rows and not self.layout.noise
         if pointers != self._sent or not alone:
-            # pointers come first: where nothing else changed, nothing else is sent
+            # pointers come first: if nothing else changed, only they are sent
             parts.append((self._start, pointers if alone else self._moving(pointers)))
             self._sent, self._sent_rows = pointers, self.batch.rows
         self._sender.send(parts)
 
     def send_device(self, pointers: array[int], rows: Sequence[Tensor], capture: bool) -> None:
-        """The same with scalars that are on the device, in one 1-d tensor for each row.
+        """The same for scalars that are on the device, in one 1-d tensor per row.
 
-        In a capture the rest is copied from a host buffer that only the capture's replays read.
+        In a capture, pointers and rows are copied from a host buffer that only this capture's replays read.
         """
         width = self.layout.scalars
         for i, row in enumerate(rows):
             self.rows[i * width : (i + 1) * width] = row
         if not capture:
             self._sender.spare()
-        self._sent = array("q")  # a replay overwrites what later steps send
+        self._sent = array("q")  # a replay overwrites the device buffer, so later steps must send everything
         moving = [(self._start, self._moving(pointers))]
         if capture:
             self._sender.record(moving)
@@ -134,7 +134,7 @@ class Tables:
             self._sender.send(moving)
 
     def _moving(self, pointers: array[int]) -> array[int]:
-        """Gradient pointers, row numbers and noise keys, launch by launch."""
+        """Gradient pointers, row indices and noise keys, launch by launch."""
         columns = [pointers, self.batch.rows, *(self.batch.keys[name] for name in self.layout.noise)]
         if len(self.launches) == 1:
             return array("q", chain.from_iterable(columns))
@@ -155,10 +155,10 @@ def tile(numels: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Args:
         numels: int64 ``[tensors]``.
-        chunk: elements of a chunk; the last one of a tensor may be shorter.
+        chunk: elements per chunk; the last chunk of a tensor may be shorter.
 
     Returns:
-        Of each chunk, its tensor and the offset of its first element; of each tensor, its first chunk and their number.
+        Per chunk, its tensor and the offset of its first element; per tensor, its first chunk and number of chunks.
     """
     counts = (numels + chunk - 1) // chunk
     first = counts.cumsum(0) - counts
@@ -168,12 +168,12 @@ def tile(numels: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def all_aligned(pointers: array[int]) -> bool:
-    """Whether 16 divides all of them, in a tenth of the time that looking at each takes."""
+    """Whether all are multiples of 16, in a tenth of the time of checking each one."""
     return not pointers.tobytes()[LOWEST::WORD].translate(None, ALIGNED)
 
 
 def loose_pointers(tensors: Sequence[Tensor]) -> set[int]:
-    """The places of the tensors that do not start at a multiple of 16 bytes."""
+    """The indices of tensors that do not start at a multiple of 16 bytes."""
     return {i for i, t in enumerate(tensors) if t.data_ptr() & 15}
 
 
@@ -186,7 +186,7 @@ class Sender:
     def __init__(self, target: Tensor) -> None:
         self._target = target
         self._cuda = target.device.type == "cuda"
-        # one allocation for all: pinning memory takes the driver milliseconds each time
+        # one allocation for all: each pinning call takes milliseconds
         self._ring = pinned(target, self.SLOTS) if self._cuda else []
         self._events: list[Any] = [torch.cuda.Event(), torch.cuda.Event()] if self._cuda else []  # type: ignore[no-untyped-call]
         self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
@@ -195,34 +195,34 @@ class Sender:
         self._next = 0
 
     def spare(self, count: int = 4) -> None:
-        """Have buffers ready for captures, which allow no allocation; ``count`` of them between two ordinary steps."""
+        """Preallocate up to ``count`` buffers for captures, which may not allocate; refilled by ordinary steps."""
         if self._cuda and len(self._spare) < count:
             self._spare += pinned(self._target, count - len(self._spare))
 
     def send(self, parts: Sequence[tuple[int, array[Any]]]) -> None:
-        """Copy each array to its byte offset; the parts follow each other."""
+        """Copy each array to its byte offset; the parts are contiguous."""
         if not self._cuda:
             fill(self._target, parts)
             return
-        half, place = divmod(self._next, self.HALF)
-        if place == 0:
-            self._events[half].synchronize()  # the copies from this half of the ring; as a rule they ended long since
+        half, slot = divmod(self._next, self.HALF)
+        if slot == 0:
+            self._events[half].synchronize()  # copies from this half of the ring; usually long finished
         buffer = self._ring[self._next]
         fill(buffer, parts)
         start, end = parts[0][0], parts[-1][0] + len(parts[-1][1]) * WORD
-        key = (self._next, start, end)  # views are kept: making two of them takes longer than the copy
+        key = (self._next, start, end)  # views are cached: creating two takes longer than the copy
         if key not in self._views:
             self._views[key] = (self._target[start:end], buffer[start:end])
         target, source = self._views[key]
         target.copy_(source, non_blocking=True)
-        if place == self.HALF - 1:
+        if slot == self.HALF - 1:
             self._events[half].record()
         self._next = (self._next + 1) % self.SLOTS
 
     def record(self, parts: Sequence[tuple[int, array[Any]]]) -> None:
-        """Copy from a buffer that is used for nothing else, so that each replay of the copy finds it as it was."""
+        """Copy from a dedicated buffer that is never reused, so that replays read the same content."""
         if not self._spare:
-            raise CompileError("more captures in a row than buffers; run an ordinary step between them")
+            raise CompileError("too many captures in a row; run an ordinary step between them")
         buffer = self._spare.pop()
         self._kept.append(buffer)
         fill(buffer, parts)

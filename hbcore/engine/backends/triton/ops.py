@@ -1,4 +1,4 @@
-"""How each ATen operation is written in Triton: torch's dtype promotion, rounding and NaNs, spelled out."""
+"""Translation of ATen operations to Triton, with torch's dtype promotion, rounding and NaN handling made explicit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TYPES = {
 
 
 def cast(expression: str, have: torch.dtype, want: torch.dtype) -> str:
-    """``expression`` converted between dtypes as torch converts."""
+    """``expression`` converted between dtypes like torch does."""
     if have == want:
         return expression
     if want == torch.bfloat16:
@@ -35,7 +35,7 @@ def cast(expression: str, have: torch.dtype, want: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Call:
-    """One graph node as the operation table sees it."""
+    """One graph node, as passed to the operation table."""
 
     node: fx.Node
     names: Mapping[fx.Node, str]
@@ -48,7 +48,7 @@ class Call:
         return result
 
     def arg(self, i: int, dtype: torch.dtype | None = None, default: Any = None) -> str:
-        """Argument ``i`` as an expression of ``dtype`` (the result's, if not given)."""
+        """Argument ``i`` as an expression of ``dtype`` (default: the result's)."""
         value = self.node.args[i] if i < len(self.node.args) else default
         want = dtype or self.dtype
         if isinstance(value, fx.Node):
@@ -56,13 +56,13 @@ class Call:
         return literal(value, want)
 
     def raw(self, i: int) -> tuple[str, torch.dtype]:
-        """Argument ``i`` as it is, and its dtype."""
+        """Argument ``i`` without conversion, and its dtype."""
         value = self.node.args[i]
         assert isinstance(value, fx.Node)
         return self.names[value], value.meta["dtype"]
 
     def common(self) -> torch.dtype:
-        """The dtype in which a comparison's operands meet."""
+        """The common dtype of a comparison's operands."""
         operands = [a for a in self.node.args if isinstance(a, fx.Node)]
         elements = [a for a in operands if a.meta["kind"] == "element"] or operands
         dtypes: list[torch.dtype] = [a.meta["dtype"] for a in elements]
@@ -79,7 +79,7 @@ def _is_float(a: Any) -> bool:
 
 
 def literal(value: Any, dtype: torch.dtype) -> str:
-    """A Python number as Triton source; float64 ones are spelled so that they are not rounded to float32."""
+    """A Python number as Triton source; float64 constants are written so that they are not rounded to float32."""
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, (int, float)):
@@ -87,7 +87,7 @@ def literal(value: Any, dtype: torch.dtype) -> str:
         if text in ("inf", "-inf", "nan"):
             return f'float("{text}")'
         return f"tl.full([], {text}, tl.float64)" if dtype == torch.float64 else text
-    raise CompileError(f"the Triton generator cannot write the constant {value!r}")
+    raise CompileError(f"the Triton generator does not support the constant {value!r}")
 
 
 def _alpha(c: Call, sign: str) -> str:
@@ -142,14 +142,14 @@ def _quotient(c: Call, x: str, y: str) -> str:
 
 
 def _log1p(c: Call) -> str:
-    """``log(1 + x)``: Kahan's correction of the rounding of ``1 + x`` where that matters, without libdevice."""
+    """``log(1 + x)`` without libdevice: Kahan's correction for the rounding of ``1 + x`` near zero."""
     x = c.arg(0)
     corrected = f"tl.log(1.0 + {x}) * {_quotient(c, x, f'(1.0 + {x}) - 1.0')}"
     return f"tl.where(1.0 + {x} == 1.0, {x}, tl.where(tl.abs({x}) < 0.5, {corrected}, tl.log(1.0 + {x})))"
 
 
 def _tanh(c: Call) -> str:
-    """Lambert's continued fraction, cut after seven terms, near zero, where the formula with ``exp`` cancels."""
+    """Lambert's continued fraction, truncated after seven terms, near zero, where the ``exp`` formula cancels."""
     x, z = c.arg(0), f"{c.arg(0)} * {c.arg(0)}"
     above = f"{x} * (135135.0 + {z} * (17325.0 + {z} * (378.0 + {z})))"
     below = f"135135.0 + {z} * (62370.0 + {z} * (3150.0 + {z} * 28.0))"
@@ -224,4 +224,4 @@ OPERATIONS.update(
         for overload in ("Tensor", "Scalar")
     }
 )
-"""The generator's vocabulary: ATen operation -> Triton expression, with torch's dtype promotion and rounding."""
+"""Supported operations: ATen operation -> Triton expression, with torch's dtype promotion and rounding."""

@@ -109,7 +109,7 @@ def test_it_resumes_and_ends():
 
 def test_what_cannot_be_is_refused():
     model = mlp()
-    with pytest.raises(OptionError, match="sees the whole model"):
+    with pytest.raises(OptionError, match="needs the whole model"):
         hook_into_backward(model, AdamW(model.parameters(), gradient_clipping="global_l2norm_clip"))
     with pytest.raises(OptionError, match="more than one backward"):
         hook_into_backward(model, SAMWrapper(list(model.parameters())))
@@ -120,5 +120,5 @@ def test_what_cannot_be_is_refused():
     optimizer = SFAdamW(model.parameters())
     hook_into_backward(model, optimizer)
     optimizer.eval()
-    with pytest.raises(RuleError, match="weights to evaluate with"):
+    with pytest.raises(RuleError, match="evaluation weights"):
         loss_of(model, 0).backward()

@@ -62,8 +62,8 @@ def program_of(cls, options):
     optimizer = cls([p], **options, compile="eager")
     p.grad = torch.zeros(4)
     optimizer.step()
-    [lane] = optimizer.core.plan.segments.values()
-    return lane.program
+    [segment] = optimizer.core.plan.segments.values()
+    return segment.program
 
 
 def drawn(name, draw):
@@ -228,6 +228,6 @@ def test_a_program_without_a_plain_form_runs_on_tensors(backend):
     [start] = values(params)
     optimizer = optimizer_of(Heated)(params, lr=1.0, compile=backend)
     run(optimizer, params, [[torch.ones(5)]])
-    [lane] = optimizer.core.plan.segments.values()
-    assert as_python(lane.program.host) is None and optimizer.report.backend == backend
+    [segment] = optimizer.core.plan.segments.values()
+    assert as_python(segment.program.host) is None and optimizer.report.backend == backend
     assert distance(params, [start - math.erf(0.3)]) <= 1e-6

@@ -1,4 +1,4 @@
-"""Matrix rules in the engine: what they see and what they leave, whoever else is in the slab."""
+"""Matrix rules in the engine: inputs and results do not depend on the other members of the stack."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hb_psgd import PSGDKron
 from hb_soap import SOAP
 from hbcore.api import Block, Context, Domain, Optimizer, Route, Slot, State, Transform, hyper, is_matrix, matrix_view, zeros
 from hbcore.engine.backends.triton.launch_tables import Tables
-from hbcore.engine.stacks import stack as slabs
+from hbcore.engine.stacks import stack as stack_module
 from hbcore.engine.stacks.rule_call import Arguments
 from hbcore.errors import OptionError, RuleError
 
 SHAPES = ((6, 6), (6, 6), (5, 6), (6, 6), (11, 3, 2, 2), (7,), (), (1, 2), (5, 6))
-"""No gradient leaves SOAP more than one eigenvector that it says nothing of: two could be any."""
+"""Every gradient determines all but at most one of SOAP's eigenvectors; two undetermined ones would be arbitrary."""
 FAMILIES = {
     "muon": (Muon, {}),
     "muon-clipped": (Muon, {"update_clipping": "global_l2norm_clip", "gradient_clipping": "l2_clip_", "mars": True}),
@@ -36,7 +36,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Averaged(Transform):
-    """Adds to each matrix the average of its rows, and remembers the sum of what it saw; every second step doubles it."""
+    """Adds the mean of its rows to each matrix and stores the sum of its inputs, which every second step doubles."""
 
     share: float = hyper(1.0)
     split: tuple[int, ...] = ()
@@ -116,7 +116,7 @@ def trained(cls, options, backend, dtype=torch.float32, steps=6, chosen=SHAPES):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_in_one_slab_do_not_know_of_each_other(family):
-    """multi_tensor=False gives each lane to one parameter; a parameter trained alone must come out the same as well."""
+    """multi_tensor=False gives each parameter its own segment; a parameter trained alone must give the same result too."""
     cls, options = FAMILIES[family]
     together = trained(cls, options, "eager")
     apart = trained(cls, {**options, "multi_tensor": False}, "eager")
@@ -176,7 +176,7 @@ def test_a_late_parameter_opens_a_slab_and_moves_nobodys_state(family):
 
 @dataclass(frozen=True)
 class AveragedTogether(Averaged):
-    """The same with a word to say when it is handed stacks: ``heard`` has the shapes of each call."""
+    """The same, recording the shapes of each ``update_stacks`` call in ``heard``."""
 
     heard: Any = None
     lazy: bool = False
@@ -206,7 +206,7 @@ def test_a_rule_is_handed_all_stacks_that_take_the_same_step(monkeypatch, lazy):
 
 
 def test_each_result_is_written_before_the_next_is_computed(monkeypatch):
-    """Else a rule that treats its stacks one by one would hold the results of all of them."""
+    """Otherwise a rule that processes its stacks one by one would hold the results of all of them."""
     order: list[str] = []
     update, keep = Averaged.update, Arguments.keep
 
@@ -259,11 +259,11 @@ def test_steady_steps_allocate_nothing_that_stays_and_stack_nothing(monkeypatch)
     params, steps = parameters(shapes), gradients(6, shapes)
     optimizer = Averaging(params, compile="eager", consume_grad=False)
     run(optimizer, params, steps[:3])
-    slabs = {t.untyped_storage().data_ptr() for s in optimizer.state.values() for t in s.values()}
+    storages = {t.untyped_storage().data_ptr() for s in optimizer.state.values() for t in s.values()}
     for name in ("stack", "cat", "clone"):
         monkeypatch.setattr(torch, name, lambda *a, **k: pytest.fail("a step stacks"))
     run(optimizer, params, steps[3:])
-    assert {t.untyped_storage().data_ptr() for s in optimizer.state.values() for t in s.values()} == slabs
+    assert {t.untyped_storage().data_ptr() for s in optimizer.state.values() for t in s.values()} == storages
 
 
 def test_state_is_small_when_one_parameter_is_pickled():
@@ -373,12 +373,12 @@ def test_products_are_exact_whatever_the_model_asked_torch_for():
 
 @pytest.mark.parametrize("backend", ["eager", "triton", "inductor"])
 @pytest.mark.parametrize("family", ["muon", "soap-caution", "psgd"])
-def test_slabs_give_their_memory_back_between_steps(monkeypatch, family, backend):
-    """As on a GPU. Whatever lies there in between, and wherever it comes back, the steps are the same."""
+def test_stacks_give_their_memory_back_between_steps(monkeypatch, family, backend):
+    """As on a GPU: steps do not depend on the memory's content in between, nor on its address afterwards."""
     cls, options = FAMILIES[family]
     results, held = [], []
     for lent in ((), ("cpu",)):
-        monkeypatch.setattr(slabs, "LENT", lent)
+        monkeypatch.setattr(stack_module, "LENT", lent)
         params, steps = parameters(), gradients(6)
         steps[3][1] = steps[4][8] = None
         optimizer = cls(params, lr=0.01, compile=backend, **options)
@@ -387,14 +387,14 @@ def test_slabs_give_their_memory_back_between_steps(monkeypatch, family, backend
             inputs = [t for level in optimizer.core.plan.layout.levels for stack in level.stacks for t in stack.inputs.values()]
             assert inputs
             assert all((t.untyped_storage().size() == 0) == bool(lent) for t in inputs)
-            # somebody else has the memory, and writes to it
+            # other tensors take the memory and write to it
             held.append([torch.full(t.shape, torch.nan, dtype=t.dtype) for t in inputs])
         results.append([p.detach().clone() for p in params])
     assert all(map(torch.equal, *results))
 
 
 def test_tables_follow_tensors_that_moved(monkeypatch):
-    monkeypatch.setattr(slabs, "LENT", ("cpu",))
+    monkeypatch.setattr(stack_module, "LENT", ("cpu",))
     followed: list[int] = []
     follow = Tables.follow
     monkeypatch.setattr(Tables, "follow", lambda self: (followed.append(self.batch.moves - self.moves), follow(self)))
@@ -403,6 +403,6 @@ def test_tables_follow_tensors_that_moved(monkeypatch):
     for grads in steps:
         run(optimizer, params, [grads])
         inputs = [t for level in optimizer.core.plan.layout.levels for stack in level.stacks for t in stack.inputs.values()]
-        held.append([torch.empty_like(t) for t in inputs])  # what was given back serves these, and is not to be had again
+        held.append([torch.empty_like(t) for t in inputs])  # these take the freed memory, so the stacks must move
     assert optimizer.report.backend == "triton"
     assert any(followed)

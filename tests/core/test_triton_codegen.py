@@ -57,8 +57,8 @@ def program_of(cls, dtype, options, **numbers):
     optimizer = cls([p], **options, **numbers, compile="eager")
     p.grad = torch.zeros(4, dtype=p.dtype)
     optimizer.step()
-    [lane] = optimizer.core.plan.segments.values()
-    return lane.program
+    [segment] = optimizer.core.plan.segments.values()
+    return segment.program
 
 
 def source_of(cls, dtype, options, **numbers):
