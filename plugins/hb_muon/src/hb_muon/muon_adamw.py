@@ -19,7 +19,7 @@ ADAMW_PATTERNS = (
 """Names of embeddings and last layers in common models, among them GPT-2, Llama, T5, torchvision's and timm's."""
 
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
-"""Prefixes that torch.compile, FSDP, activation checkpointing and DDP put into names."""
+"""Parts that torch.compile, FSDP, activation checkpointing and DDP insert into names."""
 
 
 class MuonAdamW(Muon):

@@ -89,7 +89,7 @@ class Orthogonalize(Transform):
         adjust_lr_fn: one of :data:`ADJUST_LR`; any but None replaces ``scale_mode``.
         flatten: treat a weight of more than two dimensions as one matrix ``(o, i h w)``; otherwise as a batch of matrices,
             its last two dimensions.
-        split: the numbers of rows into which each matrix is split; empty for no split.
+        split: the row counts of the matrices that each matrix is split into; empty for no split.
 
     Raises:
         HyperparameterError: a setting does not exist, or contradicts another one.
