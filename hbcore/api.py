@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from hbcore.rules.transform import zeros as zeros
     from hbcore.rules.views import Block as Block
     from hbcore.rules.views import matrix_view as matrix_view
+    from hbcore.warn import warn_at_caller as warn_at_caller
     from hbcore.wrappers.composite import Composite as Composite
 
 _HOMES = {
@@ -80,6 +81,7 @@ _HOMES = {
     "is_matrix": "hbcore.rules.route:is_matrix",
     "matrix_view": "hbcore.rules.views:matrix_view",
     "hyper": "hbcore.rules.transform:hyper",
+    "warn_at_caller": "hbcore.warn:warn_at_caller",
     "zeros": "hbcore.rules.transform:zeros",
 }
 

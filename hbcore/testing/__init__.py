@@ -15,33 +15,27 @@ Everything is imported on first use: pytest loads :mod:`hbcore.testing.plugin` i
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hbcore.registry.lazy import lazy
 
 if TYPE_CHECKING:
-    from hbcore.testing.catalog import CHECKS
-    from hbcore.testing.runner import Finding, assert_conforms, check, subjects
-    from hbcore.testing.subject import Check, Subject
+    from hbcore.testing.catalog import CHECKS as CHECKS
+    from hbcore.testing.runner import Finding as Finding
+    from hbcore.testing.runner import assert_conforms as assert_conforms
+    from hbcore.testing.runner import check as check
+    from hbcore.testing.runner import subjects as subjects
+    from hbcore.testing.subject import Check as Check
+    from hbcore.testing.subject import Subject as Subject
 
-__all__ = ["CHECKS", "Check", "Finding", "Subject", "assert_conforms", "check", "subjects"]
-
-_LAZY = {
-    "CHECKS": "hbcore.testing.catalog",
-    "Check": "hbcore.testing.subject",
-    "Finding": "hbcore.testing.runner",
-    "Subject": "hbcore.testing.subject",
-    "assert_conforms": "hbcore.testing.runner",
-    "check": "hbcore.testing.runner",
-    "subjects": "hbcore.testing.runner",
+_HOMES = {
+    "CHECKS": "hbcore.testing.catalog:CHECKS",
+    "Check": "hbcore.testing.subject:Check",
+    "Finding": "hbcore.testing.runner:Finding",
+    "Subject": "hbcore.testing.subject:Subject",
+    "assert_conforms": "hbcore.testing.runner:assert_conforms",
+    "check": "hbcore.testing.runner:check",
+    "subjects": "hbcore.testing.runner:subjects",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy(__name__, _HOMES)

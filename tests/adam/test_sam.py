@@ -149,7 +149,7 @@ def test_what_cannot_be_is_refused():
     params = [nn.Parameter(torch.zeros(2))]
     with pytest.raises(HyperparameterError, match="ball=-1 must be a number"):
         SAMWrapper(params, ball=-1)
-    with pytest.raises(OptionError, match="no hbcore optimizer"):
+    with pytest.raises(OptionError, match="not an hbcore optimizer"):
         SAMWrapper(params, torch.optim.SGD)
     with pytest.raises(OptionError, match="pass it alone"):
         SAMWrapper(params, AdamW(params))

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
 from hbcore.api import (
     Block,
@@ -16,7 +14,6 @@ from hbcore.api import (
     Domain,
     HyperparameterError,
     Optimizer,
-    Options,
     Route,
     Slot,
     State,
@@ -29,7 +26,7 @@ from hbcore.api import (
 
 @dataclass(frozen=True)
 class ScaleByFactoredRms(Transform):
-    r"""The gradient over its root mean square, known by the means of rows and columns; Shazeer and Stern 2018, section 3.
+    r"""The gradient over its root mean square, estimated from the means of rows and columns; Shazeer and Stern 2018, section 3.
 
     .. math::
         R_t = (1 - t^\tau) R_{t-1} + t^\tau \operatorname{mean}_j g_{ij}^2 \qquad
@@ -55,7 +52,7 @@ class ScaleByFactoredRms(Transform):
         return (Block(0, 1, tuple(shape)),)
 
     def slots(self, param: Tensor) -> dict[str, Slot]:
-        *batch, m, n = param.shape if param.ndim > 1 else (1, 1)  # to be asked for names, it is shown any shape
+        *batch, m, n = param.shape if param.ndim > 1 else (1, 1)  # the slots' names are asked for with shapes of any rank
         return {
             "row_var": Slot(torch.Size((*batch, m, 1)), exact=True),
             "col_var": Slot(torch.Size((*batch, 1, n)), exact=True),
@@ -77,7 +74,7 @@ class ScaleByRisingRms(Transform):
     .. math:: V_t = (1 - t^\tau) V_{t-1} + t^\tau g_t^2 \qquad u_t = g_t / \sqrt{V_t}
 
     Args:
-        beta2_decay, eps1: as :class:`ScaleByFactoredRms` has them.
+        beta2_decay, eps1: see :class:`ScaleByFactoredRms`.
 
     Slots: ``variance``, of the parameter's shape.
     """
@@ -106,9 +103,9 @@ class ScaleByParameterRms(Transform):
     The learning rate after warm-up, :math:`\gamma_t = \mathrm{lr} \min(1, t / (N + 1))`, multiplies what this returns.
 
     Args:
-        lr, warmup_steps: the learning rate and ``N``, as :class:`hbcore.rules.stages.ScaleByLr` has them.
+        lr, warmup_steps: the learning rate and ``N``, see :class:`hbcore.rules.stages.ScaleByLr`.
         d: the largest root mean square of an update, at least 1.
-        eps2: :math:`\epsilon_2`, the least that a parameter counts.
+        eps2: :math:`\epsilon_2`, the least root mean square of a parameter.
     """
 
     lr: float = hyper(0.01, ge=0)
@@ -132,7 +129,7 @@ def smallest(eps1: float | None, like: Tensor) -> float:
 
 
 def has_rows(param: Tensor) -> bool:
-    """Whether a parameter has two dimensions or more, of whatever size: torch's rule for what is factored."""
+    """Whether a parameter has two dimensions or more, of any size: torch factors those."""
     return param.ndim > 1
 
 
@@ -147,38 +144,27 @@ class Adafactor(Optimizer):
         - \mathrm{lr}\, \lambda p_{t-1}
 
     with moving averages :math:`R_t` and :math:`C_t` of the squared gradient's means over rows and columns, whose decay is
-    :math:`1 - t^\tau`. They are the state of a matrix in place of its size. A parameter of more than two dimensions is a
-    batch of matrices, with one root mean square; one of fewer keeps :math:`V_t` itself.
+    :math:`1 - t^\tau`. A matrix stores them instead of :math:`V_t`. A parameter of more than two dimensions is a batch of
+    matrices, with one root mean square; one of fewer stores :math:`V_t` itself.
 
-    Where torch computes in bfloat16, for such parameters, and takes that dtype's :math:`\epsilon_1`, ours are float32's.
+    For bfloat16 parameters torch computes in bfloat16, with that dtype's :math:`\epsilon_1`; here both are float32's.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
+        params: complex ones must have fewer than two dimensions.
         lr: the largest relative step, at least 0; the paper's constant of 0.01.
         beta2_decay: :math:`\tau`, at most 0.
         eps: :math:`\epsilon_1`, at least 0 or None for the last bit of 1, and :math:`\epsilon_2`, at least 0. Structure:
             a change compiles anew.
         d: the largest root mean square of an update before it is scaled, at least 1.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        weight_decay: :math:`\lambda`.
 
     State: ``row_var`` and ``col_var`` of parameters with rows, ``variance`` of others, and ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist, or asks for a moment that this rule has not.
-        ParameterError: ``params`` is unusable, or a complex one has rows.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.01,
-        beta2_decay: float = -0.8,
-        eps: tuple[float | None, float] = (None, 1e-3),
-        d: float = 1.0,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(params, {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d}, options)
+    lr: float = 0.01
+    beta2_decay: float = -0.8
+    eps: tuple[float | None, float] = (None, 1e-3)
+    d: float = 1.0
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:
@@ -191,10 +177,10 @@ class Adafactor(Optimizer):
 
 
 def floors(eps: Any) -> tuple[float | None, float]:
-    """Adafactor's ``eps``, looked at.
+    """Adafactor's ``eps``, validated.
 
     Raises:
-        HyperparameterError: it is no pair of numbers of at least 0, of which the first may be None.
+        HyperparameterError: it is not a pair of numbers of at least 0, of which the first may be None.
     """
     if not isinstance(eps, (tuple, list)) or len(eps) != 2:
         raise HyperparameterError(f"eps={eps!r} is not a pair; pass (None, 1e-3), or two numbers.")

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
-from hbcore.api import Context, CoupleDecay, Optimizer, Options, ScaleByAdam, Slot, State, Transform, debiased, ema, zeros
+from hbcore.api import Context, CoupleDecay, Optimizer, ScaleByAdam, Slot, State, Transform, debiased, ema, zeros
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class ScaleByAMSGrad(ScaleByAdam):
         \bar v_t = \max(\bar v_{t-1}, v_t) \qquad
         u_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{\bar v_t / (1 - \beta_2^t)}}
 
-    with Adam's moments. The paper corrects no bias; torch.optim corrects it as here, after the maximum.
+    with Adam's moments. The paper corrects no bias; torch.optim corrects it after the maximum, as here.
 
     State: ``max_exp_avg_sq`` beside Adam's, of the parameter's shape.
     """
@@ -29,7 +27,7 @@ class ScaleByAMSGrad(ScaleByAdam):
     name = "amsgrad"
 
     def slots(self, param: Tensor) -> dict[str, Slot]:
-        # Its own slot comes first: a checkpoint without it is then Adam's, whose moments are taken over, and not a broken one.
+        # Its own slot comes first: a checkpoint without it then counts as Adam's, whose moments are kept, not as a broken one.
         return {"max_exp_avg_sq": zeros(param, "permute"), **super().slots(param)}
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
@@ -42,7 +40,7 @@ class ScaleByAMSGrad(ScaleByAdam):
 
 
 def direction(h: Any) -> ScaleByAdam:
-    """Adam's rule for a group's ``betas`` and ``eps``, or AMSGrad's if ``amsgrad`` says so."""
+    """Adam's rule for a group's ``betas`` and ``eps``, or AMSGrad's with ``amsgrad``."""
     return (ScaleByAMSGrad if h.amsgrad else ScaleByAdam)(h.betas, h.eps)
 
 
@@ -57,31 +55,19 @@ class Adam(Optimizer):
     :class:`hb_adam.AdamW` decays the weights instead. Pass ``division_backend="eps_add"`` for torch.optim's divisor.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
         betas: decay rates of the two moments, in [0, 1).
         eps: the smallest divisor, at least 0.
         amsgrad: divide by the largest second moment so far.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        weight_decay: :math:`\lambda`.
 
     State: ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape, and ``step``; ``max_exp_avg_sq`` with ``amsgrad``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist, or does not go with coupled decay.
-        ParameterError: ``params`` is unusable.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.0025,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-8,
-        amsgrad: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "amsgrad": amsgrad}, options)
+    lr: float = 0.0025
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    amsgrad: bool = False
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

@@ -39,9 +39,9 @@ class DecaySpectralNorm(Transform):
         q_t = \frac{W v}{\lVert W v \rVert} \qquad
         \sigma_1 u_1 v_1^\top \approx W v v^\top
 
-    That is half the gradient of :math:`\sigma_1^2` (Yoshida and Miyato 2017, arXiv:1705.10941), found by one step of the power
-    iteration from where the last one ended, and :math:`q_0` is all ones. The last two dimensions are the matrix, those before
-    them a batch. A matrix of zeros has no direction, and leaves :math:`q` as it is.
+    That is half the gradient of :math:`\sigma_1^2` (Yoshida and Miyato 2017, arXiv:1705.10941), approximated by one power
+    iteration per step that continues from the last one; :math:`q_0` is all ones. The last two dimensions are the matrix, those
+    before them a batch. A matrix of zeros has no direction and leaves :math:`q` unchanged.
 
     Args:
         weight_decay: :math:`\lambda`, at least 0.
@@ -74,14 +74,14 @@ class DecaySpectralNorm(Transform):
 
 
 def unit(x: Tensor) -> Tensor:
-    """The columns of ``x`` ``[B, n, 1]`` at length 1; one of zeros stays so."""
+    """The columns of ``x`` ``[B, n, 1]`` at length 1; a column of zeros stays zero."""
     norm: Tensor = x.norm(dim=1, keepdim=True)
     return x / norm.clamp(min=torch.finfo(x.dtype).tiny)
 
 
 @dataclass(frozen=True)
 class DecayVectors(Transform):
-    r"""Decoupled weight decay, :math:`u + \lambda p`, of a parameter that is not decayed spectrally.
+    r"""Decoupled weight decay, :math:`u + \lambda p`, of parameters that are not decayed spectrally.
 
     Args:
         scalar_vector_weight_decay: :math:`\lambda`, at least 0.
@@ -99,7 +99,7 @@ class DecayVectors(Transform):
 
 
 def decays_spectrally(param: Tensor) -> bool:
-    """Whether a parameter is matrices, its last two dimensions larger than 1, and does not ask to be left out."""
+    """Whether a parameter's last two dimensions are larger than 1, and it is not excluded by ``use_spectral_decay``."""
     return param.ndim > 1 and min(param.shape[-2:]) > 1 and bool(getattr(param, "use_spectral_decay", True))
 
 
@@ -110,39 +110,34 @@ class Adams(Optimizer):
         p_t = p_{t-1} - \mathrm{lr} \left(
         \operatorname{atan2}(\hat m_t, \sqrt{\hat v_t}) + \lambda \sqrt M\, \sigma_1 u_1 v_1^\top \right)
 
-    with Adam's corrected moments, as its pseudo-code has it (its code corrects :math:`m` outside of the arc tangent), and the
-    largest singular value of :math:`p_{t-1}`, ``M x N``, with its vectors, which one step of the power iteration per step
-    follows. A parameter's last two dimensions are the matrix and those before them a batch. Scalars, vectors and matrices
-    with a dimension of size 1 take the plain decay :math:`\lambda_s p_{t-1}` instead, with ``scalar_vector_weight_decay``.
+    with Adam's corrected moments, as in its pseudo-code (its code corrects :math:`m` outside the arc tangent), and the
+    largest singular value of :math:`p_{t-1}`, ``M x N``, with its vectors, approximated by one power iteration per step. A
+    parameter's last two dimensions are the matrix and those before them a batch. Scalars, vectors and matrices with a dimension
+    of size 1 take the plain decay :math:`\lambda_s p_{t-1}` instead, with ``scalar_vector_weight_decay``.
 
-    So do matrices that are collections of vectors, such as embeddings, if you say so: ``param.use_spectral_decay = False``,
-    or the same key of a param group. Torch drops such attributes when it copies a parameter (``copy.deepcopy``) or replaces
-    it (``fully_shard``, so set them afterwards); a group keeps its key.
+    So do matrices with ``param.use_spectral_decay = False``, or that key in their param group: set it for collections of
+    vectors, such as embeddings. Torch drops such attributes when it copies a parameter (``copy.deepcopy``) or replaces it
+    (``fully_shard``, so set them afterwards); a group keeps its key.
 
     Args:
-        params: parameters, named parameters or groups of them; any real floating dtype and shape, and complex vectors.
+        params: of any floating dtype and shape; complex ones must not be decayed spectrally.
         lr: learning rate; a step moves an element by at most ``lr * pi / 2``, decay aside.
         betas: decay rates of the two moments, in [0, 1).
         weight_decay: :math:`\lambda`, of matrices, at least 0.
         scalar_vector_weight_decay: :math:`\lambda_s`, of all others, at least 0.
-        master_dtype: what the moments are stored in: ``storage_dtype`` by another name. Numbers are computed in float32, in
-            float64 for float64 parameters, whatever it is. A float32 copy of bfloat16 parameters is ``param_ecc="bf16+16"``.
+        master_dtype: the dtype that the moments are stored in; adams-torch's name for ``storage_dtype``. All is computed in
+            float32, or float64 for float64 parameters. For a float32 copy of bfloat16 parameters pass
+            ``param_ecc="bf16+16"``.
         use_spectral_decay: False for plain decay of all parameters; a param group may have its own.
-        **options: ``cautious_weight_decay`` keeps the elements of either decay that agree in sign with the update; for all of
-            them see :class:`hbcore.api.Options`.
+        cautious_weight_decay: keep only the elements of either decay that agree in sign with the update.
 
     State: ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape; ``spectral_u``, ``[M]``, of a matrix, ``[batch, M]`` of
     a batch of them; ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist, or contradicts another.
-        ParameterError: ``params`` is unusable, or a complex one is a matrix to decay spectrally.
     """
 
     option_defaults: ClassVar[Mapping[str, Any]] = {"division_backend": "atan2", "atan2_scale": 1.0}
 
-    # weight_decay is an option as well, and a parameter here because its place among them is adams-torch's
+    # Written out: weight_decay, a shared option, is positional in adams-torch, and declared fields make it keyword-only.
     def __init__(  # type: ignore[misc]
         self,
         params: ParamsT,
@@ -155,7 +150,7 @@ class Adams(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         if (backend := options.get("division_backend", "atan2")) != "atan2":
-            raise OptionError(f"Adams: division_backend={backend!r} would need an eps, and it has none; leave it at 'atan2'.")
+            raise OptionError(f"Adams: division_backend={backend!r} would need an eps, which it lacks; leave it at 'atan2'.")
         if master_dtype != torch.float32:
             if "storage_dtype" in options:
                 raise OptionError(
@@ -168,7 +163,7 @@ class Adams(Optimizer):
             "weight_decay": weight_decay,
             "scalar_vector_weight_decay": scalar_vector_weight_decay,
             "use_spectral_decay": bool(use_spectral_decay),
-            "cautious_weight_decay": bool(options.pop("cautious_weight_decay", False)),  # the rule's own decays mind it
+            "cautious_weight_decay": bool(options.pop("cautious_weight_decay", False)),  # applied by the rule's own decays
         }
         super().__init__(params, hyperparameters, options)
 
@@ -183,10 +178,10 @@ class Adams(Optimizer):
 
     @torch.no_grad()
     def broadcast_buffers(self, buffers: Iterable[Tensor]) -> None:
-        """Give every rank the first one's values of these tensors, in place; nothing happens without torch.distributed.
+        """Copy rank 0's values of these tensors to every rank, in place; does nothing without torch.distributed.
 
         Args:
-            buffers: plain tensors, the same number of them on each rank: ``model.buffers()``.
+            buffers: plain tensors, equally many on each rank: ``model.buffers()``.
         """
         if dist.is_available() and dist.is_initialized():
             for buffer in buffers:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
-
-from hbcore.api import Optimizer, Options, ScaleByAdEMAMix, Transform
+from hbcore.api import Optimizer, ScaleByAdEMAMix, Transform
 
 
 class AdEMAMix(Optimizer):
@@ -23,43 +20,26 @@ class AdEMAMix(Optimizer):
     recommends as many steps as the training has, and :math:`\alpha` from 4 to 10.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
         betas: decay rates of the fast average, the second moment and the slow average, in [0, 1).
         eps: the smallest divisor, at least 0.
         alpha: the weight of the slow average, at least 0.
-        beta3_warmup: the number of steps until :math:`\beta_3(t)` is ``betas[2]``; None and 0: from the first on.
-        alpha_warmup: the number of steps until :math:`\alpha(t)` is ``alpha``; None and 0: from the first on.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        beta3_warmup: the number of steps until :math:`\beta_3(t)` is ``betas[2]``; None or 0 for no warm-up.
+        alpha_warmup: the number of steps until :math:`\alpha(t)` is ``alpha``; None or 0 for no warm-up.
+        weight_decay: :math:`\lambda`.
 
     State: ``exp_avg_fast``, ``exp_avg_slow`` and ``exp_avg_sq``, of the parameter's shape, and ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist.
-        ParameterError: ``params`` is unusable.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.001,
-        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
-        eps: float = 1e-8,
-        alpha: float = 2.0,
-        beta3_warmup: int | None = None,
-        alpha_warmup: int | None = None,
-        **options: Unpack[Options],
-    ) -> None:
-        hyperparameters = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "alpha": alpha,
-            "beta3_warmup": beta3_warmup or None,
-            "alpha_warmup": alpha_warmup or None,
-        }
-        super().__init__(params, hyperparameters, options)
+    lr: float = 0.001
+    betas: tuple[float, float, float] = (0.9, 0.999, 0.9999)
+    eps: float = 1e-8
+    alpha: float = 2.0
+    beta3_warmup: int | None = None
+    alpha_warmup: int | None = None
+
+    def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
+        return {**h, "beta3_warmup": h["beta3_warmup"] or None, "alpha_warmup": h["alpha_warmup"] or None}
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

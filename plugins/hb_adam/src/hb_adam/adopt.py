@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
-from hbcore.api import Context, Optimizer, Options, Slot, State, Transform, ema, hyper, zeros
+from hbcore.api import Context, Optimizer, Slot, State, Transform, ema, hyper, zeros
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class ScaleByADOPT(Transform):
         m_t = \beta_1 m_{t-1} + (1 - \beta_1) \frac{g_t}{\sqrt{v_{t-1}}} \qquad
         v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \qquad u_t = m_t
 
-    The first gradient, the paper's :math:`g_0`, sets :math:`v` alone. Neither moment is corrected for a bias.
+    The first gradient, the paper's :math:`g_0`, only sets :math:`v`. Neither moment is bias-corrected.
     """
 
     betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1, role=("first_moment", "second_moment"))
@@ -34,7 +32,7 @@ class ScaleByADOPT(Transform):
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         b1, b2 = self.betas
         later = (c.step - 1).clamp(max=1)  # 0 on the first step, then 1
-        scale = (s["exp_avg_sq"] + (1 - later)).sqrt()  # 1 on the first step: what is then left out must be finite
+        scale = (s["exp_avg_sq"] + (1 - later)).sqrt()  # 1 on the first step, whose quotient must be finite: 0 times it is 0
         m = ema(s["exp_avg"], c.divide(u, scale, self.eps) * later, b1)
         return m, {"exp_avg": m, "exp_avg_sq": ema(s["exp_avg_sq"], u * u, b2 * later)}
 
@@ -51,7 +49,7 @@ class SkipFirstStep(Transform):
 
 
 class ADOPT(Optimizer):
-    r"""ADOPT, Taniguchi et al. 2024 (arXiv:2411.02853), Algorithm 1: Adam that converges whatever :math:`\beta_2` is.
+    r"""ADOPT, Taniguchi et al. 2024 (arXiv:2411.02853), Algorithm 1: Adam that converges for any :math:`\beta_2`.
 
     .. math::
         m_t = \beta_1 m_{t-1} + (1 - \beta_1) \frac{g_t}{\max(\sqrt{v_{t-1}}, \epsilon)} \qquad
@@ -59,32 +57,20 @@ class ADOPT(Optimizer):
         v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2
 
     A parameter's first gradient sets :math:`v` to its square and moves nothing. An element whose first gradient is tiny takes
-    a huge second step; the authors' later code clips :math:`g_t / \sqrt{v_{t-1}}` for that, this is the paper's first form.
+    a huge second step. The authors' later code clips :math:`g_t / \sqrt{v_{t-1}}` against that; this is the paper's first form.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
         betas: decay rates of the two moments, in [0, 1).
         eps: the smallest divisor, at least 0.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        weight_decay: :math:`\lambda`.
 
     State: ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape, and ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist.
-        ParameterError: ``params`` is unusable.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.0025,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-8,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, options)
+    lr: float = 0.0025
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

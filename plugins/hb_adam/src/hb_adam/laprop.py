@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
-from hbcore.api import Context, Domain, Optimizer, Options, ScaleByLaProp, State, Transform
+from hbcore.api import Context, Domain, Optimizer, ScaleByLaProp, State, Transform
 
 
 class LaProp(Optimizer):
@@ -20,33 +18,21 @@ class LaProp(Optimizer):
         m_t = \beta_1 m_{t-1} + (1 - \beta_1) \frac{g_t}{\max(\sqrt{v_t / (1 - \beta_2^t)}, \epsilon)} \qquad
         p_t = p_{t-1} - \mathrm{lr} \left(\frac{m_t}{1 - \beta_1^t} + \lambda p_{t-1}\right)
 
-    with Adam's second moment :math:`v_t`. Adam divides the average; here each gradient is divided when it arrives, so that
-    any :math:`\beta_1` is stable with any :math:`\beta_2`.
+    with Adam's second moment :math:`v_t`. Adam divides the average; LaProp divides each gradient before averaging, so
+    that any :math:`\beta_1` is stable with any :math:`\beta_2`.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
         betas: decay rates of the two moments, in [0, 1).
         eps: the smallest divisor, at least 0.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        weight_decay: :math:`\lambda`.
 
     State: ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape, and ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist.
-        ParameterError: ``params`` is unusable.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.0025,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-8,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, options)
+    lr: float = 0.0025
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:
@@ -76,18 +62,12 @@ class SignLaProp(LaProp):
     with LaProp's average :math:`m_t` (arXiv:2002.04839).
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
         betas: decay rates of the two moments, in [0, 1).
         eps: the smallest divisor, at least 0.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        weight_decay: :math:`\lambda`.
 
     State: ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape, and ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist.
-        ParameterError: ``params`` is unusable.
     """
 
     @staticmethod

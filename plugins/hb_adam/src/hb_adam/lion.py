@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
-from hbcore.api import Context, Optimizer, Options, Slot, State, Transform, ema, hyper, zeros
+from hbcore.api import Context, Optimizer, Slot, State, Transform, ema, hyper, zeros
 
 
 @dataclass(frozen=True)
@@ -39,30 +37,18 @@ class Lion(Optimizer):
         p_t = p_{t-1} - \mathrm{lr} \left(\mathrm{sgn}(\beta_1 m_{t-1} + (1 - \beta_1) g_t) + \lambda p_{t-1}\right) \qquad
         m_t = \beta_2 m_{t-1} + (1 - \beta_2) g_t
 
-    Every element moves by the learning rate: the paper takes a third to a tenth of AdamW's, and three to ten times its decay.
+    Every element moves by the learning rate: the paper uses a third to a tenth of AdamW's, and three to ten times its decay.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
-        betas: the momentum's share in the sign, and its decay rate, in [0, 1).
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        betas: the momentum's weight inside the sign, and its decay rate, in [0, 1).
+        weight_decay: :math:`\lambda`.
 
     State: ``exp_avg``, of the parameter's shape, and ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist.
-        ParameterError: ``params`` is unusable.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas}, options)
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

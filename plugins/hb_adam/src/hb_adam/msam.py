@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
-from hbcore.api import Context, Domain, Optimizer, Options, ScaleByLaProp, Slot, State, Transform, hyper, zeros
+from hbcore.api import Context, Domain, Optimizer, ScaleByLaProp, Slot, State, Transform, hyper, zeros
 
 SMALLEST = 1e-12
-"""The least norm that the momentum is divided by: one that vanishes perturbs nothing."""
+"""Lower bound of the norm that the momentum is divided by, so that a momentum of zeros perturbs nothing."""
 
 
 @dataclass(frozen=True)
 class MomentumSAM(Transform):
-    r"""The step, and the perturbation to train with, Becker, Altrock and Risse 2024 (arXiv:2401.12033), Algorithm 1.
+    r"""The step, and the perturbation that training adds, Becker, Altrock and Risse 2024 (arXiv:2401.12033), Algorithm 1.
 
     .. math::
         w_t = w_{t-1} - \gamma_t (u_t + \lambda w_{t-1}) \qquad
@@ -26,16 +24,16 @@ class MomentumSAM(Transform):
         p_t = w_t - e_t \qquad
         \gamma_t = \mathrm{lr} \min(1, t / (N + 1))
 
-    The norm is that of the updates of all parameters together. Training has :math:`p` for its parameter, evaluation
-    :math:`w = p + e`. The state is :math:`e`, not :math:`w`: it is zero before the first step, loses little when it is stored
-    with few bits, and holds for a parameter that sits steps out, and while :math:`\rho` changes. It is stored as
-    :math:`w - p`, so that :math:`w` does not lose what :math:`p` is rounded by. The paper restores :math:`w` from the momentum
-    and its norm, one tensor less; but that norm is the whole model's, which no parameter knows by itself.
+    The norm is taken over the updates of all parameters together. The parameter holds :math:`p` in training and
+    :math:`w = p + e` in evaluation. The state is :math:`e`, not :math:`w`: it is zero before the first step, loses little when
+    stored with few bits, and stays valid for a parameter that skips steps and while :math:`\rho` changes. It is computed as
+    :math:`w - p`, so that rounding :math:`p` costs :math:`w` nothing. The paper restores :math:`w` from the momentum and its
+    norm and saves one tensor; but that norm is the whole model's, which a single parameter does not have.
 
     Args:
         lr, warmup_steps: the learning rate and ``N``.
         sam_step_size: :math:`\rho`, at least 0.
-        weight_decay: :math:`\lambda`, at least 0. It turns no perturbation.
+        weight_decay: :math:`\lambda`, at least 0. The perturbation ignores it.
         cautious: decay only where update and weight agree in sign.
 
     Slots: ``perturbation``, :math:`e`, of the parameter's shape.
@@ -75,42 +73,30 @@ class MSAMLaProp(Optimizer):
         w_t = w_{t-1} - \mathrm{lr} \left(\frac{m_t}{1 - \beta_1^t} + \lambda w_{t-1}\right) \qquad
         p_t = w_t - \rho \frac{m_t}{\lVert m_t \rVert}
 
-    with the gradient at :math:`p_{t-1}` and LaProp's moments (arXiv:2002.04839). SAM takes a second gradient to find the
-    point where it takes the first; here the momentum leads there. The model trains with :math:`p` and is to be evaluated with
-    :math:`w`: call ``optimizer.eval()`` before, ``optimizer.train()`` after.
+    with the gradient at :math:`p_{t-1}` and LaProp's moments (arXiv:2002.04839). SAM needs an extra gradient to find the
+    perturbed point; here the momentum points there. The model trains with :math:`p` and must be evaluated with :math:`w`: call
+    ``optimizer.eval()`` before evaluation, ``optimizer.train()`` after it.
 
     The norm is that of the momentum of all parameters that step, as in the paper: :math:`\rho` is the length of the
-    perturbation of the whole model. What a clip or caution leaves of the update is what the perturbation follows; weight
-    decay does not turn it. ``use_ema`` averages :math:`p`.
+    perturbation of the whole model. The perturbation follows the update after clipping and caution, and ignores weight decay.
+    ``use_ema`` averages :math:`p`.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
         betas: decay rates of the two moments, in [0, 1).
         eps: the smallest divisor, at least 0.
-        sam_step_size: :math:`\rho`, at least 0. The paper has 0.3 and more for SGD.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        sam_step_size: :math:`\rho`, at least 0. The paper uses 0.3 and more for SGD.
+        weight_decay: :math:`\lambda`.
 
     State: ``exp_avg``, ``exp_avg_sq`` and ``perturbation``, :math:`w - p`, of the parameter's shape, and ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist.
-        ParameterError: ``params`` is unusable.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.0025,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-6,
-        sam_step_size: float = 0.1,
-        **options: Unpack[Options],
-    ) -> None:
-        cautious = bool(options.pop("cautious_weight_decay", False))  # the rule's own decay minds it
-        hyperparameters = {"lr": lr, "betas": betas, "eps": eps, "sam_step_size": sam_step_size}
-        super().__init__(params, {**hyperparameters, "cautious_weight_decay": cautious}, options)
+    lr: float = 0.0025
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-6
+    sam_step_size: float = 0.1
+    _: KW_ONLY
+    cautious_weight_decay: bool = False  # applied by the rule's own decay
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

@@ -1,4 +1,4 @@
-"""What hb_adam offers to hbcore, as plain data. Importing this module imports no torch."""
+"""hb_adam's manifest: its optimizers and their other names, as plain data. Importing this module imports no torch."""
 
 from __future__ import annotations
 
@@ -6,148 +6,59 @@ from hbcore.api import Alias, OptimizerSpec, hookimpl
 
 API = (1, 3)
 
+
+def spec(name: str, module: str, summary: str, paper: str, *capabilities: str) -> OptimizerSpec:
+    """The class ``name`` in ``hb_adam.<module>``."""
+    return OptimizerSpec(name, f"hb_adam.{module}:{name}", summary, paper, frozenset(capabilities))
+
+
 OPTIMIZERS = (
-    OptimizerSpec(
-        name="SGD",
-        target="hb_adam.sgd:SGD",
-        summary="Stochastic gradient descent with momentum",
-        paper="Sutskever et al. 2013, On the importance of initialization and momentum in deep learning",
-        capabilities=frozenset({"capturable"}),
-    ),
-    OptimizerSpec(
-        name="Adam",
-        target="hb_adam.adam:Adam",
-        summary="Adam, with a weight decay that regularises the loss",
-        paper="Kingma & Ba 2015, arXiv:1412.6980",
-        capabilities=frozenset({"capturable"}),
-    ),
-    OptimizerSpec(
-        name="AdamW",
-        target="hb_adam.adamw:AdamW",
-        summary="Adam with decoupled weight decay",
-        paper="Loshchilov & Hutter 2019, arXiv:1711.05101",
-        capabilities=frozenset({"capturable"}),
-    ),
-    OptimizerSpec(
-        name="UnscaledAdamW",
-        target="hb_adam.unscaled:UnscaledAdamW",
-        summary="AdamW whose update keeps the size of the gradient",
-        paper="HeavyBall, https://github.com/HomebrewML/HeavyBall",
-        capabilities=frozenset({"capturable"}),
-    ),
-    OptimizerSpec(
-        name="NAdam",
-        target="hb_adam.nadam:NAdam",
-        summary="Adam with Nesterov's momentum",
-        paper="Dozat 2016, Incorporating Nesterov Momentum into Adam",
-        capabilities=frozenset({"capturable"}),
-    ),
-    OptimizerSpec(
-        name="RMSprop",
-        target="hb_adam.rmsprop:RMSprop",
-        summary="The gradient over its root mean square, bias-corrected",
-        paper="Tieleman & Hinton 2012, Neural Networks for Machine Learning, lecture 6.5",
-        capabilities=frozenset({"capturable"}),
-    ),
-    OptimizerSpec(
-        name="ADOPT",
-        target="hb_adam.adopt:ADOPT",
-        summary="Adam that converges whatever beta2 is: no gradient is divided by its own square",
-        paper="Taniguchi et al. 2024, arXiv:2411.02853",
-        capabilities=frozenset({"capturable", "primes"}),
-    ),
-    OptimizerSpec(
-        name="AdEMAMix",
-        target="hb_adam.ademamix:AdEMAMix",
-        summary="Adam with a second, slow momentum",
-        paper="Pagliardini, Ablin & Grangier 2024, arXiv:2409.03137",
-        capabilities=frozenset({"capturable"}),
-    ),
-    OptimizerSpec(
-        name="AdamC",
-        target="hb_adam.adamc:AdamC",
-        summary="AdamW whose weight decay follows the learning rate twice",
-        paper="Defazio 2025, arXiv:2506.02285",
-        capabilities=frozenset({"capturable"}),
-    ),
-    OptimizerSpec(
-        name="LaProp",
-        target="hb_adam.laprop:LaProp",
-        summary="Momentum of normalised gradients",
-        paper="Ziyin, Wang & Ueda 2020, arXiv:2002.04839",
-        capabilities=frozenset({"capturable"}),
-    ),
-    OptimizerSpec(
-        name="SignLaProp",
-        target="hb_adam.laprop:SignLaProp",
-        summary="The signs of LaProp's update, scaled to its norm",
-        paper="HeavyBall, https://github.com/HomebrewML/HeavyBall",
-        capabilities=frozenset({"capturable"}),
-    ),
-    OptimizerSpec(
-        name="SUDSAdamW",
-        target="hb_adam.suds:SUDSAdamW",
-        summary="AdamW in a basis with one axis along the gradient's direction of most variance",
-        paper="HeavyBall, https://github.com/HomebrewML/HeavyBall",
-        capabilities=frozenset({"matrix", "primes"}),
-    ),
-    OptimizerSpec(
-        name="SFAdamW",
-        target="hb_adam.schedule_free:SFAdamW",
-        summary="Schedule-free AdamW: an average of the iterates in place of a learning-rate schedule",
-        paper="Defazio et al. 2024, arXiv:2405.15682",
-        capabilities=frozenset({"modes"}),
-    ),
-    OptimizerSpec(
-        name="MSAMLaProp",
-        target="hb_adam.msam:MSAMLaProp",
-        summary="LaProp, with the gradient from a point further along the momentum, for flat minima",
-        paper="Becker, Altrock & Risse 2024, arXiv:2401.12033",
-        capabilities=frozenset({"modes", "capturable"}),
-    ),
-    OptimizerSpec(
-        name="SAMWrapper",
-        target="hb_adam.sam:SAMWrapper",
-        summary="Any optimizer, with the gradient from the worst point nearby",
-        paper="Foret et al. 2021, arXiv:2010.01412; Kwon et al. 2021, arXiv:2102.11600",
-        capabilities=frozenset({"closure"}),
-    ),
-    OptimizerSpec(
-        name="Adams",
-        target="hb_adam.adams:Adams",
-        summary="Adam in a bounded step with no eps, and decay of each matrix's largest singular value",
-        paper="Adams, https://github.com/imoneoi/Adams",
-        capabilities=frozenset({"matrix"}),
-    ),
-    OptimizerSpec(
-        name="Adafactor",
-        target="hb_adam.adafactor:Adafactor",
-        summary="Second moments from the means of rows and columns, and steps relative to the parameter",
-        paper="Shazeer & Stern 2018, arXiv:1804.04235",
-        capabilities=frozenset({"matrix"}),
-    ),
-    OptimizerSpec(
-        name="SparseAdam",
-        target="hb_adam.sparse_adam:SparseAdam",
-        summary="Adam in the rows that have a gradient, for large embeddings",
-        paper="Kingma & Ba 2015, arXiv:1412.6980",
-        capabilities=frozenset({"sparse"}),
-    ),
-    OptimizerSpec(
-        name="Lion",
-        target="hb_adam.lion:Lion",
-        summary="The sign of a momentum",
-        paper="Chen et al. 2023, arXiv:2302.06675",
-        capabilities=frozenset({"capturable"}),
-    ),
-)
+    spec("SGD", "sgd", "Stochastic gradient descent with momentum",
+         "Sutskever et al. 2013, On the importance of initialization and momentum in deep learning", "capturable"),
+    spec("Adam", "adam", "Adam, with a weight decay that regularises the loss",
+         "Kingma & Ba 2015, arXiv:1412.6980", "capturable"),
+    spec("AdamW", "adamw", "Adam with decoupled weight decay",
+         "Loshchilov & Hutter 2019, arXiv:1711.05101", "capturable"),
+    spec("UnscaledAdamW", "unscaled", "AdamW whose update keeps the size of the gradient",
+         "HeavyBall, https://github.com/HomebrewML/HeavyBall", "capturable"),
+    spec("NAdam", "nadam", "Adam with Nesterov's momentum",
+         "Dozat 2016, Incorporating Nesterov Momentum into Adam", "capturable"),
+    spec("RMSprop", "rmsprop", "The gradient over its root mean square, bias-corrected",
+         "Tieleman & Hinton 2012, Neural Networks for Machine Learning, lecture 6.5", "capturable"),
+    spec("ADOPT", "adopt", "Adam that converges whatever beta2 is: no gradient is divided by its own square",
+         "Taniguchi et al. 2024, arXiv:2411.02853", "capturable", "primes"),
+    spec("AdEMAMix", "ademamix", "Adam with a second, slow momentum",
+         "Pagliardini, Ablin & Grangier 2024, arXiv:2409.03137", "capturable"),
+    spec("AdamC", "adamc", "AdamW whose weight decay follows the learning rate twice",
+         "Defazio 2025, arXiv:2506.02285", "capturable"),
+    spec("LaProp", "laprop", "Momentum of normalised gradients",
+         "Ziyin, Wang & Ueda 2020, arXiv:2002.04839", "capturable"),
+    spec("SignLaProp", "laprop", "The signs of LaProp's update, scaled to its norm",
+         "HeavyBall, https://github.com/HomebrewML/HeavyBall", "capturable"),
+    spec("SUDSAdamW", "suds", "AdamW in a basis with one axis along the gradient's direction of most variance",
+         "HeavyBall, https://github.com/HomebrewML/HeavyBall", "matrix", "primes"),
+    spec("SFAdamW", "schedule_free", "Schedule-free AdamW: an average of the iterates in place of a learning-rate schedule",
+         "Defazio et al. 2024, arXiv:2405.15682", "modes"),
+    spec("MSAMLaProp", "msam", "LaProp, with the gradient from a point further along the momentum, for flat minima",
+         "Becker, Altrock & Risse 2024, arXiv:2401.12033", "capturable", "modes"),
+    spec("SAMWrapper", "sam", "Any optimizer, with the gradient from the worst point nearby",
+         "Foret et al. 2021, arXiv:2010.01412; Kwon et al. 2021, arXiv:2102.11600", "closure"),
+    spec("Adams", "adams", "Adam in a bounded step with no eps, and decay of each matrix's largest singular value",
+         "Adams, https://github.com/imoneoi/Adams", "matrix"),
+    spec("Adafactor", "adafactor", "Second moments from the means of rows and columns, and steps relative to the parameter",
+         "Shazeer & Stern 2018, arXiv:1804.04235", "matrix"),
+    spec("SparseAdam", "sparse_adam", "Adam in the rows that have a gradient, for large embeddings",
+         "Kingma & Ba 2015, arXiv:1412.6980", "sparse"),
+    spec("Lion", "lion", "The sign of a momentum",
+         "Chen et al. 2023, arXiv:2302.06675", "capturable"),
+)  # fmt: skip
 """The optimizers of the Adam family."""
 
 FOREACH = ("ADOPT", "AdEMAMix", "AdamC", "AdamW", "LaProp", "NAdam", "RMSprop", "SFAdamW", "SignLaProp")
-"""What HeavyBall also calls ``ForeachX``."""
+"""The optimizers that HeavyBall also calls ``ForeachX``."""
 
 PRESETS = {"PaLMForeachSFAdamW": ("SFAdamW", {"palm": True}), "PaLMSFAdamW": ("SFAdamW", {"palm": True})}
-"""Names of HeavyBall's that stand for options."""
+"""HeavyBall's names for an optimizer with other options."""
 
 
 @hookimpl

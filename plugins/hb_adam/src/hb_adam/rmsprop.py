@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
 from hbcore.api import (
     Context,
@@ -15,7 +13,6 @@ from hbcore.api import (
     Momentum,
     Optimizer,
     OptionError,
-    Options,
     Slot,
     State,
     Transform,
@@ -32,13 +29,13 @@ class ScaleByRMSprop(Transform):
     .. math::
         v_t = \alpha v_{t-1} + (1 - \alpha) g_t^2 \qquad u_t = g_t / \sqrt{v_t / (1 - \alpha^t)}
 
-    ``centered`` takes the variance for the mean square, Graves 2013 (arXiv:1308.0850), equations 38 to 40:
+    ``centered`` replaces the mean square by the variance, Graves 2013 (arXiv:1308.0850), equations 38 to 40:
 
     .. math::
         n_t = \alpha n_{t-1} + (1 - \alpha) g_t \qquad u_t = g_t / \sqrt{(v_t - n_t^2) / (1 - \alpha^t)}
 
-    Without ``debias`` the factor :math:`1 - \alpha^t` is left out. The variance is divided by it as a whole: with each moment
-    corrected by itself, it would be 0 on the first step.
+    Without ``debias`` the factor :math:`1 - \alpha^t` is left out. The variance is divided by it as a whole: with the moments
+    corrected separately, it would be 0 on the first step.
 
     State: ``square_avg``, and ``grad_avg`` if centered, of the parameter's shape.
     """
@@ -58,7 +55,7 @@ class ScaleByRMSprop(Transform):
         spread = new["square_avg"]
         if self.centered:
             new["grad_avg"] = ema(s["grad_avg"], u, self.alpha)
-            spread = (spread - new["grad_avg"] * new["grad_avg"]).clamp(min=0)  # below only by rounding
+            spread = (spread - new["grad_avg"] * new["grad_avg"]).clamp(min=0)  # negative only by rounding
         if self.debias:
             spread = spread * (1 / (1 - self.alpha**c.step))
         return c.divide(u, spread.sqrt(), self.eps), new
@@ -76,51 +73,36 @@ class RMSprop(Optimizer):
     ``debias=False, decoupled_weight_decay=False, division_backend="eps_add"`` is torch.optim's rule.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
         alpha: decay rate of the squared gradient, in [0, 1).
         eps: the smallest divisor, at least 0.
-        momentum: :math:`\mu`, at least 0; what ``mars`` corrects by.
+        momentum: :math:`\mu`, at least 0; ``mars`` corrects by it and needs one above 0.
         centered: subtract the square of the mean gradient, Graves 2013 (arXiv:1308.0850).
         debias: divide :math:`v_t` by :math:`1 - \alpha^t`.
         decoupled_weight_decay: decay the weights rather than regularise the loss.
-        betas: HeavyBall's spelling; its second number is ``alpha``, and wins. The first has no meaning.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        betas: HeavyBall's spelling; its second number replaces ``alpha``, the first is ignored.
+        weight_decay: :math:`\lambda`.
 
     State: ``square_avg`` and ``momentum_buffer``, ``grad_avg`` if centered, of the parameter's shape, and ``step``. The buffer
-    is there at a momentum of 0 too, so that a scheduler may raise it.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist, or does not go with coupled decay; ``mars`` with no momentum.
-        ParameterError: ``params`` is unusable.
+    exists at a momentum of 0 too, so that a scheduler may raise it.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.0025,
-        alpha: float = 0.99,
-        eps: float = 1e-6,
-        momentum: float = 0.0,
-        centered: bool = False,
-        debias: bool = True,
-        decoupled_weight_decay: bool = True,
-        betas: tuple[float, float] | None = None,
-        **options: Unpack[Options],
-    ) -> None:
-        hyperparameters = {
-            "lr": lr,
-            "alpha": alpha if betas is None else betas[1],
-            "eps": eps,
-            "momentum": momentum,
-            "centered": centered,
-            "debias": debias,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(params, hyperparameters, options)
-        if self.settings.mars and not momentum:
-            raise OptionError("RMSprop: mars corrects by the momentum, and that is 0; pass a momentum, or mars=False.")
+    lr: float = 0.0025
+    alpha: float = 0.99
+    eps: float = 1e-6
+    momentum: float = 0.0
+    centered: bool = False
+    debias: bool = True
+    decoupled_weight_decay: bool = True
+    betas: tuple[float, float] | None = None
+
+    def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
+        betas = h.pop("betas")
+        return h if betas is None else {**h, "alpha": betas[1]}
+
+    def after_init(self) -> None:
+        if self.settings.mars and not self.defaults["momentum"]:
+            raise OptionError("RMSprop: mars corrects by the momentum, which is 0; pass a momentum, or mars=False.")
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

@@ -16,28 +16,28 @@ from hbcore.api import Composite, HyperparameterError, Optimizer, OptionError, c
 
 
 class SAMWrapper(Composite):
-    r"""A step of another optimizer with the gradient from the worst point nearby; twice the work, flatter minima.
+    r"""Another optimizer's step, with the gradient at the worst point nearby; twice the work, flatter minima.
 
     .. math::
         \epsilon = \rho\, \frac{p^2 g}{\lVert p\, g \rVert_2} \;\text{ adaptive, or }\; \rho\, \frac{g}{\lVert g \rVert_2}
         \qquad p \leftarrow \text{the optimizer's step from } p \text{ with } \nabla L(p + \epsilon)
 
     with norms over the whole model: Kwon et al. 2021, ASAM (arXiv:2102.11600), equation 9 with :math:`T_w = |w|`, and
-    Foret et al. 2021, SAM (arXiv:2010.01412), equation 2. Parameters without a gradient stay where they are.
+    Foret et al. 2021, SAM (arXiv:2010.01412), equation 2. Parameters without a gradient are not changed.
 
     Args:
-        params: parameters, named parameters or groups of them; none if ``wrapped_optimizer`` is an instance, which has its own.
+        params: parameters, named parameters or groups of them; omitted if ``wrapped_optimizer`` is an instance.
         wrapped_optimizer: an hbcore optimizer class, its name, or an instance.
-        ball: :math:`\rho`, at least 0; for each group, as the entry ``ball``.
+        ball: :math:`\rho`, at least 0; a param group may have its own, as the entry ``ball``.
         adaptive: ASAM, whose neighbourhood does not change if a layer's weights are scaled; otherwise SAM.
-        **options: what the wrapped optimizer takes.
+        **options: the wrapped optimizer's arguments.
 
     State: the wrapped optimizer's.
 
     Raises:
-        HyperparameterError: ``ball`` is negative, or no number.
-        OptionError: ``wrapped_optimizer`` is no hbcore optimizer; ``step`` got no closure; options came with an instance.
-        whatever the wrapped optimizer raises.
+        HyperparameterError: ``ball`` is negative or not a number.
+        OptionError: ``wrapped_optimizer`` is not an hbcore optimizer, or an instance with further arguments; ``step`` got no
+            closure. The wrapped optimizer raises its own errors.
     """
 
     requires_closure = True
@@ -87,7 +87,7 @@ class SAMWrapper(Composite):
 
     @contextmanager
     def _perturbed(self) -> Iterator[None]:
-        """The parameters at the worst point nearby, by the present gradients, which are cleared; then back, bit for bit."""
+        """Moves the parameters to the worst point nearby and clears their gradients; restores them bit for bit at exit."""
         uphill = [(-group["ball"] if group["maximize"] else group["ball"], group["params"]) for group in self.param_groups]
         active = [(ball, p) for ball, params in uphill for p in params if p.grad is not None]
         grads = [_real(p.grad) for _, p in active if p.grad is not None]
@@ -107,7 +107,7 @@ class SAMWrapper(Composite):
                 p.copy_(own)
 
     def _allocating(self) -> bool:
-        """Whether torch.distributed.checkpoint asks for a step that makes state and moves nothing."""
+        """Whether this is torch.distributed.checkpoint's dry step, which creates state and moves nothing."""
         return not self.state and all(float(group["lr"]) == 0 for group in self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,11 +121,11 @@ class SAMWrapper(Composite):
 def _built(params: Any, wrapped: str | type[Optimizer] | Optimizer, options: dict[str, Any]) -> Optimizer:
     if isinstance(wrapped, Optimizer):
         if params is not None or options:
-            raise OptionError("SAMWrapper: an optimizer that is built already has its parameters and options; pass it alone.")
+            raise OptionError("SAMWrapper: an optimizer instance has its parameters and options already; pass it alone.")
         return wrapped
     cls: Any = hbcore.get(wrapped) if isinstance(wrapped, str) else wrapped
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
-        raise OptionError(f"SAMWrapper: {wrapped!r} is no hbcore optimizer; pass a class, a name or an instance.")
+        raise OptionError(f"SAMWrapper: {wrapped!r} is not an hbcore optimizer; pass a class, a name or an instance.")
     optimizer: Optimizer = cls(params, **options)
     return optimizer
 
@@ -136,16 +136,16 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm over all of them, at least the least normal number, so that zeros perturb nothing."""
+    """The norm over all tensors, at least the smallest normal number, so that zeros perturb nothing."""
     norms = [_whole(torch.linalg.vector_norm(t, dtype=compute_dtype(t.dtype))).double() for t in tensors]
     total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
     return total.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _whole(norm: Tensor) -> Tensor:
-    """A norm over all ranks, of a tensor that is spread over them."""
-    spread: Any = norm
-    whole: Tensor = spread.full_tensor() if hasattr(spread, "full_tensor") else norm
+    """A norm over all ranks, for a sharded tensor."""
+    sharded: Any = norm
+    whole: Tensor = sharded.full_tensor() if hasattr(sharded, "full_tensor") else norm
     return whole
 
 

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
-from hbcore.api import Context, Optimizer, Options, Slot, State, Transform, debiased, hyper, zeros
+from hbcore.api import Context, Optimizer, Slot, State, Transform, debiased, hyper, zeros
 
 
 @dataclass(frozen=True)
@@ -46,25 +44,26 @@ class ScheduleFree(Transform):
         x_k = (1 - c_k) x_{k-1} + c_k z_k \qquad
         y_k = (1 - \beta_1) z_k + \beta_1 x_k
 
-    The weights are those of the authors' library, which has the largest learning rate so far where the paper has the present
+    The weights are those of the authors' library, which uses the largest learning rate so far where the paper uses the present
     one. ``k`` counts the group's steps, so that all of its parameters average alike; :math:`c_k = 0` while every rate was 0.
 
-    Training has :math:`y` for its parameter, evaluation :math:`x`, and the state is :math:`d = z - y`. Without ``x`` and ``z``,
+    The parameter holds :math:`y` in training and :math:`x` in evaluation, and the state is :math:`d = z - y`. Without ``x``
+    and ``z``,
 
     .. math::
         y_k = y_{k-1} + c_k d_{k-1} - \gamma_k (1 - \beta_1 (1 - c_k)) u_k \qquad
         d_k = (1 - c_k) (d_{k-1} - \beta_1 \gamma_k u_k) \qquad
         x_k = y_k - (1 / \beta_1 - 1) d_k
 
-    The difference starts at zero whatever the parameter is, as :math:`x_0 = y_0 = z_0`: a parameter that has not stepped yet
-    needs no exception here, in :meth:`swap` or in a checkpoint. It is the same in both modes, and loses less than ``z`` when
-    it is stored with few bits.
+    The difference starts at zero for any parameter, as :math:`x_0 = y_0 = z_0`: a parameter that has not stepped yet is not a
+    special case here, in :meth:`swap` or in a checkpoint. It is the same in both modes, and loses less than ``z`` when stored
+    with few bits.
 
     Args:
-        beta1: :math:`\beta_1`, in (0, 1): at 0 training would forget ``x``.
+        beta1: :math:`\beta_1`, in (0, 1); at 0, ``x`` could not be computed from ``y`` and ``d``.
         warmup_steps: ``N``.
         r: the weights grow as :math:`k^r`.
-        weight_lr_power: :math:`\rho`; 0 weighs the steps of a warm-up like all others.
+        weight_lr_power: :math:`\rho`; 0 weights the steps of a warm-up like all others.
 
     State: ``z_minus_y``, of the parameter's shape. The group carries ``k``, ``weight_sum`` and ``lr_max``.
     """
@@ -90,7 +89,7 @@ class ScheduleFree(Transform):
         lr_max = torch.maximum(lr, s["lr_max"])
         weight = k**self.r * lr_max**self.weight_lr_power
         weight_sum = s["weight_sum"] + weight
-        ck = weight / weight_sum.clamp(min=1e-300)  # 0 / 0 is 0: nothing has moved yet
+        ck = weight / weight_sum.clamp(min=1e-300)  # 0 / 0 becomes 0: nothing has moved yet
         y = c.param + ck * d - lr * (1 - self.beta1 * (1 - ck)) * u
         d = (1 - ck) * (d - self.beta1 * lr * u)
         return y, {"z_minus_y": d, "k": k, "weight_sum": weight_sum, "lr_max": lr_max}
@@ -101,7 +100,7 @@ class ScheduleFree(Transform):
 
 
 class SFAdamW(Optimizer):
-    r"""Schedule-free AdamW, Defazio et al. 2024, The Road Less Scheduled (arXiv:2405.15682), as the authors' library has it.
+    r"""Schedule-free AdamW, Defazio et al. 2024, The Road Less Scheduled (arXiv:2405.15682), in the authors' library's form.
 
     .. math::
         u_k = \frac{g_k}{\max(\sqrt{\hat v_k}, \epsilon)} + \lambda y_{k-1} \qquad
@@ -110,44 +109,31 @@ class SFAdamW(Optimizer):
         y_k = (1 - \beta_1) z_k + \beta_1 x_k
 
     with :math:`\hat v_k` AdamW's second moment of the gradient at :math:`y_{k-1}`, and :math:`c_k` the share of step ``k`` in
-    the sum of the weights :math:`w_k = k^r (\max_{i \le k} \gamma_i)^\rho`. The model trains with :math:`y` and is to be
-    evaluated with :math:`x`.
+    the sum of the weights :math:`w_k = k^r (\max_{i \le k} \gamma_i)^\rho`. The model trains with :math:`y` and must be
+    evaluated with :math:`x`: call ``optimizer.eval()`` before evaluation, ``optimizer.train()`` after it.
 
     The library differs in three conventions. It divides by :math:`\sqrt{\hat v_k} + \epsilon`, which is
     ``division_backend="eps_add"``. Its warm-up multiplies the learning rate by :math:`\min(1, k / N)`, ours by
     :math:`\min(1, k / (N + 1))`: its ``warmup_steps`` is ours plus one. It corrects :math:`v` by the group's count of steps,
     ours by the parameter's own; they differ for a parameter that joins late. Everything else, the warm-up too, counts the
-    group's steps in both, and the weights are made of the learning rate after warm-up. Schedulers may change it all the same.
+    group's steps in both, and the weights use the learning rate after warm-up. Schedulers may change it nonetheless.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate; a good one is often larger than AdamW's.
         betas: :math:`\beta_1`, how much of :math:`x` is in :math:`y`, in (0, 1); the decay rate of :math:`v`, in [0, 1).
         eps: the smallest divisor, at least 0.
         r: the power of the step count in the weights.
         weight_lr_power: :math:`\rho`, the power of the largest learning rate in the weights, at least 0.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        weight_decay: :math:`\lambda`.
 
     State: ``exp_avg_sq`` and ``z_minus_y``, of the parameter's shape, and ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist.
-        ParameterError: ``params`` is unusable.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.0025,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-6,
-        r: float = 0.0,
-        weight_lr_power: float = 2.0,
-        **options: Unpack[Options],
-    ) -> None:
-        hyperparameters = {"lr": lr, "betas": betas, "eps": eps, "r": r, "weight_lr_power": weight_lr_power}
-        super().__init__(params, hyperparameters, options)
+    lr: float = 0.0025
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-6
+    r: float = 0.0
+    weight_lr_power: float = 2.0
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

@@ -1,13 +1,10 @@
-"""Stochastic gradient descent with momentum, as torch.optim.SGD has it."""
+"""Stochastic gradient descent with momentum, in torch.optim.SGD's form."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
-
-from hbcore.api import CoupleDecay, Momentum, Optimizer, Options, Transform
+from hbcore.api import CoupleDecay, Momentum, Optimizer, Transform
 
 
 class SGD(Optimizer):
@@ -21,42 +18,27 @@ class SGD(Optimizer):
     :math:`\lambda p` to the gradient instead, which is torch.optim's rule.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
         momentum: :math:`\mu`, at least 0; ``beta`` is another spelling.
         dampening: :math:`\tau`.
         nesterov: look ahead along the momentum.
         decoupled_weight_decay: decay the weights rather than regularise the loss.
-        beta: another spelling of ``momentum``; wins if both are given.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        beta: another spelling of ``momentum``, which it overrides.
+        weight_decay: :math:`\lambda`.
 
     State: ``momentum_buffer``, of the parameter's shape, and ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist.
-        ParameterError: ``params`` is unusable.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.0025,
-        momentum: float = 0.9,
-        dampening: float = 0.0,
-        nesterov: bool = False,
-        decoupled_weight_decay: bool = True,
-        beta: float | None = None,
-        **options: Unpack[Options],
-    ) -> None:
-        hyperparameters = {
-            "lr": lr,
-            "momentum": momentum if beta is None else beta,
-            "dampening": dampening,
-            "nesterov": nesterov,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(params, hyperparameters, options)
+    lr: float = 0.0025
+    momentum: float = 0.9
+    dampening: float = 0.0
+    nesterov: bool = False
+    decoupled_weight_decay: bool = True
+    beta: float | None = None
+
+    def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
+        beta = h.pop("beta")
+        return h if beta is None else {**h, "momentum": beta}
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

@@ -1,4 +1,4 @@
-"""Adam for sparse gradients, as torch.optim.SparseAdam has it."""
+"""Adam for sparse gradients, in torch.optim.SparseAdam's form."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
-from hbcore.api import Context, Optimizer, Options, Slot, State, Transform, ema, hyper, zeros
+from hbcore.api import Context, Optimizer, Slot, State, Transform, ema, hyper, zeros
 
 
 @dataclass(frozen=True)
 class ScaleBySparseAdam(Transform):
-    r"""Adam's direction, divided before the bias is corrected: the form at the end of Kingma and Ba 2015, section 2.
+    r"""Adam's direction, divided before the bias correction: the form at the end of Kingma and Ba 2015, section 2.
 
     .. math::
         m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
-        u_t = \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \frac{m_t}{\sqrt{v_t}} \quad\text{divided as the division backend says}
+        u_t = \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \frac{m_t}{\sqrt{v_t}} \quad\text{with the division backend's division}
 
     It is :class:`hbcore.api.ScaleByAdam` with an :math:`\epsilon` that begins smaller than it is by a factor of
     :math:`\sqrt{1 - \beta_2^t}`.
@@ -48,41 +46,29 @@ class SparseAdam(Optimizer):
         p_t = p_{t-1} - \mathrm{lr}
         \left(\frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \frac{m_t}{\sqrt{v_t} + \epsilon} + \lambda p_{t-1}\right)
 
-    in those rows alone that have a gradient in step ``t``; in the others neither weights nor moments change, and nothing of
-    them is read. That is Adam (Kingma and Ba 2015, arXiv:1412.6980) if every row has one. ``t`` counts the steps of the whole
-    parameter. Rows that come more than once in a gradient have the sum of what comes.
+    only in the rows that have a gradient in step ``t``; in the others neither weights nor moments change, and nothing of
+    them is read. If every row has one, that is Adam (Kingma and Ba 2015, arXiv:1412.6980). ``t`` counts the steps of the whole
+    parameter. The gradients of a row that occurs more than once are summed.
 
-    ``nn.Embedding(..., sparse=True)`` and ``nn.EmbeddingBag`` make such gradients, of the layout ``torch.sparse_coo``. Dense
-    layers take another optimizer: :class:`hbcore.SplitOpt` joins the two. What an option computes of a whole tensor, as
-    ``caution`` does, it computes of the rows that have a gradient.
+    ``nn.Embedding(..., sparse=True)`` and ``nn.EmbeddingBag`` make such gradients, of the layout ``torch.sparse_coo``; ``step``
+    refuses others. Dense layers need another optimizer: :class:`hbcore.SplitOpt` joins the two. Options that compute over a
+    whole tensor, as ``caution`` does, compute over the rows that have a gradient. ``capturable`` and ``use_ema`` need whole
+    gradients and are not supported.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
         betas: decay rates of the two moments, in [0, 1).
-        eps: what is added to the divisor, above 0: the ``division_backend`` of this class is ``"eps_add"`` by default.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        eps: added to the divisor, above 0: the ``division_backend`` of this class is ``"eps_add"`` by default.
+        weight_decay: :math:`\lambda`.
 
     State: ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape, and ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist, or needs whole gradients: ``capturable`` and ``use_ema``.
-        ParameterError: ``params`` is unusable; in ``step``, a gradient is dense.
     """
 
+    lr: float = 0.001
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    division_backend = "eps_add"
     sparse_gradients: ClassVar[bool] = True
-    option_defaults: ClassVar[dict[str, Any]] = {"division_backend": "eps_add"}
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.001,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, options)
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

@@ -7,24 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
-from hbcore.api import Block, Context, Domain, Optimizer, Options, ScaleByAdam, Slot, State, Transform, hyper, zeros
+from hbcore.api import Block, Context, Domain, Optimizer, ScaleByAdam, Slot, State, Transform, hyper, zeros
 
 
 @dataclass(frozen=True)
 class PreconditionBySUDS(Transform):
-    r"""Adam in the coordinates that a reflection takes the first axis from, to the direction :math:`f` of most variance.
+    r"""Adam in the coordinates of a reflection that maps the first axis to :math:`f`, the direction of most variance.
 
     .. math::
         H = I - 2 w w^\top, \quad w = \frac{e_1 - f}{\lVert e_1 - f \rVert} \qquad
         u = H \operatorname{inner}(H g) \qquad
         f \leftarrow f + \eta \left((g^\top f)\, g - (g^\top f)^2 f\right), \text{ normalised}
 
-    The parameter is one long vector, and its eigenbasis is that of :math:`\lambda I + \sigma f f^\top`. The direction follows
-    the gradients by Oja's rule (Oja 1982, A simplified neuron model as a principal component analyzer), and is that of the
-    first, which moves nothing, to begin with; of the first that is not zero, if that was.
+    The parameter is one long vector, and the basis is an eigenbasis of :math:`\lambda I + \sigma f f^\top`. The direction
+    follows the gradients by Oja's rule (Oja 1982, A simplified neuron model as a principal component analyzer). It starts as
+    that of the first gradient that is not zero; the very first gradient moves nothing.
 
     Args:
         inner: the elementwise rule.
@@ -66,18 +64,18 @@ def rows(x: Tensor) -> Tensor:
 
 
 def reflected(x: Tensor, w: Tensor) -> Tensor:
-    """The rows of ``x`` ``[B, n]``, mirrored at the planes across the unit vectors ``w`` ``[B, n]``."""
+    """The rows of ``x`` ``[B, n]``, mirrored at the planes normal to the unit vectors ``w`` ``[B, n]``."""
     return x - 2 * (x * w).sum(1, keepdim=True) * w
 
 
 def unit(x: Tensor) -> Tensor:
-    """The rows of ``x`` ``[B, n]`` at length 1; a row of zeros stays one."""
+    """The rows of ``x`` ``[B, n]`` at length 1; a row of zeros stays zero."""
     norm: Tensor = x.norm(dim=1, keepdim=True)
     return x / norm.clamp(min=torch.finfo(x.dtype).tiny)
 
 
 class SUDSAdamW(Optimizer):
-    r"""AdamW in a basis with one axis along the gradient's direction of most variance; HeavyBall's rule, of no paper.
+    r"""AdamW in a basis with one axis along the gradient's direction of most variance; HeavyBall's rule, without a paper.
 
     .. math::
         p_t = p_{t-1} - \mathrm{lr} \left(H \operatorname{Adam}(H g_t) + \lambda p_{t-1}\right) \qquad
@@ -87,31 +85,19 @@ class SUDSAdamW(Optimizer):
     vector. Its first gradient sets :math:`f` and moves nothing.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
         betas: decay rates of the two moments, in [0, 1).
         eps: the smallest divisor, at least 0.
         precond_lr: the rate at which :math:`f` follows, at least 0. Its effect grows with the square of the gradient.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        weight_decay: :math:`\lambda`.
 
     State: ``exp_avg`` and ``exp_avg_sq`` in the basis, ``fisher_approx`` (:math:`f`), of the parameter's shape; ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist.
-        ParameterError: ``params`` is unusable.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.0025,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-8,
-        precond_lr: float = 0.01,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "precond_lr": precond_lr}, options)
+    lr: float = 0.0025
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    precond_lr: float = 0.01
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

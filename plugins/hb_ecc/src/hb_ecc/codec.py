@@ -19,9 +19,9 @@ from hb_ecc import ulp
 class Corrected:
     """A slot as bfloat16, under its own name, and as a correction, under ``"<slot>#ecc"``, both of the slot's shape.
 
-    Whoever reads the bfloat16 alone has the stored value rounded to nearest, halves away from zero. A correction of zero
-    stands for exactly the bfloat16: a zero-filled slot is zero, and a bfloat16 parameter that gets a new correction keeps its
-    value. float64 parameters keep float64 state and no correction.
+    The bfloat16 alone is the stored value rounded to nearest, halves away from zero. With a correction of zero the value is
+    exactly the bfloat16: a zero-filled slot is zero, and a bfloat16 parameter that gets a new correction keeps its value.
+    float64 parameters keep float64 state and no correction.
     """
 
     name: ClassVar[str]
@@ -30,12 +30,12 @@ class Corrected:
 
     @staticmethod
     def split(x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A float32 tensor as bfloat16 and correction; rounded stochastically if there is noise and something to round."""
+        """A float32 tensor as bfloat16 and correction; rounded stochastically if noise is given and the codec rounds."""
         raise NotImplementedError
 
     @staticmethod
     def join(hi: Tensor, lo: Tensor) -> Tensor:
-        """The float32 tensor that bfloat16 and correction stand for."""
+        """The float32 tensor that bfloat16 and correction encode."""
         raise NotImplementedError
 
     def parts(self, slot: str, dtype: torch.dtype) -> dict[str, torch.dtype]:

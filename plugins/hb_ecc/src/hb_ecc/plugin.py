@@ -1,4 +1,4 @@
-"""What hb_ecc offers to hbcore, as plain data. Importing this module imports no torch."""
+"""hb_ecc's manifest: its codecs, as plain data. Importing this module imports no torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A float32 as a bfloat16 and a signed correction, with integer arithmetic alone.
+"""A float32 as a bfloat16 and a signed correction, with integer arithmetic only.
 
-A bfloat16 is the upper half of a float32. Read as integers, then, rounding to bfloat16 is rounding away low bits, and what
-was rounded away is a small signed integer: the correction, in units of the bits that are kept. There is no scale to store and
-no exponent to take apart, and no compiler can fold the round trip away, as it may ``x - bfloat16(x)``.
+A bfloat16 is the upper half of a float32. On their bits as integers, rounding to bfloat16 drops low bits, and the dropped part
+is a small signed integer: the correction, in units of the last bit kept. No scale is stored and no exponent extracted,
+and no compiler can optimise the round trip away, as it may ``x - bfloat16(x)``.
 
 =========  ============================================  ======================  ==========================================
 parts      encoding of ``bits``, a float32 as an int32   bytes                   comes back as
@@ -17,9 +17,9 @@ parts      encoding of ``bits``, a float32 as an int32   bytes                  
 A float is sign and magnitude, and its int32 is ``-2^31 + magnitude`` when the sign is set; shifting right floors, so both
 signs round their magnitude alike, halves away from zero. The special values:
 
-* ±0, ±inf and denormals need nothing: they are integers like the others.
+* ±0, ±inf and denormals are not special: they are integers like the others.
 * NaN comes back as the quiet NaN ``0x7fc00000``; rounded like a number, one with a small payload would become inf.
-* What would round up to inf in 24 bits (from ``0x7f7fff80``, 3.4027977e38, on) is cut off instead: finite stays finite.
+* Values that would round up to inf in 24 bits (from ``0x7f7fff80``, 3.4027977e38, on) are truncated: finite stays finite.
 * ``hi`` alone may read inf where the float32 is finite, from ``0x7f7f8000`` on, as rounding to bfloat16 always has it.
 """
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 QUIET_NAN = 0x7FC00000
 NEAREST = 0x80
-"""The dither that rounds away eight bits to nearest."""
+"""The dither that rounds eight bits to nearest."""
 
 _MAGNITUDE = 0x7FFFFFFF
 _NEAR_INF = 0x7F7FFF00
@@ -46,7 +46,7 @@ def split32(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join32(hi: Tensor, lo: Tensor) -> Tensor:
-    """The float32 that :func:`split32` took apart."""
+    """The float32 that :func:`split32` split."""
     upper = hi.view(torch.int16).to(torch.int32)
     return ((upper << 16) + _fitting(upper, lo)).view(torch.float32)
 
@@ -73,9 +73,9 @@ def join24(hi: Tensor, lo: Tensor) -> Tensor:
 
 
 def _fitting(upper: Tensor, lo: Tensor) -> Tensor:
-    """The correction, but for one that a zero cannot have: somebody wrote a zero over another number, and it shall be zero.
+    """The correction, or 0 where the upper half is zero and the correction negative: a zero was written over another number.
 
-    Below zero the integer would wrap around to NaN.
+    The negative integer would wrap around to NaN.
     """
     return torch.where(((upper & 0x7FFF) == 0) & (lo < 0), 0, lo)
 

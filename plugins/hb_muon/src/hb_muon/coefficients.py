@@ -1,4 +1,4 @@
-"""Coefficients of the Newton-Schulz iteration: published tables, one made here, and how users spell their own."""
+"""Coefficients of the Newton-Schulz iteration: published tables, one of our own, and the parsing of the user's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Table: TypeAlias = tuple[Row, ...]
 Coefficients: TypeAlias = "str | Sequence[float] | Sequence[Sequence[float]] | None"
 
 JORDAN: Table = ((3.4445, -4.7750, 2.0315),) * 5
-"""Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. Takes singular values of [0.002, 1] to [0.68, 1.21]."""
+"""Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. Maps singular values in [0.002, 1] to [0.68, 1.21]."""
 
 YOU: Table = (
     (4.0848, -6.8946, 2.9270),
@@ -21,7 +21,7 @@ YOU: Table = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
-"""You Jiacheng 2025, as HeavyBall has it: a row for each step. Takes [0.002, 1] to [0.85, 1.15]."""
+"""You Jiacheng 2025, as in HeavyBall: a row for each step. Maps [0.002, 1] to [0.85, 1.15]."""
 
 
 def polar_express(safety: float) -> Table:
@@ -29,7 +29,7 @@ def polar_express(safety: float) -> Table:
 
     Each row is optimal after the rows before it, for singular values up to 1 exactly. Rounding may carry one past that, where
     the polynomials grow without bound: evaluating them at ``x / safety`` keeps it inside. The last row, the classical one
-    that attracts everything near 1 to 1, is left as it is.
+    whose fixed point 1 attracts everything near it, is not scaled.
     """
     return (*((a / safety, b / safety**3, c / safety**5) for a, b, c in _POLAR_EXPRESS), (1.875, -1.25, 0.375))
 
@@ -45,10 +45,10 @@ _POLAR_EXPRESS: Table = (
 )
 
 POLAR_EXPRESS: Table = polar_express(1.01)
-"""With the safety factor of the paper's code. Five steps take [0.002, 1] to [0.87, 1.13], seven to 1 within 0.001."""
+"""With the safety factor of the paper's code. Five steps map [0.002, 1] to [0.87, 1.13], seven to 1 within 0.001."""
 
 GRAM: Table = polar_express(1.05)
-"""With the larger one that :func:`hb_muon.newton_schulz.gram_newton_schulz`, which rounds differently, is published with."""
+"""With the larger factor published for :func:`hb_muon.newton_schulz.gram_newton_schulz`, which rounds differently."""
 
 MINIMAX: Table = (
     (6.420167528545524, -16.79477950317157, 11.830500274919176),
@@ -57,14 +57,14 @@ MINIMAX: Table = (
     (2.4302562633681792, -1.750831529230646, 0.41246069771100513),
     (1.875, -1.25, 0.375),
 )
-"""Four rows by the method of The Polar Express, and the classical row for who wants a fifth step. Each is optimal for what the
-rows before it make of [0.0035, 1], evaluated with the safety factor 1.01; the first two are optimal from 0.06 of the upper end
-on instead: optimal to the lower end they bend down to it again near the upper one, where the rounding errors of bfloat16 are
-larger than what is left. Four steps take [0.0036, 1] to [0.80, 1.19]. Of a matrix whose condition number is 100 and whose
-smaller side is at most 4,000, :func:`hb_muon.newton_schulz.minimax` makes one in that range."""
+"""Four rows by the method of The Polar Express, and the classical row for a fifth step. Each is optimal on the image of
+[0.0035, 1] under the rows before it, with the safety factor 1.01; but the first two are optimal only from 0.06 of the upper end
+on: optimal down to the lower end, they would fall to it again near the upper one, where the rounding errors of bfloat16 exceed
+the remaining value. Four steps map [0.0036, 1] to [0.80, 1.19]. :func:`hb_muon.minimax.minimax` scales the singular
+values of a matrix whose condition number is 100 and whose smaller side is at most 4,000 into [0.0036, 1]."""
 
 TABLES: dict[str, Table] = {"jordan": JORDAN, "you": YOU, "polar_express": POLAR_EXPRESS, "minimax": MINIMAX}
-"""What may be named as ``ns_coefficients``."""
+"""The tables by the name that ``ns_coefficients`` takes."""
 
 
 def table(coefficients: str | Sequence[float] | Sequence[Sequence[float]]) -> Table:
@@ -91,5 +91,5 @@ def table(coefficients: str | Sequence[float] | Sequence[Sequence[float]]) -> Ta
 
 
 def steps_of(rows: Table, count: int) -> Table:
-    """The rows of ``count`` steps: the first ones, and the last one again where there are too few."""
+    """The rows of ``count`` steps: the first ones, the last repeated if there are too few."""
     return rows[:count] + rows[-1:] * (count - len(rows))

@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
-from hbcore.api import Context, Domain, Optimizer, Options, Route, ScaleByAdam, State, Transform, hyper, is_matrix
+from hbcore.api import Context, Domain, Optimizer, Route, ScaleByAdam, State, Transform, hyper, is_matrix
 
 SMALLEST = 1e-12
-"""The least norm that an update is divided by: one that vanishes takes a step that does."""
+"""Lower bound of the norm that an update is divided by, so that an update of zeros moves nothing."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +23,9 @@ class HyperBall(Transform):
         q = p_{t-1} - \gamma_t R \frac{u}{\lVert u \rVert} \qquad p_t = R \frac{q}{\lVert q \rVert} \qquad
         \gamma_t = \mathrm{lr} \min(1, t / (N + 1))
 
-    The radius is that of the initial weights in the paper. Here it is read from the weights, which have had it ever since:
-    nothing is stored, and weights that are loaded or averaged keep the norm that they have. The norms and the last product
-    are computed in float64, so that what is left is the rounding of the stored weights, which is independent of their sign
+    The radius is that of the initial weights in the paper. Here it is computed from the present weights, whose norm the step
+    keeps: nothing is stored, and weights that are loaded or averaged keep their own norm. The norms and the last product are
+    computed in float64, so that the only error is the rounding of the stored weights, which is independent of their sign
     and size: a random walk of about :math:`2^{-24} \sqrt{t / n}` of the radius in ``t`` steps for ``n`` float32 elements
     (2e-8 after 1000 steps for 1200), and :math:`2^{-9} \sqrt{t / n}` for bfloat16.
     """
@@ -41,7 +39,7 @@ class HyperBall(Transform):
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         rate = self.lr * (c.step / (self.warmup_steps + 1)).clamp(max=1)
-        # A norm or a quotient rounded to float32 would be off by the same factor for every element: a drift, not a noise.
+        # A norm or a quotient rounded to float32 is off by the same factor for every element: a drift, not noise.
         param, direction = c.param.double(), u.double()
         radius = c.norm(param)
         moved = param - direction / c.norm(direction).clamp(min=SMALLEST) * (rate * radius)
@@ -58,33 +56,21 @@ class HyperBallAdamW(Optimizer):
 
     with Adam's corrected moments, and :math:`\operatorname{unit}(x) = x / \lVert x \rVert` of the whole tensor, for each
     parameter with two dimensions or more that are larger than 1; all others take AdamW's step. A matrix keeps its norm:
-    ``lr`` is about the angle of a step in radians, and weight decay only turns it. A matrix of zeros stays one: give weights
+    ``lr`` is about the angle of a step in radians, and weight decay only turns it. A matrix of zeros stays zero: give weights
     that start at zero, such as one factor of a LoRA, to another optimizer.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate: relative to the norm for matrices, AdamW's for all others.
         betas: decay rates of the two moments, in [0, 1).
         eps: the smallest divisor, at least 0.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        weight_decay: :math:`\lambda`.
 
     State: ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape, and ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist.
-        ParameterError: ``params`` is unusable.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.0025,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-8,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, options)
+    lr: float = 0.0025
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

@@ -1,4 +1,4 @@
-"""How hb_muon's Triton kernels are launched."""
+"""Launching hb_muon's Triton kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def aligned(*tensors: Tensor) -> bool:
-    """Whether the kernels that are made for addresses of 16 bytes take the tensors."""
+    """Whether the tensors' addresses are multiples of 16 bytes, which :func:`launch` needs for its compiled kernels."""
     return not any(t.data_ptr() % 16 for t in tensors)
 
 
@@ -29,11 +29,11 @@ def launch(
     """Run ``kernel`` over ``grid``, on the device of the last tensor.
 
     Args:
-        tensors: what its pointers point to.
-        compiled: gives the kernel for aligned tensors, compiled and remembered: launching that takes a fifth of the time that
-            Triton's own look-up takes.
+        tensors: those that its pointers point to.
+        compiled: returns the cached compiled kernel for aligned tensors; launching it takes a fifth of the time of Triton's own
+            look-up.
         arguments: all of the kernel's arguments.
-        meta: what the look-up needs besides: ``num_warps``, ``num_stages``.
+        meta: further arguments of the look-up: ``num_warps``, ``num_stages``.
     """
     with on(tensors[-1].device):
         if INTERPRETED or not aligned(*tensors):
@@ -43,17 +43,17 @@ def launch(
 
 
 def pieces(length: int, size: int) -> int:
-    """How many pieces of ``size`` a length takes. Triton's own function for it takes longer than a launch should."""
+    """``length / size``, rounded up. Triton's own function takes longer than a launch should."""
     return -(-length // size)
 
 
 def power_of_two(count: int) -> int:
-    """The least power of two that is no less than a count."""
+    """The smallest power of two that is at least ``count``."""
     return 1 << (count - 1).bit_length()
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which ``device`` is the current one; entering one that is takes nothing."""
+    """A context in which ``device`` is the current one; free if it already is."""
     if device.type != "cuda" or torch.cuda.current_device() == device.index:
         return nullcontext()
     return torch.cuda.device(device)

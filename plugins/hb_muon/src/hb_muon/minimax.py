@@ -1,14 +1,14 @@
-r"""Newton-Schulz from a bound that is closer than the Frobenius norm, on stacks of several shapes at once.
+r"""Newton-Schulz from a tighter bound than the Frobenius norm, on stacks of several shapes at once.
 
 .. math::
     R = X X^T \qquad \sigma_{\max} \le \|R^2\|_F^{1/4} = \Bigl(\sum_i \sigma_i^8\Bigr)^{1/8} \qquad X_0 = X / \|R^2\|_F^{1/4}
 
 The first step needs :math:`R^2` anyway. A matrix of :math:`k` equal singular values starts at :math:`k^{-1/8}` instead of
-:math:`k^{-1/2}`, and a Gaussian one 9 times larger where :math:`k` is 1,000: which is worth more than a step.
+:math:`k^{-1/2}`, and a Gaussian one 9 times larger at :math:`k = 1000`, which is worth more than a step.
 
-Whatever the shapes of the matrices, their :math:`R` are square, with the smaller side. Those of all stacks that share it lie in
-one stack, and the steps on them are one product each: a model whose matrices have four shapes and one smaller side takes a
-third of the launches, and its products fill the processors.
+The :math:`R` of a matrix is square, with its smaller side. Those of all stacks with the same smaller side are put into one
+stack, and each step on them is one product: a model whose matrices have four shapes and one smaller side takes a third of the
+launches, and its products fill the processors.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from hb_muon.passes import Number, begun, frobenius, normalized, plus_identity, 
 from hb_muon.symmetric import symmetric_product
 
 TRACE = 224.0
-""":math:`R` starts with this trace: its entries lie in the middle of what float16 holds, and none of its square's is larger."""
+""":math:`R` starts with this trace: its entries lie in the middle of float16's range, and no entry of its square is larger."""
 
 
 def minimax(
     stacks: Sequence[Tensor], coefficients: Table, eps: Number, dtype: torch.dtype, scales: Sequence[float], restart: int = 2
 ) -> list[Tensor]:
-    """The iteration from the closer bound, as in the module's description.
+    """The iteration from the tighter bound, see the module's description.
 
-    :math:`R` is followed over two steps as in :func:`hb_muon.newton_schulz.gram_newton_schulz`, with the same restart. bfloat16
-    has too few bits for that, and takes :math:`R` anew in each step.
+    :math:`R` is updated over two steps as in :func:`hb_muon.newton_schulz.gram_newton_schulz`, with the same restart. bfloat16
+    has too few bits for that, and recomputes :math:`R` in each step.
 
     Args:
         stacks: ``[B, m, n]`` each, on one device.
-        coefficients: the rows ``(a, b, c)``, at least one, for singular values of at most 1, as those of
-            :data:`hb_muon.coefficients.MINIMAX` are.
-        eps: the least norm to divide by. Matrices that are smaller stay smaller in proportion.
-        dtype: what to iterate in, after normalising in float32, or float64 for float64.
-        scales: a factor of each stack's result.
+        coefficients: the rows ``(a, b, c)``, at least one, for singular values of at most 1, such as
+            :data:`hb_muon.coefficients.MINIMAX`.
+        eps: the least norm to divide by; the results of smaller matrices are smaller in proportion.
+        dtype: the iteration's, after normalising in float32, or float64 for float64.
+        scales: the factor of each stack's result.
 
     Returns:
-        a stack of the same shape, in ``dtype``, for each.
+        For each stack one of the same shape, in ``dtype``.
     """
     sides: dict[int, list[int]] = {}
     for i, x in enumerate(stacks):
@@ -60,7 +60,7 @@ def minimax(
 
 
 def following(ys: list[Tensor], parts: list[Table], scales: Sequence[float], least: float) -> list[Tensor]:
-    """The steps on ``R``, which is taken anew at the start of each part; ``least`` is the least norm of a square of it."""
+    """The steps on ``R``, which is recomputed at the start of each part; ``least`` bounds the norm of its square from below."""
     for part, rows in enumerate(parts, 1):
         factor = factor_of(grams(ys), rows, least if part == 1 else None)
         last = part == len(parts)
@@ -69,7 +69,7 @@ def following(ys: list[Tensor], parts: list[Table], scales: Sequence[float], lea
 
 
 def factor_of(gram: Tensor, rows: Table, least: float | None) -> Tensor:
-    """What the steps of ``rows`` multiply a matrix by; ``least`` is there for those that begin with the bound."""
+    """The factor that the steps of ``rows`` multiply a matrix by; ``least`` is None unless they begin with the bound."""
     factor = small_factor(gram, rows, least)
     if factor is not None:
         return factor
@@ -82,7 +82,7 @@ def factor_of(gram: Tensor, rows: Table, least: float | None) -> Tensor:
 
 
 def afresh(ys: list[Tensor], parts: list[Table], scales: Sequence[float], least: float) -> list[Tensor]:
-    """The same with ``R`` taken anew in each step, and the identity's part added to sums before they are rounded."""
+    """The same with ``R`` recomputed in each step, and the identity's part added before rounding."""
     return [_afresh(y, [row for rows in parts for row in rows], scale, least) for y, scale in zip(ys, scales, strict=True)]
 
 
@@ -103,7 +103,7 @@ def _afresh(y: Tensor, rows: list[Row], scale: float, least: float) -> Tensor:
 
 
 def grams(ys: list[Tensor]) -> Tensor:
-    """The smaller one of ``Y Y^T`` and ``Y^T Y`` of the matrices of all stacks, ``[sum of B, k, k]``."""
+    """The smaller of ``Y Y^T`` and ``Y^T Y`` for the matrices of all stacks, ``[sum of B, k, k]``."""
     if len(ys) == 1:
         return gram_of(ys[0])
     side = min(ys[0].shape[1:])

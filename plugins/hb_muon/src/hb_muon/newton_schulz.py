@@ -1,7 +1,7 @@
-r"""Newton-Schulz iterations on stacks of matrices: plain, and on the small square matrix.
+r"""Newton-Schulz iterations on stacks of matrices: plain, and on their small Gram matrices.
 
-Each step turns every singular value :math:`\sigma` into :math:`a \sigma + b \sigma^3 + c \sigma^5` and leaves the singular
-vectors alone. All products of a matrix with its transpose, or of polynomials of it, are symmetric:
+Each step maps every singular value :math:`\sigma` to :math:`a \sigma + b \sigma^3 + c \sigma^5` and keeps the singular
+vectors. All products of a matrix with its transpose, or of polynomials of it, are symmetric:
 :mod:`hb_muon.symmetric` computes them.
 """
 
@@ -21,15 +21,15 @@ def newton_schulz(x: Tensor, coefficients: Table, eps: Number, dtype: torch.dtyp
     .. math::
         X_0 = X / \max(\|X\|_F, \epsilon) \qquad A = X_k X_k^T \qquad X_{k+1} = a X_k + (b A + c A^2) X_k
 
-    A matrix with more rows than columns multiplies by :math:`X_k^T X_k` from the right instead: the same matrix, with
+    A matrix with more rows than columns is multiplied by :math:`X_k^T X_k` from the right instead: the same result, with
     products of the smaller size, and no transposed copy.
 
     Args:
         x: ``[B, m, n]``.
         coefficients: the rows ``(a, b, c)``, at least one.
         eps: the least norm to divide by.
-        dtype: what to iterate in, after normalising in float32, or float64 for float64.
-        scale: a factor of the result, which costs nothing here.
+        dtype: the iteration's, after normalising in float32, or float64 for float64.
+        scale: a factor of the result, at no cost.
 
     Returns:
         ``[B, m, n]`` in ``dtype``.
@@ -52,10 +52,10 @@ def gram_newton_schulz(
         Z = b R + c R^2 \qquad Q \leftarrow (a I + Z)\, Q \qquad R \leftarrow (a I + Z)\, R\, (a I + Z)
 
     and :math:`X \leftarrow Q X` in the end, with :math:`R` and :math:`Q` of the smaller size. All of them are polynomials of
-    the first :math:`R` and commute. Rounding errors of :math:`R` grow from step to step, so that it is taken anew from
-    :math:`X` before step ``restart``, counted from 0, and :math:`a I` is added to no matrix that is squared. float16 has the
-    bits that this needs; bfloat16 leaves singular values of up to 1.4. A square matrix has nothing to gain and takes
-    :func:`newton_schulz`, whose arguments and result these are.
+    the first :math:`R` and commute. Rounding errors of :math:`R` grow from step to step, so it is recomputed from :math:`X`
+    before step ``restart``, counted from 0, and :math:`a I` is not added to matrices that are squared. float16 has enough bits
+    for this; bfloat16 leaves singular values of up to 1.4. A square matrix gains nothing and takes :func:`newton_schulz`,
+    which has the same arguments and result.
     """
     if x.shape[-2] == x.shape[-1]:
         return newton_schulz(x, coefficients, eps, dtype, scale)
@@ -70,10 +70,10 @@ def gram_newton_schulz(
 
 
 def followed(gram: Tensor, z: Tensor, q: Tensor, rows: Table) -> Tensor:
-    """What the steps of ``rows`` multiply a matrix by, ``[B, k, k]``, without taking ``R`` from it again.
+    """The factor that the steps of ``rows`` multiply a matrix by, ``[B, k, k]``, without recomputing ``R``.
 
     Args:
-        gram: the small square matrix ``R``, ``[B, k, k]``.
+        gram: ``R``, ``[B, k, k]``.
         z: ``b R + c R R`` of the first row.
         q: ``a I + Z`` of the first row, or a multiple of it.
         rows: at least one.
@@ -95,12 +95,12 @@ def quadratic(gram: Tensor, row: Row) -> Tensor:
 
 
 def gram_of(y: Tensor, out: Tensor | None = None) -> Tensor:
-    """The smaller one of ``Y Y^T`` and ``Y^T Y`` of each matrix, written to ``out`` if that is given."""
+    """The smaller of ``Y Y^T`` and ``Y^T Y`` for each matrix, written to ``out`` if given."""
     left, right = (y, y.mT) if y.shape[-2] <= y.shape[-1] else (y.mT, y)
     return symmetric_product(left, right, out=out)
 
 
 def times(factor: Tensor, y: Tensor, scale: float) -> Tensor:
-    """``scale F Y`` where ``y`` is not taller than wide, and ``scale Y F`` where it is; ``factor`` has the smaller side."""
+    """``scale F Y``, or ``scale Y F`` if ``y`` is taller than wide; ``factor`` has the smaller side."""
     left, right = (factor, y) if y.shape[-2] <= y.shape[-1] else (y, factor)
     return torch.bmm(left, right) if scale == 1 else torch.baddbmm(y.new_empty(()), left, right, beta=0, alpha=scale)

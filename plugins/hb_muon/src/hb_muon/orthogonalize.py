@@ -1,7 +1,7 @@
-r"""Orthogonal factors of stacks of matrices, ``[..., m, n]``. Pure and batched: each matrix is treated by itself.
+r"""Orthogonal factors of stacks of matrices, ``[..., m, n]``. Pure and batched: matrices are independent.
 
 A matrix :math:`X = U \Sigma V^T` has the polar factor :math:`U V^T`, the nearest matrix whose singular values are all 1.
-:func:`exact` computes it. The iterations of :mod:`hb_muon.newton_schulz` come close to it with matrix products alone.
+:func:`exact` computes it. The iterations of :mod:`hb_muon.newton_schulz` approximate it with matrix products only.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ __all__ = (
 
 
 class Method(NamedTuple):
-    """A way to an orthogonal factor, and what it takes by default.
+    """A method for orthogonal factors, and its defaults.
 
     Attributes:
         coefficients: the rows.
-        dtype: what it computes in.
-        steps: how many steps.
+        dtype: the iteration's.
+        steps: the number of steps.
         iterate: called with stacks, rows of coefficients, eps, a dtype and a scale for each stack; None for the exact factor.
     """
 
@@ -53,7 +53,7 @@ class Method(NamedTuple):
 
 
 def one_by_one(iterate: Callable[[Tensor, Table, Number, torch.dtype, float], Tensor]) -> Any:
-    """An iteration on one stack as one on several."""
+    """An iteration on one stack as an iteration on several."""
 
     def of_stacks(
         stacks: Sequence[Tensor], rows: Table, eps: Number, dtype: torch.dtype, scales: Sequence[float]
@@ -73,10 +73,10 @@ METHODS: dict[str, Method] = {
 
 
 def fastest_method(device: torch.device) -> str:
-    """What ``method="auto"`` is on a kind of device.
+    """The method that ``method="auto"`` selects on a kind of device.
 
     On GPUs it is the fastest of those that keep singular values within [0.68, 1.3] for condition numbers up to 100. CPUs have
-    no fast products of float16; the plain iteration there does what torch.optim.Muon's does.
+    no fast float16 products, and take the plain iteration, as torch.optim.Muon does.
     """
     return "minimax" if device.type == "cuda" else "newton_schulz"
 
@@ -90,15 +90,15 @@ def orthogonalize(
     eps: Number = 1e-7,
     scale: float = 1.0,
 ) -> Tensor:
-    """The orthogonal factor of each matrix of a stack, by the method that is asked for.
+    """The orthogonal factor of each matrix of a stack, by the given method.
 
     Args:
         x: ``[..., m, n]``, any floating dtype and scale. A zero matrix gives zeros; zero singular values stay zero.
         method: one of :data:`METHODS`: ``"newton_schulz"``, ``"gram_newton_schulz"``, ``"minimax"`` or ``"exact"``.
-        ns_steps: how many steps the iterations take, at least 1; None for the method's own number.
+        ns_steps: the number of steps, at least 1; None for the method's own.
         ns_coefficients: see :func:`table`; None for the method's own.
-        dtype: what the iterations compute in. By default float64 for float64, and for all else what the method names:
-            bfloat16 for ``newton_schulz``, float16 for the others. ``exact`` computes in float32 or float64 whatever it says.
+        dtype: the iteration's and the result's. By default float64 for float64, and the method's own for all else: bfloat16
+            for ``newton_schulz``, float16 for the other iterations. ``exact`` always computes in float32 or float64.
         eps: the least Frobenius norm that a matrix is divided by.
         scale: a factor of the result.
 
@@ -124,7 +124,7 @@ def orthogonalize_stacks(
 ) -> Iterable[Tensor]:
     """:func:`orthogonalize` for several stacks ``[B, m, n]`` of one dtype, on one device, with a scale each.
 
-    ``"minimax"`` works for all of them together; the other methods compute each result when it is asked for.
+    ``"minimax"`` processes all of them together; the other methods compute each result when it is iterated to.
     """
     if method not in METHODS:
         raise HyperparameterError(f"method={method!r} does not exist; pass one of {', '.join(METHODS)}.")
@@ -143,14 +143,14 @@ def orthogonalize_stacks(
 def exact(x: Tensor) -> Tensor:
     r"""The polar factor :math:`U V^T` of each matrix, from its singular value decomposition.
 
-    Directions whose singular value is zero, to the precision of the dtype, have no orthogonal factor of their own; they
-    become zero, so that the result is unique.
+    The factor is not unique in directions whose singular value is zero to the precision of the dtype; there the result is
+    zero.
 
     Args:
         x: ``[..., m, n]``; computed in float32, or float64 for float64.
 
     Returns:
-        ``[..., m, n]`` in the dtype that it was computed in.
+        ``[..., m, n]`` in the dtype of the computation.
 
     Raises:
         torch.linalg.LinAlgError: a matrix has entries that are not finite.

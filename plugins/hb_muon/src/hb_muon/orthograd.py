@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
-from hbcore.api import Context, Domain, Optimizer, Options, Route, ScaleByLaProp, State, Transform
+from hbcore.api import Context, Domain, Optimizer, Route, ScaleByLaProp, State, Transform
 
 ROUNDING = 1024
-"""How many units of rounding of the update's norm are no direction: what a projection leaves of an update along the weights.
+"""A remainder of at most this many rounding units of the update's norm is rounding error of an update along the weights.
 
-The codec bf16+8 stores moments with 16 bits of their mantissa, whose rounding turns an update by some hundred units.
+The codec bf16+8 stores moments with 16 significant bits, whose rounding turns an update by some hundred units.
 """
 
 
@@ -27,8 +25,8 @@ class OrthoGrad(Transform):
         r = u - \frac{\langle p, u \rangle}{\langle p, p \rangle}\, p \qquad
         u \leftarrow \frac{\lVert u \rVert}{\lVert r \rVert}\, r
 
-    with the tensor as one vector. The norm is the authors' code's. Parameters of zeros leave the update as it is; an update
-    along the parameter becomes 0.
+    with the tensor as one vector. The authors' code restores the norm in this way. A parameter of zeros leaves the update
+    unchanged; an update along the parameter becomes 0.
     """
 
     name = "orthograd"
@@ -44,7 +42,7 @@ class OrthoGrad(Transform):
 
 
 def has_directions(param: Tensor) -> bool:
-    """Whether a parameter has more than one element: of a single number nothing is left without its part along itself."""
+    """Whether a parameter has more than one element: the update of a single one is always along it, and would become 0."""
     return param.numel() > 1
 
 
@@ -60,29 +58,17 @@ class OrthoLaProp(Optimizer):
     grows or shrinks the parameter, a step still may. A parameter with one element takes LaProp's step.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
         betas: decay rates of the two moments, in [0, 1).
         eps: the smallest divisor, at least 0.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        weight_decay: :math:`\lambda`.
 
     State: ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape, and ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist.
-        ParameterError: ``params`` is unusable.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.0025,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-8,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, options)
+    lr: float = 0.0025
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:
@@ -100,18 +86,12 @@ class LaPropOrtho(OrthoLaProp):
     parameter. A parameter with one element takes LaProp's step.
 
     Args:
-        params: parameters, named parameters or groups of them; any floating dtype and shape.
         lr: learning rate.
         betas: decay rates of the two moments, in [0, 1).
         eps: the smallest divisor, at least 0.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        weight_decay: :math:`\lambda`.
 
     State: ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape, and ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds.
-        OptionError: an option does not exist.
-        ParameterError: ``params`` is unusable.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Passes over stacks of matrices: few kernels each on a GPU, torch's own operations elsewhere.
 
-torch's kernels take several launches where a pass needs one, and four times as long where a broadcast factor and a change of
-dtype meet.
+torch's kernels take several launches where a pass needs one, and four times as long where a broadcast factor is combined with a
+change of dtype.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from hbcore.api import compute_dtype
 Number: TypeAlias = "Tensor | float"
 
 LEAST = 2**20
-"""Elements from which on a kernel is worth its launch."""
+"""The least number of elements for which a kernel is worth its launch."""
 
 SMALL = 128
-"""The largest side of matrices of which :func:`small_factor` holds several in one multiprocessor."""
+"""The largest side of matrices that :func:`small_factor` takes; a multiprocessor holds several of them."""
 
 
 def normalized(x: Tensor, least: Number, size: float, dtype: torch.dtype) -> Tensor:
@@ -44,16 +44,16 @@ def normalized(x: Tensor, least: Number, size: float, dtype: torch.dtype) -> Ten
 
 
 def begun(gram: Tensor, square: Tensor, least: float, row: Row) -> Tensor:
-    r"""What the first step of :func:`hb_muon.minimax.minimax` makes of :math:`R` and :math:`R^2`.
+    r"""The first step of :func:`hb_muon.minimax.minimax` on :math:`R` and :math:`R^2`.
 
     .. math::
         \nu = \sqrt{\max(\|R^2\|_F, \mathrm{least})} \qquad R \leftarrow R / \nu \qquad
         Z = b R + c R^2 \qquad Q = (a I + Z) / \sqrt{\nu}
 
     Args:
-        gram: ``[B, k, k]``; becomes :math:`R / \nu`.
-        square: ``R R`` of the ``gram`` that is given; becomes :math:`Z`.
-        least: what the norm is at least.
+        gram: ``[B, k, k]``; overwritten with :math:`R / \nu`.
+        square: ``R R`` of that ``gram``; overwritten with :math:`Z`.
+        least: the lower bound of the norm.
         row: ``(a, b, c)``.
 
     Returns:
@@ -76,12 +76,12 @@ def begun(gram: Tensor, square: Tensor, least: float, row: Row) -> Tensor:
 
 
 def small_factor(gram: Tensor, rows: Table, least: float | None) -> Tensor | None:
-    """What the steps of ``rows`` multiply small matrices by, from one kernel; None where that does not run.
+    """The factor that the steps of ``rows`` multiply small matrices by, from one kernel; None where it does not run.
 
     Args:
         gram: the ``R`` of each matrix, ``[B, k, k]``.
         rows: the coefficients of the steps, at least one.
-        least: as of :func:`begun`, if the first of the steps is the one that takes the bound.
+        least: as in :func:`begun`, if the first of the steps takes the bound; otherwise None.
     """
     if not (gram.is_cuda and gram.dtype == torch.float16 and gram.shape[1] <= SMALL and available()):
         return None
@@ -113,7 +113,7 @@ def at_least(x: Tensor, least: Number) -> Tensor:
 
 
 def fits(x: Tensor) -> bool:
-    """Whether the kernels take a stack ``[B, m, n]``, and win."""
+    """Whether the kernels support a stack ``[B, m, n]`` and are faster."""
     return x.is_cuda and x.is_contiguous() and x.numel() >= LEAST and x.shape[0] < 2**16 and available()
 
 

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator"
-"""The Triton kernels of :mod:`hb_muon.passes`. Imported where they are launched."""
+"""The Triton kernels of :mod:`hb_muon.passes`, imported on first launch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hb_muon.launching import launch, pieces, power_of_two
 BLOCK = 4096
 WARPS = 8
 PARTS = 64
-"""Sums of squares for each matrix at most; whoever reads them adds them up, in the same order each time."""
+"""The most partial sums of squares per matrix; their readers add them up in a fixed order."""
 
 
 @triton.jit
 def add_squares(sums, x, numel, PARTS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The squares of every ``PARTS``-th block of matrix ``pid1``, from block ``pid0`` on."""
+    """The sum of squares of every ``PARTS``-th block of matrix ``pid1``, from block ``pid0`` on."""
     part, matrix = tl.program_id(0), tl.program_id(1)
     x += matrix.to(tl.int64) * numel
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -35,7 +35,7 @@ def add_squares(sums, x, numel, PARTS: tl.constexpr, BLOCK: tl.constexpr):  # ty
 
 @triton.jit
 def norm_of(sums, matrix, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The norm of a matrix whose squares were added up."""
+    """The norm of a matrix from its partial sums of squares."""
     return tl.sqrt(tl.sum(tl.load(sums + matrix * PARTS + tl.arange(0, PARTS)), 0))
 
 
@@ -70,7 +70,7 @@ def begin(  # type: ignore[no-untyped-def]
 
 
 def launch_divide(out: Tensor, x: Tensor, least: float, size: float) -> None:
-    """Fill ``out`` ``[B, m, n]``, contiguous as ``x`` is, with ``size x / max(norm of x, least)``."""
+    """Fill ``out`` ``[B, m, n]``, contiguous like ``x``, with ``size x / max(norm of x, least)``."""
     _over_blocks(divide, (out, x, sums_of(x)), (least, size), x.shape[1] * x.shape[2])
 
 
@@ -91,7 +91,7 @@ def sums_of(x: Tensor) -> Tensor:
 
 
 def _over_blocks(kernel: Any, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], size: int) -> None:
-    """Run a kernel over the stack that ``tensors`` begins with; the last one holds sums. ``size`` follows the ``numbers``."""
+    """Run a kernel over the first of ``tensors``; the last one holds sums. ``size`` is passed after the ``numbers``."""
     out, parts = tensors[0], tensors[-1].shape[1]
     grid = (pieces(out.shape[1] * out.shape[2], BLOCK), out.shape[0], 1)
     make = partial(compiled, kernel, out.device.index, tuple(t.dtype for t in tensors), (size,), len(numbers), parts)
@@ -102,6 +102,6 @@ def _over_blocks(kernel: Any, tensors: tuple[Tensor, ...], numbers: tuple[float,
 def compiled(
     kernel: Any, device: int, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], numbers: int, parts: int
 ) -> Any:
-    """A kernel for tensors of these dtypes, on the current ``device``, that are aligned to 16 bytes."""
+    """A compiled kernel for 16-byte aligned tensors of these dtypes on the current ``device``."""
     arguments = (*dtypes, *[1.0] * numbers, *sizes, parts, BLOCK)
     return kernel.warmup(*arguments, grid=(1, 1, 1), num_warps=WARPS)

@@ -1,4 +1,4 @@
-"""What hb_muon offers to hbcore, as plain data. Importing this module imports no torch."""
+"""hb_muon's manifest: its optimizers and their other names, as plain data. Importing this module imports no torch."""
 
 from __future__ import annotations
 

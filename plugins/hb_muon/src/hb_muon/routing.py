@@ -1,4 +1,4 @@
-"""Who is orthogonalized and who is not, in words."""
+"""A summary of which parameters are orthogonalized, for ``repr``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules that Muon's family shares: its momentum, and the step along the orthogonal factor."""
+"""The rules that Muon's family shares: its momentum, and the replacement of an update by its orthogonal factor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hbcore.api import (
 SCALE_MODES = ("none", "scale", "graft")
 ADJUST_LR = (None, "original", "match_rms_adamw")
 TOGETHER = 2**29
-"""How many elements are orthogonalized together: what is held for them, in float16, takes two to three gigabytes."""
+"""How many elements are orthogonalized together; their float16 temporaries take two to three gigabytes."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -44,7 +44,7 @@ class MuonMomentum(Transform):
         u_t = b_t \;\text{ or, with Nesterov, }\; g_t + \mu b_t
 
     The second is :math:`1 / (1 - \mu)` times the first while :math:`\mu` is constant. An orthogonal factor does not depend
-    on its matrix's size: they then differ in ``momentum_buffer``, and in the step where ``scale_mode="graft"``.
+    on the norm of its matrix, so the two differ only in ``momentum_buffer``, and in the step if ``scale_mode="graft"``.
     """
 
     momentum: float = hyper(0.9, ge=0, lt=1, role="first_moment")
@@ -86,10 +86,10 @@ class Orthogonalize(Transform):
         eps: the least norm to divide by.
         method, ns_steps, ns_coefficients, dtype: see :func:`hb_muon.orthogonalize.orthogonalize`.
         scale_mode: one of :data:`SCALE_MODES`.
-        adjust_lr_fn: one of :data:`ADJUST_LR`; what is not None takes the place of ``scale_mode``.
-        flatten: see a weight of more than two dimensions as one matrix ``(o, i h w)``; otherwise as a batch of the matrices
-            that its last two dimensions are.
-        split: the rows of the matrices that each matrix consists of; none for one.
+        adjust_lr_fn: one of :data:`ADJUST_LR`; any but None replaces ``scale_mode``.
+        flatten: treat a weight of more than two dimensions as one matrix ``(o, i h w)``; otherwise as a batch of matrices,
+            its last two dimensions.
+        split: the row counts of the matrices that each matrix is split into; empty for no split.
 
     Raises:
         HyperparameterError: a setting does not exist, or contradicts another one.
@@ -128,10 +128,10 @@ class Orthogonalize(Transform):
 
     def working_dtype(self, param: Tensor) -> torch.dtype:
         dtype = self.iterate_in(param.dtype, param.device)
-        return torch.bfloat16 if dtype == torch.float16 else dtype  # whose range holds no update that is not yet normalised
+        return torch.bfloat16 if dtype == torch.float16 else dtype  # float16's range is too small before normalising
 
     def chosen(self, device: torch.device) -> str:
-        """The method for updates on ``device``; who sets coefficients or a dtype means the plain iteration."""
+        """The method for updates on ``device``; coefficients or a dtype, if given, select the plain iteration."""
         if self.method != "auto":
             return self.method
         plain = self.ns_coefficients is not None or self.dtype is not None
@@ -158,7 +158,7 @@ class Orthogonalize(Transform):
         return factor * (frobenius(u) / at_least(frobenius(factor), self.eps)).to(factor.dtype)
 
     def scale(self, m: int, n: int) -> float:
-        """The number that the orthogonal factor of an ``m`` by ``n`` matrix is multiplied by."""
+        """The factor that multiplies the orthogonal factor of an ``m`` by ``n`` matrix."""
         if self.adjust_lr_fn == "match_rms_adamw":
             return 0.2 * math.sqrt(max(m, n))
         if self.adjust_lr_fn == "original" or self.scale_mode == "scale":
@@ -167,7 +167,7 @@ class Orthogonalize(Transform):
 
 
 def portions(stacks: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The stacks in order, as many together as have no more than :data:`TOGETHER` elements, or one."""
+    """The stacks in order, in lists of at most :data:`TOGETHER` elements, or of a single stack."""
     portion: list[Tensor] = []
     for x in stacks:
         if portion and sum(y.numel() for y in portion) + x.numel() > TOGETHER:
@@ -178,31 +178,29 @@ def portions(stacks: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield portion
 
 
-def as_data(
-    ns_coefficients: Coefficients, ns_dtype: str | torch.dtype | None, split_sizes: Sequence[int] | None
-) -> dict[str, Any]:
-    """Those settings of :class:`hb_muon.muon.Muon` in the one form that its param groups hold, and its checkpoints."""
-    if ns_coefficients is not None and not isinstance(ns_coefficients, str):
-        ns_coefficients = table(ns_coefficients)
+def as_data(h: dict[str, Any]) -> dict[str, Any]:
+    """``h`` with the settings that have several spellings in the one that param groups and checkpoints hold."""
+    rows, dtype, sizes = h["ns_coefficients"], h["ns_dtype"], h["split_sizes"]
     return {
-        "ns_coefficients": ns_coefficients,
-        "ns_dtype": None if ns_dtype is None else str(ns_dtype).removeprefix("torch."),
-        "split_sizes": None if split_sizes is None else tuple(split_sizes),
+        **h,
+        "ns_coefficients": rows if rows is None or isinstance(rows, str) else table(rows),
+        "ns_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "split_sizes": None if sizes is None else tuple(sizes),
     }
 
 
-def orthogonalizer(h: Any) -> Orthogonalize:
-    """The rule that a group's hyperparameters ``h`` describe."""
+def orthogonalizer(h: Any, scale_mode: str = "none", adjust_lr_fn: str | None = None) -> Orthogonalize:
+    """The rule for a group's hyperparameters ``h``, with the given scale."""
     return Orthogonalize(
-        h.eps,
-        h.method,
-        h.ns_steps,
-        h.ns_coefficients,
-        dtype_of(h.ns_dtype),
-        h.scale_mode,
-        h.adjust_lr_fn,
-        h.flatten,
-        h.split_sizes or (),
+        eps=h.eps,
+        method=h.method,
+        ns_steps=h.ns_steps,
+        ns_coefficients=h.ns_coefficients,
+        dtype=dtype_of(h.ns_dtype),
+        scale_mode=scale_mode,
+        adjust_lr_fn=adjust_lr_fn,
+        flatten=h.flatten,
+        split=h.split_sizes or (),
     )
 
 
@@ -210,7 +208,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     """The dtype called ``name``.
 
     Raises:
-        HyperparameterError: matrices are not iterated in it.
+        HyperparameterError: the iteration does not run in it.
     """
     if name is not None and name not in DTYPES:
         raise HyperparameterError(f"ns_dtype={name!r} does not exist; pass one of {', '.join(DTYPES)}, or None.")

@@ -9,18 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import ParamsT
-from typing_extensions import Unpack
 
 from hb_muon.orthogonalize import Coefficients
-from hb_muon.rules import MuonMomentum, Orthogonalize, as_data, dtype_of
+from hb_muon.rules import MuonMomentum, Orthogonalize, as_data, orthogonalizer
 from hbcore.api import (
     Block,
     Context,
     Domain,
     HyperparameterError,
     Optimizer,
-    Options,
     Route,
     State,
     Transform,
@@ -43,12 +40,12 @@ class WeightLMO(Transform):
     =============  ======================================================  ============================================
 
     Pethick et al. 2025 (arXiv:2502.07529), and their code for convolutions: :math:`U V^T` is the orthogonal
-    factor of the weight as one matrix ``(o, i k)``, and :math:`k` the number of places of the window, 1 for a linear layer.
+    factor of the weight as one matrix ``(o, i k)``, and :math:`k` the number of positions of the window, 1 for a linear layer.
 
     Args:
         scale: :math:`\rho`, at least 0.
         norm: one of :data:`NORMS`.
-        factor: how to find :math:`U V^T`, with no scale of its own, and how to cut a weight into several.
+        factor: how to compute :math:`U V^T`, without a scale of its own, and how to split a weight into several.
     """
 
     scale: float = hyper(1.0, ge=0)
@@ -88,7 +85,7 @@ class WeightLMO(Transform):
 class BiasLMO(Transform):
     r"""The same for a bias and the norm :math:`\operatorname{rms}`: :math:`\rho\, u / \max(\operatorname{rms}(u), \epsilon)`.
 
-    For a single number that is its sign. Divided as the division backend says.
+    For a single number that is its sign. The division is the division backend's.
     """
 
     scale: float = hyper(1.0, ge=0)
@@ -115,80 +112,60 @@ class Scion(Optimizer):
     where the linear minimization oracle :math:`\operatorname{lmo}` of a weight is :class:`WeightLMO`, the orthogonal factor
     times :math:`\rho \sqrt{o / i} / k`, and that of parameters with fewer than two dimensions is :class:`BiasLMO`,
     :math:`\rho\, b_t / \operatorname{rms}(b_t)`. The paper's constrained form, Algorithm 2, is ``weight_decay=1``: weights
-    then stay within :math:`\rho` of zero in their norm, once they are. The paper starts from :func:`init_scion_`, which is
-    for you to call: an optimizer changes no weight before its first step.
+    whose norm is within :math:`\rho` then stay within it. The paper starts from :func:`init_scion_`; call it yourself, as an
+    optimizer changes no weight before its first step.
 
     Args:
-        params: parameters, named parameters or groups of them; any real floating dtype and shape.
+        params: of any real floating dtype and shape.
         lr: learning rate.
         momentum: :math:`\mu`, in [0, 1); the paper's :math:`1 - \alpha`.
         eps: the smallest divisor, at least 0: of a bias's root mean square, and of a matrix's norm.
-        scale: :math:`\rho`, the radius, at least 0. The paper has 50 for hidden layers and 3000 for the last one.
+        scale: :math:`\rho`, the radius, at least 0. The paper uses 50 for hidden layers and 3000 for the last one.
         norm: ``"spectral"``; or ``"sign"``, for the param group of a language model's last layer and embedding.
-        method, ns_steps, ns_coefficients, ns_dtype, flatten, split_sizes: as of :class:`hb_muon.Muon`.
-        beta: another spelling of ``momentum``; wins if both are given.
-        betas: HeavyBall's spelling: the first is ``momentum``, others are of no use; wins over ``momentum``.
-        **options: ``weight_decay`` is :math:`\lambda`; for all of them see :class:`hbcore.api.Options`.
+        method, ns_steps, ns_coefficients, ns_dtype, flatten, split_sizes: as in :class:`hb_muon.Muon`.
+        beta: another spelling of ``momentum``, which it overrides.
+        betas: HeavyBall's spelling; the first overrides ``momentum``, the others are ignored.
+        weight_decay: :math:`\lambda`.
 
     State: ``momentum_buffer``, of the parameter's shape, and ``step``.
-
-    Raises:
-        HyperparameterError: a hyperparameter is outside its bounds, or a setting does not exist.
-        OptionError: an option does not exist.
-        ParameterError: ``params`` is unusable.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.0025,
-        momentum: float = 0.9,
-        eps: float = 1e-8,
-        scale: float = 1.0,
-        norm: str = "spectral",
-        method: str = "auto",
-        ns_steps: int | None = None,
-        ns_coefficients: Coefficients = None,
-        ns_dtype: str | torch.dtype | None = None,
-        flatten: bool = True,
-        split_sizes: Sequence[int] | None = None,
-        beta: float | None = None,
-        betas: Sequence[float] | None = None,
-        **options: Unpack[Options],
-    ) -> None:
+    lr: float = 0.0025
+    momentum: float = 0.9
+    eps: float = 1e-8
+    scale: float = 1.0
+    norm: str = "spectral"
+    method: str = "auto"
+    ns_steps: int | None = None
+    ns_coefficients: Coefficients = None
+    ns_dtype: str | torch.dtype | None = None
+    flatten: bool = True
+    split_sizes: Sequence[int] | None = None
+    beta: float | None = None
+    betas: Sequence[float] | None = None
+
+    def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
+        beta, betas = h.pop("beta"), h.pop("betas")
         if beta is None:
-            beta = betas[0] if betas else momentum
-        hyperparameters = {
-            "lr": lr,
-            "momentum": beta,
-            "eps": eps,
-            "scale": scale,
-            "norm": norm,
-            "method": method,
-            "ns_steps": ns_steps,
-            "flatten": flatten,
-            **as_data(ns_coefficients, ns_dtype, split_sizes),
-        }
-        super().__init__(params, hyperparameters, options)
+            beta = betas[0] if betas else h["momentum"]
+        return as_data({**h, "momentum": beta})
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:
-        settings = (h.eps, h.method, h.ns_steps, h.ns_coefficients, dtype_of(h.ns_dtype))
-        factor = Orthogonalize(*settings, scale_mode="none", flatten=h.flatten, split=h.split_sizes or ())
-        lmo = Route(is_weight, (WeightLMO(h.scale, h.norm, factor),), (BiasLMO(h.scale, h.eps),))
+        lmo = Route(is_weight, (WeightLMO(h.scale, h.norm, orthogonalizer(h)),), (BiasLMO(h.scale, h.eps),))
         return (MuonMomentum(h.momentum, nesterov=False), lmo)
 
 
 @torch.no_grad()
 def init_scion_(module: nn.Module, scale: float = 1.0, generator: torch.Generator | None = None) -> nn.Module:
-    r"""Start a model as Pethick et al. 2025 (arXiv:2502.07529) do in their code: weights on the boundary of the spectral ball.
+    r"""Initialise a model as in the code of Pethick et al. 2025 (arXiv:2502.07529), on the boundary of the spectral ball.
 
-    A weight ``(o, i, *window)`` becomes, at each of the :math:`k` places of its window, a random (semi-)orthogonal matrix
-    times :math:`\rho \sqrt{o / i} / k`; a parameter of one dimension that is called bias becomes 0. All else, such as the gain
-    of a normalisation, stays as it is. Numbers are drawn on the CPU, so that a seed has one meaning.
+    A weight ``(o, i, *window)`` becomes, at each of the :math:`k` positions of its window, a random (semi-)orthogonal matrix
+    times :math:`\rho \sqrt{o / i} / k`; a parameter of one dimension whose name ends in bias becomes 0. All else, such as
+    the gain of a normalisation, is unchanged. Numbers are drawn on the CPU, so that a seed gives the same weights everywhere.
 
     Args:
-        module: the model, or a part of it with a scale of its own; changed in place. Its parameters are not spread over ranks.
+        module: the model, or a part of it with a scale of its own; changed in place. Its parameters must not be sharded.
         scale: :math:`\rho`.
         generator: the CPU's global one by default.
 

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator"
-"""The Triton kernel of :func:`hb_muon.passes.small_factor`: all steps on a small matrix where its products stay on the chip."""
+"""The Triton kernel of :func:`hb_muon.passes.small_factor`: all steps on a small matrix, whose products stay on the chip."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hb_muon.coefficients import Table
 from hb_muon.launching import launch, power_of_two
 
 STEPS = 3
-"""As many as the kernel takes."""
+"""The most steps that the kernel takes."""
 
 
 @triton.jit
@@ -54,9 +54,9 @@ def small(  # type: ignore[no-untyped-def]
 
 
 def launch_small(out: Tensor, gram: Tensor, rows: Table, least: float | None) -> None:
-    """Fill ``out`` ``[B, k, k]`` with what the steps of ``rows``, at most :data:`STEPS`, multiply a matrix by.
+    """Fill ``out`` ``[B, k, k]`` with the factor that the steps of ``rows``, at most :data:`STEPS`, multiply a matrix by.
 
-    ``gram`` is contiguous as ``out`` is. ``least`` is the least norm of its square if the first step takes the bound.
+    ``gram`` is contiguous like ``out``. ``least`` bounds the norm of its square from below if the first step takes the bound.
     """
     side = gram.shape[1]
     steps, tile = len(rows), max(16, power_of_two(side))
@@ -69,6 +69,6 @@ def launch_small(out: Tensor, gram: Tensor, rows: Table, least: float | None) ->
 
 @lru_cache(maxsize=64)
 def compiled(device: int, dtype: torch.dtype, side: int, steps: int, tile: int) -> Any:
-    """The kernel for tensors that are aligned to 16 bytes, on the current ``device``."""
+    """The compiled kernel for 16-byte aligned tensors on the current ``device``."""
     arguments = (dtype, dtype, 1.0, side, *[1.0] * (3 * STEPS), steps, tile)
     return small.warmup(*arguments, grid=(1, 1, 1), num_warps=8 if tile == 128 else 4)

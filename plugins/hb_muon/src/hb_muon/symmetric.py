@@ -1,8 +1,8 @@
-r"""Products of matrices whose result is symmetric: half of the work, where that is faster than all of it.
+r"""Products of matrices whose result is symmetric, with half of the work where that is faster.
 
 The products :math:`X X^T`, and :math:`A B` of two symmetric matrices that commute, as polynomials of one matrix do, are
-symmetric. :func:`half_and_mirror` computes the tiles on and below the diagonal alone and writes each of them twice.
-:func:`symmetric_product` takes it where it was measured to win, and :func:`torch.baddbmm` everywhere else.
+symmetric. :func:`half_and_mirror` computes only the tiles on and below the diagonal and writes each of them twice.
+:func:`symmetric_product` uses it where it measured faster, and :func:`torch.baddbmm` everywhere else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Tiling:
     Attributes:
         tile: the side of a tile of the result.
         depth: how much of the inner dimension is in fast memory at once.
-        warps, stages: what Triton calls ``num_warps`` and ``num_stages``.
+        warps, stages: Triton's ``num_warps`` and ``num_stages``.
         described: read through tensor descriptors (TMA) where the stacks allow it, by pointers otherwise.
         band: how many rows of tiles are walked together.
     """
@@ -42,8 +42,8 @@ class Winner:
     Attributes:
         size: the least ``n``.
         total: the least ``batch * n * n``; fewer tiles leave processors idle.
-        square: for products of square matrices, ``k == n``; for other ones otherwise.
-        tiling: what was fastest there.
+        square: for products of square matrices, ``k == n``; otherwise for all others.
+        tiling: the fastest one there.
     """
 
     size: int
@@ -59,19 +59,19 @@ WINNERS: tuple[Winner, ...] = (
     Winner(size=768, total=2**24, square=True, tiling=Tiling()),
     Winner(size=2048, total=2**22, square=True, tiling=Tiling(warps=4)),
 )
-"""Searched in order, the first that fits is taken. From ``benchmarks/muon_sweep.py`` on an H100 (capability 9.0, torch 2.11,
+"""Searched in order; the first that fits is used. From ``benchmarks/muon_sweep.py`` on an H100 (capability 9.0, torch 2.11,
 Triton 3.6, ``benchmarks/results/h100-muon-sweep.json``) against ``torch.baddbmm``: square products in 0.52 to 0.66 of its time,
 those of ``k = 2 n`` and ``4 n`` in 0.59 to 0.95. Descriptors are faster from the start, but cost the host 20 us more a product.
 Single matrices of less than 2,048 rows took longer."""
 
 CAPABILITY = (9, 0)
-"""The only GPUs that :data:`WINNERS` speaks of."""
+"""The only GPUs that :data:`WINNERS` was measured on."""
 
 
 def symmetric_product(
     a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, out: Tensor | None = None
 ) -> Tensor:
-    r"""A product that is known to be symmetric, by the faster of two ways.
+    r"""A product that is known to be symmetric, by the faster of two methods.
 
     .. math:: \alpha A B + \beta C
 
@@ -110,7 +110,7 @@ def fastest(a: Tensor) -> Tiling | None:
 
 @lru_cache
 def usable(device: torch.device) -> bool:
-    """Whether the kernel was measured on this kind of GPU, and Triton is there."""
+    """Whether the kernel was measured on this kind of GPU, and Triton is installed."""
     return torch.cuda.get_device_capability(device) == CAPABILITY and importlib.util.find_spec("triton") is not None
 
 
@@ -124,7 +124,7 @@ def half_and_mirror(
 ) -> Tensor:
     """:func:`symmetric_product` by the Triton kernel: on CUDA, or anywhere under ``TRITON_INTERPRET=1``.
 
-    Sums in float32 and rounds once. The result is symmetric bit by bit outside the diagonal tiles.
+    Accumulates in float32 and rounds once. The result is bitwise symmetric outside the diagonal tiles.
 
     Raises:
         ImportError: Triton is not installed.

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator"
-"""The Triton kernel of :mod:`hb_muon.symmetric`: half of a symmetric product, and its mirror. Imported where it is launched."""
+"""The Triton kernel of :mod:`hb_muon.symmetric`: half of a symmetric product, and its mirror. Imported on first launch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from hb_muon.launching import INTERPRETED, launch, pieces
 
 WIDENS = tl.constexpr(INTERPRETED)
-"""Triton's interpreter multiplies the bits of bfloat16 as if they were integers: it is given float32, whose products of such
-numbers are as exact as those of a GPU."""
+"""Triton's interpreter multiplies the bits of bfloat16 as if they were integers; it is given float32 instead, whose products of
+bfloat16 numbers are as exact as a GPU's."""
 
 
 @triton.jit
 def row_of(t):  # type: ignore[no-untyped-def]
     """The row of entry ``t`` of a lower triangle that is counted row by row: ``row (row + 1) / 2 <= t``."""
     row = ((tl.sqrt(8.0 * t + 1.0) - 1.0) / 2.0).to(tl.int32)
-    row = tl.where(row * (row + 1) // 2 > t, row - 1, row)  # a root of a float32 may be one off
+    row = tl.where(row * (row + 1) // 2 > t, row - 1, row)  # a float32 root may be off by one
     return tl.where((row + 1) * (row + 2) // 2 <= t, row + 1, row)
 
 
@@ -76,7 +76,7 @@ def by_pointers(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Tile ``(i, j)`` of the product of the matrices that begin at ``a`` and ``b``."""
-    # rows past the end start again from 0: they are read, and never stored
+    # rows past the end wrap around to 0: they are read, but never stored
     rows, columns = (i * TILE + tl.arange(0, TILE)) % n, (j * TILE + tl.arange(0, TILE)) % n
     depth = tl.arange(0, DEPTH)
     if A_ROWS:
@@ -113,15 +113,15 @@ def half_product(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One tile of ``alpha a b + beta d``, and its mirror; ``d`` is read unless ``beta`` is 0.
 
-    ``A_ROWS``: the entries of ``a``'s rows are neighbours, and ``a_lead`` lies between rows; otherwise the same of its columns.
-    Likewise ``b``. ``EVEN``: ``DEPTH`` divides ``k``. ``DESCRIBED``: ``a`` and ``b`` are descriptors of stacks seen as one
-    matrix each, whose rows are what has neighbours.
+    ``A_ROWS``: ``a``'s rows are contiguous, with the stride ``a_lead``; otherwise its columns are. Likewise ``b``. ``EVEN``:
+    ``DEPTH`` divides ``k``. ``DESCRIBED``: ``a`` and ``b`` are descriptors of stacks seen as one matrix each, with contiguous
+    rows.
     """
     across = tl.cdiv(n, TILE)
     tiles = across * (across + 1) // 2
     item = tl.program_id(0) // tiles
     i, j = tile_of(tl.program_id(0) % tiles, across, BAND)
-    item64 = item.to(tl.int64)  # the entries of a stack may outnumber int32
+    item64 = item.to(tl.int64)  # a stack may have more entries than int32 counts
     if DESCRIBED:
         total = by_descriptors(a, b, item, i, j, n, k, TILE, DEPTH, A_ROWS, B_ROWS)
     else:
@@ -130,7 +130,7 @@ def half_product(  # type: ignore[no-untyped-def]
     total = total * alpha
     rows, columns = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
     held = (rows < n)[:, None] & (columns < n)[None, :]
-    if beta != 0:  # when it runs: a kernel without this would be one more to compile
+    if beta != 0:  # at run time: a kernel without this would be one more to compile
         added = tl.load(d + item64 * d_batch + rows[:, None] * d_row + columns[None, :], mask=held, other=0.0)
         total += beta * added.to(tl.float32)
     result = total.to(out.dtype.element_ty)
@@ -143,7 +143,7 @@ def half_product(  # type: ignore[no-untyped-def]
 
 @lru_cache(maxsize=1)
 def descriptors() -> Any:
-    """Triton's host side descriptors, or None where this version has none."""
+    """Triton's host-side descriptors, or None if this version has none."""
     try:
         from triton.tools.tensor_descriptor import TensorDescriptor
     except ImportError:
@@ -152,9 +152,9 @@ def descriptors() -> Any:
 
 
 def described(x: Tensor, side: int, depth: int, k: int, rows_are_k: bool) -> Any:
-    """A descriptor of the stack ``x`` ``[B, r, c]`` as one matrix ``[B r, c]``, or None where the hardware reads no such one.
+    """A descriptor of the stack ``x`` ``[B, r, c]`` as one matrix ``[B r, c]``, or None where the hardware does not support it.
 
-    A block that runs over the end of a matrix's ``k`` would read the next one, so that ``depth`` must divide ``k``.
+    A block that extends past a matrix's ``k`` would read the next one, so ``depth`` must divide ``k``.
     """
     fits = x.stride(0) == x.shape[1] * x.stride(1) or len(x) == 1
     aligned = x.data_ptr() % 16 == 0 and x.stride(1) * x.element_size() % 16 == 0
@@ -165,7 +165,7 @@ def described(x: Tensor, side: int, depth: int, k: int, rows_are_k: bool) -> Any
 
 
 def launch_half(out: Tensor, a: Tensor, b: Tensor, d: Tensor | None, alpha: float, beta: float, tiling: Any) -> None:
-    """Fill ``out`` ``[B, n, n]``, contiguous, as :func:`hb_muon.symmetric.half_and_mirror` says."""
+    """Fill ``out`` ``[B, n, n]``, contiguous, as :func:`hb_muon.symmetric.half_and_mirror` describes."""
     batch, n, k = a.shape
     if batch * n == 0:
         return
@@ -195,7 +195,7 @@ def launch_half(out: Tensor, a: Tensor, b: Tensor, d: Tensor | None, alpha: floa
 def compiled(
     device: int, dtype: torch.dtype, numbers: tuple[int, ...], settings: tuple[Any, ...], warps: int, stages: int
 ) -> Any:
-    """The kernel for tensors that are aligned to 16 bytes, on the current ``device``."""
+    """The compiled kernel for 16-byte aligned tensors on the current ``device``."""
     tile, depth, _, _, whole, a_rows, b_rows = settings
     factors, operands = (1.0, 1.0), (dtype, dtype)
     if whole:  # a descriptor's type is that of its blocks

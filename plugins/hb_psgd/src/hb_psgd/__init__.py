@@ -1,33 +1,19 @@
 """The PSGD family of optimizers for hbcore.
 
-``hbcore.get("PSGDKron")`` finds these classes by name; ``from hb_psgd import PSGDKron`` works as well. The classes are
-imported on first use: discovery reads ``hb_psgd.plugin``, which runs this module first, and must not pay for importing
-torch.
+``hbcore.get("PSGDKron")`` finds these classes by name; ``from hb_psgd import PSGDKron`` works as well. The classes are imported
+on first use: discovery reads :mod:`hb_psgd.plugin`, which runs this module first, and must not import torch.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hb_psgd.plugin import OPTIMIZERS
+from hbcore.api import lazy
 
 if TYPE_CHECKING:
-    from hb_psgd.psgd import PSGDKron
-
-__all__ = ["PSGDKron", "__version__"]
+    from hb_psgd.psgd import PSGDKron as PSGDKron
 
 __version__ = "0.1.0"
 
-_HOME = {"PSGDKron": "hb_psgd.psgd"}
-
-
-def __getattr__(name: str) -> Any:
-    """Import the module that holds the class ``name`` (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value  # the next access does not come here
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy(__name__, OPTIMIZERS, ("__version__",))

@@ -1,4 +1,4 @@
-r"""Kronecker-factored preconditioners on stacks of equal blocks. Pure functions, every block by itself.
+r"""Kronecker-factored preconditioners on stacks of equal blocks. Pure functions; blocks are independent.
 
 A block is a tensor of shape :math:`(n_0, \dots, n_{d-1})`; a stack of B of them is ``x``, ``[B, n_0, ..., n_{d-1}]``. Its
 preconditioner is :math:`P = Q^T Q` with :math:`Q = Q_0 \otimes \dots \otimes Q_{d-1}`. Factor i is a stack of matrices
@@ -24,9 +24,9 @@ Number: TypeAlias = "Tensor | float"
 
 MEMORY_SAVE_MODES = (None, "one_diag", "smart_one_diag", "one_triu", "all_diag")
 PROBES = 32
-"""How many vectors the norm's power iteration starts from: the source's number for float32."""
+"""The number of vectors that the norm's power iteration starts from: the source's choice for float32."""
 LARGEST_TURN = 1 / 8
-"""The longest Procrustes step: a rotation by 1/8, cut off after its second order, is orthogonal to within 1e-4."""
+"""The longest Procrustes step: a rotation by 1/8, truncated after the second order, is orthogonal to within 1e-4."""
 
 
 def memory_layout(
@@ -47,7 +47,7 @@ def memory_layout(
     all_diag            none                                                          none            none
     ==================  ============================================================  ==============  ==============
 
-    Of equal dimensions the last counts as the largest and the first as the smallest.
+    Among equal dimensions the last counts as the largest and the first as the smallest.
 
     Args:
         shape: the block's.
@@ -56,7 +56,7 @@ def memory_layout(
         memory_save_mode: one of the table.
 
     Raises:
-        OptionError: there is no such mode.
+        OptionError: the mode does not exist.
     """
     if memory_save_mode not in MEMORY_SAVE_MODES:
         raise OptionError(f"memory_save_mode={memory_save_mode!r} is not one of {', '.join(map(repr, MEMORY_SAVE_MODES))}.")
@@ -80,7 +80,7 @@ def _stands_out(shape: Sequence[int]) -> bool:
 
 
 def begin(factors: Sequence[Tensor], where: Tensor, scale: Tensor) -> list[Tensor]:
-    """The factors, in the blocks that ``where`` picks replaced by the multiples of identities whose product is ``scale``.
+    """The factors; in the blocks that ``where`` selects, multiples of the identity whose product is ``scale``.
 
     ``where`` and ``scale`` are ``[B]``.
     """
@@ -100,7 +100,7 @@ def precondition(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
             rows = (q * q)[..., None] * rows
         elif rows.shape[-1] < q.shape[-1]:
             rows = q.mT @ (q @ rows)
-        else:  # the n_i^3 of the product are then the cheaper way
+        else:  # the n_i^3 of the product are cheaper here
             rows = (q.mT @ q) @ rows
         x = _unrows(rows, x, i)
     return x
@@ -123,7 +123,7 @@ def _unrows(rows: Tensor, like: Tensor, i: int) -> Tensor:
 
 
 def norm_bound(a: Tensor, start: Tensor, iterations: int = 2) -> Tensor:
-    r"""A lower bound, mostly tight, of the spectral norm of symmetric positive or of skew-symmetric matrices; ``[B]``.
+    r"""A lower bound, usually tight, of the spectral norm of symmetric positive or of skew-symmetric matrices; ``[B]``.
 
     Power iteration from a bundle of vectors, the rows of V, that all lean towards the longest row :math:`a_j` of
     :math:`A`, here divided by its largest element :math:`s`:
@@ -133,12 +133,12 @@ def norm_bound(a: Tensor, start: Tensor, iterations: int = 2) -> Tensor:
         \text{repeatedly } v \leftarrow vA,\; v \leftarrow v / \lVert v \rVert,\; v \leftarrow vA \qquad
         \lVert A \rVert \ge s \max_v \lVert v \rVert
 
-    The longest row alone may be orthogonal to the singular vector that is looked for; the random ones are not.
+    The longest row alone may be orthogonal to the wanted singular vector; the random ones are not.
 
     Args:
-        a: ``[B, n, n]``; a matrix of zeros has the bound 0.
+        a: ``[B, n, n]``; the bound of a matrix of zeros is 0.
         start: standard normal numbers, ``[B, k, n]``.
-        iterations: how often the pair of products is repeated, at least 1.
+        iterations: the number of repetitions of the pair of products, at least 1.
     """
     tiny = torch.finfo(a.dtype).tiny
     largest = a.abs().amax((-2, -1))
@@ -189,7 +189,7 @@ def pro_update(
     probe: Callable[[Tensor], Tensor],
     iterations: int = 2,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    r"""Bring the factors nearer to whitening ``g``: the rule Q0.5EQ1.5, or PRO.
+    r"""Fit the factors so that they whiten ``g``: the rule Q0.5EQ1.5, or PRO.
 
     .. math::
         T = \mathrm{contract}_i(Pg, Pg) \qquad t = \mathrm{numel} / n_i \qquad
@@ -229,9 +229,9 @@ def pro_update(
 
 
 def balance(factors: Sequence[Tensor]) -> list[Tensor]:
-    """Give the factors of each block the same largest element, by numbers whose product is 1: P stays what it is.
+    """Scale the factors of each block to the same largest element, by numbers whose product is 1, so that P does not change.
 
-    Without it one factor may grow as another shrinks, until both leave the range of their dtype. Factors of zeros stay.
+    Without it one factor may grow as another shrinks, until both leave the range of their dtype. Factors of zeros are kept.
     """
     tiny = torch.finfo(factors[0].dtype).tiny
     logs = [q.abs().flatten(1).amax(-1).clamp(min=tiny).log() for q in factors]
@@ -251,6 +251,6 @@ def whitening_scale(x: Tensor, dampening: Number) -> Tensor:
 
     The source's first guess of a preconditioner's scale; dampening keeps :math:`s^2` below its inverse.
     """
-    # Squares in the compute dtype, their sum in float64: the fourth power of 1e-10 would be no float32.
+    # Squares in the compute dtype, their sum in float64: the fourth power of 1e-10 is outside float32's range.
     fourth = torch.linalg.vector_norm(x.square().flatten(1), dim=-1, dtype=torch.float64).square() / math.prod(x.shape[1:])
     return torch.where(fourth > 0, (fourth + dampening**4) ** -0.125, 0.0)

@@ -1,4 +1,4 @@
-"""What hb_psgd offers to hbcore, as plain data. Importing this module imports no torch."""
+"""hb_psgd's manifest: its optimizer and its other names, as plain data. Importing this module imports no torch."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from hbcore.api import Alias, OptimizerSpec, hookimpl
 API = (1, 3)
 
 
+OPTIMIZERS = (
+    OptimizerSpec(
+        name="PSGDKron",
+        target="hb_psgd.psgd:PSGDKron",
+        summary="Preconditioned SGD with Kronecker factors that whiten the momentum",
+        paper="Pooladzandi & Li 2024, arXiv:2402.11858; Li 2015, arXiv:1512.04202",
+        capabilities=frozenset({"matrix", "random"}),
+    ),
+)
+"""The optimizers of the PSGD family."""
+
+
 @hookimpl
-def hb_optimizers(api: object) -> list[OptimizerSpec]:
+def hb_optimizers(api: object) -> tuple[OptimizerSpec, ...]:
     """The optimizers of the PSGD family."""
-    return [
-        OptimizerSpec(
-            name="PSGDKron",
-            target="hb_psgd.psgd:PSGDKron",
-            summary="Preconditioned SGD with Kronecker factors that whiten the momentum",
-            paper="Pooladzandi & Li 2024, arXiv:2402.11858; Li 2015, arXiv:1512.04202",
-            capabilities=frozenset({"matrix", "random"}),
-        ),
-    ]
+    return OPTIMIZERS
 
 
 @hookimpl

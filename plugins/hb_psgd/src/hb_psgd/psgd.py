@@ -30,14 +30,14 @@ from hbcore.api import (
 Probability: TypeAlias = "float | Callable[[int], float] | None"
 
 EPS = torch.finfo(torch.float32).eps
-"""The dampening's share of the gradient: that of float32, whatever the dtype."""
+"""The dampening relative to the gradient: float32's rounding unit for every dtype."""
 
 RULES = {"pro": kron.pro_update}
 """How the factors follow the gradient, by name."""
 
 
 def update_probability(k: int) -> float:
-    """How many refreshes step k (1, 2, ...) is worth unless told otherwise: 1 for 1000 steps, then less, at last 0.03.
+    """The default number of refreshes per step k (1, 2, ...): 1 for 1000 steps, then less, finally 0.03.
 
     ``max(0.03, min(1, 0.999^(k - 1000)))``
     """
@@ -46,25 +46,25 @@ def update_probability(k: int) -> float:
 
 @dataclass(frozen=True)
 class PreconditionByKron(Transform):
-    r"""Precondition by Kronecker factors that are fitted so that they whiten what they precondition.
+    r"""Precondition by Kronecker factors that are fitted to whiten their input.
 
     .. math::
         x = m_t / (1 - \beta^t) \;\text{ with }\; m_t = \beta m_{t-1} + (1 - \beta)\, g_t, \;\text{ or }\; x = g_t \\
         \tilde x = x + (\mathrm{dampening} + \epsilon |x|)\, v \qquad v \sim \mathcal N(0, 1) \qquad
         Q \leftarrow \mathrm{rule}(Q, \tilde x) \;\text{ when due} \qquad u_t = Q^T Q\, x
 
-    The factors start as multiples of the identity when a block first sees something other than zeros; until then u is zero.
+    The factors start as multiples of the identity at a block's first gradient that is not zero; until then u is zero.
 
     Args:
         beta: decay of the momentum.
         precond_lr: learning rate of the factors.
         lower_bound_beta: decay of the running bound on the factors' curvature.
         dampening: the noise that the factors are fitted with.
-        exp_avg_input: precondition the momentum; otherwise the gradient, and there is no momentum.
+        exp_avg_input: precondition the momentum; otherwise the gradient, without any momentum.
         momentum_into_precond_update: fit the factors to the momentum; otherwise to the gradient.
-        delayed: precondition by the factors of before this step's refresh.
-        preconditioner_update_probability: how many refreshes a step is worth, in [0, 1]: a number, a module-level function of
-            the step (1, 2, ...), or None for :func:`update_probability`. Not drawn: a refresh is due whenever the sum of them
+        delayed: precondition by the factors before this step's refresh.
+        preconditioner_update_probability: the number of refreshes per step, in [0, 1]: a number, a module-level function of
+            the step (1, 2, ...), or None for :func:`update_probability`. Not random: a refresh is due whenever the sum of them
             passes a whole number.
         max_size_triangular, min_ndim_triangular, memory_save_mode: which factors are dense, :func:`hb_psgd.kron.memory_layout`.
         merge_dims: how dimensions are joined, :func:`hbcore.api.matrix_view`; those of size 1 are dropped first.
@@ -98,7 +98,7 @@ class PreconditionByKron(Transform):
         super().__post_init__()
         if self.rule not in RULES:
             raise OptionError(f"rule={self.rule!r} is not one of {', '.join(RULES)}.")
-        kron.memory_layout((), memory_save_mode=self.memory_save_mode)  # raises if there is no such mode
+        kron.memory_layout((), memory_save_mode=self.memory_save_mode)  # raises if the mode does not exist
         if not callable(self.preconditioner_update_probability):
             _check("preconditioner_update_probability", self.preconditioner_update_probability, low=0, high=1)
         _check("precond_update_power_iterations", self.precond_update_power_iterations, low=1)
@@ -142,7 +142,7 @@ class PreconditionByKron(Transform):
         return kron.precondition(x, before if self.delayed else factors), new
 
     def started(self, x: Tensor, s: State) -> tuple[Tensor, list[Tensor]]:
-        """The first scale of Q and the factors, begun where they were not yet and ``x`` is not zero: ``[B]`` and a list."""
+        """Q's initial scale, ``[B]``, and the factors, initialised in blocks where they were not and ``x`` is not zero."""
         factors = [s[f"Q_{i}"] for i in range(x.ndim - 1)]
         waiting = s["init_scale"] == 0
         if self.precond_init_scale is not None:
@@ -164,7 +164,7 @@ def _check(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     except TypeError:
         fits = False
     if not fits:
-        raise HyperparameterError(f"{name}={value!r} is no finite number in [{low:g}, {high:g}]; pass one, or leave it out.")
+        raise HyperparameterError(f"{name}={value!r} is not a finite number in [{low:g}, {high:g}]; pass one, or leave it out.")
 
 
 NOT_YET: Mapping[str, Any] = {
@@ -177,7 +177,7 @@ NOT_YET: Mapping[str, Any] = {
     "cached": True,
     "store_triu_as_line": True,
 }
-"""HeavyBall's options that this version knows by name only, and the values that ask for nothing."""
+"""HeavyBall's options that this version accepts by name only, and their only supported values."""
 
 
 class PSGDKron(Optimizer):
@@ -189,20 +189,20 @@ class PSGDKron(Optimizer):
     Args:
         lr: learning rate.
         beta: decay of the momentum, in [0, 1).
-        betas: another spelling; its first number wins over ``beta``, the others mean nothing here.
-        preconditioner_update_probability: how often the factors are refreshed; None for :func:`update_probability`.
+        betas: another spelling; its first number overrides ``beta``, the others are ignored.
+        preconditioner_update_probability: refreshes per step, in [0, 1]; None for :func:`update_probability`.
         max_size_triangular: larger dimensions get a diagonal factor.
         min_ndim_triangular: parameters of fewer dimensions get diagonal factors.
         memory_save_mode: None, "one_diag", "smart_one_diag", "one_triu" or "all_diag": which other factors are diagonal.
         momentum_into_precond_update: fit the factors to the momentum rather than the gradient.
         merge_dims: join dimensions.
-        delayed: precondition by the factors of before this step's refresh.
-        exp_avg_input: precondition the momentum; with False there is none.
+        delayed: precondition by the factors before this step's refresh.
+        exp_avg_input: precondition the momentum; False for none.
         lower_bound_beta: decay of the bound on the factors' curvature.
         dampening: the noise that the factors are fitted with.
-        precond_update_power_iterations: of the norms that refreshes need.
+        precond_update_power_iterations: the number of power iterations for the norms in a refresh.
         precond_init_scale: the scale of the factors' product at first; None to take it from the first gradient.
-        precond_init_scale_scale, precond_init_scale_power: what the scale so taken is multiplied by, then raised to.
+        precond_init_scale_scale, precond_init_scale_power: that scale's factor, and the power it is then raised to.
         precond_lr: learning rate of the factors, in [0, 1].
         hessian_approx, hvp_interval, finite_differences, fallback_to_finite_differences, q_dtype, precond_grad_accum, cached,
             store_triu_as_line: HeavyBall's, not supported yet; any value but the default is refused.

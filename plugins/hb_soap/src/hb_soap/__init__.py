@@ -1,32 +1,21 @@
 """The SOAP family of optimizers for hbcore.
 
 ``hbcore.get("SOAP")`` finds these classes by name; ``from hb_soap import SOAP`` works as well. The classes are imported on
-first use: discovery reads ``hb_soap.plugin``, which runs this module first, and must not pay for importing torch.
+first use: discovery reads :mod:`hb_soap.plugin`, which runs this module first, and must not import torch.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hb_soap.plugin import OPTIMIZERS
+from hbcore.api import lazy
 
 if TYPE_CHECKING:
-    from hb_soap.soap import SOAP, PreconditionBySOAP
-
-__all__ = ["SOAP", "PreconditionBySOAP", "__version__"]
+    from hb_soap.soap import SOAP as SOAP
+    from hb_soap.soap import PreconditionBySOAP as PreconditionBySOAP
 
 __version__ = "0.1.0"
 
-_HOME = {"PreconditionBySOAP": "hb_soap.soap", "SOAP": "hb_soap.soap"}
-
-
-def __getattr__(name: str) -> Any:
-    """Import the module that holds the class ``name`` (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value  # the next access does not come here
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+_TARGETS = {spec.name: spec.target for spec in OPTIMIZERS} | {"PreconditionBySOAP": "hb_soap.soap:PreconditionBySOAP"}
+__getattr__, __dir__, __all__ = lazy(__name__, _TARGETS, ("__version__",))

@@ -1,7 +1,7 @@
-"""Eigenbases of a block's second moments, one for each dimension, and changes to and from them.
+"""Eigenbases of a block's second moments, one for each dimension, and changes of basis.
 
 Everything works on stacks: blocks ``[B, *shape]``, and for dimension ``i`` of a block either ``[B, n_i, n_i]`` or None, which
-leaves that dimension as it is. Pure functions; the dtype that comes in goes out.
+keeps that dimension unchanged. Pure functions; results have the dtype of the arguments.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 Bases = Sequence["Tensor | None"]
 
 PASSES = 4
-"""Cholesky passes of :func:`orthonormal`: enough in float32 for 768 columns of a random basis and a condition of 1e8."""
+"""Cholesky passes of :func:`orthonormal`: enough in float32 for 768 columns of a random basis and a condition number of 1e8."""
 
 
 def project(x: Tensor, bases: Bases) -> Tensor:
@@ -35,7 +35,7 @@ def project_back(x: Tensor, bases: Bases) -> Tensor:
 
 
 def permuted(x: Tensor, orders: Bases) -> Tensor:
-    """Elements of ``x`` ``[B, *shape]`` in the order that each dimension's permutation, ``[B, n_i]`` or None, asks for."""
+    """Elements of ``x`` ``[B, *shape]`` in the order given by each dimension's permutation, ``[B, n_i]`` or None."""
     for i, order in enumerate(orders):
         if order is not None:
             shape = [n if d in (0, i + 1) else 1 for d, n in enumerate(x.shape)]
@@ -57,8 +57,8 @@ def outer(x: Tensor, dim: int) -> Tensor:
 def eigenbasis(p: Tensor) -> Tensor:
     """Eigenvectors of symmetric matrices ``[B, n, n]`` as columns, largest eigenvalue first.
 
-    Zero gives the unit vectors. So does a matrix that is not finite, as nothing better is known and a solver would raise.
-    float64 takes over where the solver fails.
+    Zero gives the unit vectors. So does a matrix that is not finite, on which the solver would raise. Where the solver fails
+    it runs again in float64.
     """
     p = torch.where(p.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), p, 0.0)
     try:
@@ -74,16 +74,16 @@ def refreshed(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     .. math:: \pi = \operatorname{argsort}(-\operatorname{diag}(Q^\top P Q)) \qquad Q' = \operatorname{QR}(P\,Q_{:, \pi})
 
     Vyas et al. 2024 (arXiv:2409.11321), Algorithm 4, with the sorting of the authors' code. ``P`` is first shifted by 8
-    rounding errors of its largest eigenvalue. Directions that it knows nothing of then stay where they are, instead of
-    becoming noise; a larger shift would hold back the directions of small eigenvalues too.
+    rounding errors of its largest eigenvalue. Directions in its null space then stay unchanged instead of becoming
+    noise; a larger shift would slow the directions of small eigenvalues too.
 
     Args:
         p: symmetric, positive semidefinite, ``[B, n, n]``.
         q: orthonormal columns, ``[B, n, n]``.
 
     Returns:
-        The new basis and the permutation ``[B, n]`` that went before: new column ``j`` comes from old column ``order[j]``.
-        Where no basis can be had (``p`` is not finite) the old columns are returned, in the new order.
+        The new basis, and the permutation ``[B, n]`` applied first: new column ``j`` comes from old column ``order[j]``. Where
+        the basis cannot be computed (``p`` is not finite) the old columns are returned, in the new order.
     """
     image = p @ q
     values = (q * image).sum(-2)
@@ -97,18 +97,18 @@ def refreshed(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthonormal(y: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The orthonormal factor of QR up to signs, by matrix products only: batched, and nothing waits for the host.
+    r"""The orthonormal factor of QR up to signs, by matrix products only: batched, and without synchronising with the host.
 
     .. math:: R^\top R = Y^\top Y + n \epsilon I \qquad Y \leftarrow Y R^{-1} \quad\text{with its columns normalised}
 
-    Shifted Cholesky QR, Fukaya et al. 2020 (arXiv:1809.11085). ``R`` is triangular, so that the span of the first ``j``
-    columns never changes, however often this is repeated, and that is what QR keeps as well.
+    Shifted Cholesky QR, Fukaya et al. 2020 (arXiv:1809.11085). ``R`` is triangular, so the span of the first ``j`` columns
+    does not change, however often this is repeated; QR has the same property.
 
     Args:
-        y: ``[B, n, n]``, of a condition up to about 1 / (8 rounding errors).
+        y: ``[B, n, n]``, with a condition number up to about 1 / (8 rounding errors).
 
     Returns:
-        The factor, and ``[B]`` booleans: whether every pass succeeded. Rows that failed hold anything.
+        The factor, and ``[B]`` booleans: whether every pass succeeded. Failed rows are undefined.
     """
     info = torch.finfo(y.dtype)
     shift = y.shape[-1] * info.eps * torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)

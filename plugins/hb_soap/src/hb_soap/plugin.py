@@ -1,24 +1,28 @@
-"""What hb_soap offers to hbcore, as plain data. Importing this module imports no torch."""
+"""hb_soap's manifest: its optimizer and its other names, as plain data. Importing this module imports no torch."""
 
 from __future__ import annotations
 
 from hbcore.api import Alias, OptimizerSpec, hookimpl
 
-API = (1, 0)
+API = (1, 3)
+
+
+OPTIMIZERS = (
+    OptimizerSpec(
+        name="SOAP",
+        target="hb_soap.soap:SOAP",
+        summary="Adam in the eigenbasis of Shampoo's preconditioner",
+        paper="Vyas et al. 2024, arXiv:2409.11321",
+        capabilities=frozenset({"matrix", "primes"}),
+    ),
+)
+"""The optimizers of the SOAP family."""
 
 
 @hookimpl
-def hb_optimizers(api: object) -> list[OptimizerSpec]:
+def hb_optimizers(api: object) -> tuple[OptimizerSpec, ...]:
     """The optimizers of the SOAP family."""
-    return [
-        OptimizerSpec(
-            name="SOAP",
-            target="hb_soap.soap:SOAP",
-            summary="Adam in the eigenbasis of Shampoo's preconditioner",
-            paper="Vyas et al. 2024, arXiv:2409.11321",
-            capabilities=frozenset({"matrix", "primes"}),
-        ),
-    ]
+    return OPTIMIZERS
 
 
 @hookimpl

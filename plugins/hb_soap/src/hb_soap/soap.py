@@ -38,18 +38,18 @@ class PreconditionBySOAP(Transform):
         Q_i \leftarrow \operatorname{QR}(P_i Q_i) \text{ when a refresh is due}
 
     :math:`G_{(i)}` is the gradient unfolded along dimension :math:`i`. The first gradient gives :math:`P_i` and, by ``eigh``,
-    :math:`Q_i`, and moves nothing, so that no gradient is ever seen in a basis that was made from it. A refresh comes after
-    the update: it turns the inner rule's first moments into the new basis and permutes its second moments as the columns.
+    :math:`Q_i`, and moves nothing, so that no gradient is projected into a basis computed from it. A refresh comes after the
+    update: it rotates the inner rule's first moments into the new basis and permutes its second moments like the columns.
 
     Args:
-        inner: the elementwise rule; its slots say by ``basis`` how a refresh changes them.
+        inner: the elementwise rule; the ``basis`` of its slots determines how a refresh changes them.
         shampoo_beta: :math:`\beta`.
         precondition_frequency: the number of steps from one refresh to the next, at least 1.
         max_precond_dim: larger dimensions, and those of size 1, get no factor.
         merge_dims: join dimensions after the first while their product is at most ``max_precond_dim``.
         precondition_1d: vectors get a factor too.
-        use_precond_schedule: refresh ever more rarely instead; ``(a, b)`` of ``precond_scheduler`` give step ``t`` the rate
-            :math:`1 / (1 + \log_{10}(t^a)^b)`.
+        use_precond_schedule: refresh less and less often instead; with ``(a, b)`` of ``precond_scheduler``, step ``t`` has the
+            rate :math:`1 / (1 + \log_{10}(t^a)^b)`.
         split: False; True is not supported yet.
 
     Slots: those of ``inner``; ``GG_i`` (:math:`P_i`) and ``Q_i``, ``[n_i, n_i]``, for each preconditioned dimension.
@@ -147,18 +147,18 @@ class SOAP(Optimizer):
         P_0 = \mathrm{EMA}(G G^\top),\; P_1 = \mathrm{EMA}(G^\top G)
 
     where :math:`Q_i` follows the eigenvectors of :math:`P_i`. The first step prepares the bases and moves no matrix. Vectors,
-    scalars, and whatever has no dimension between 2 and ``max_precond_dim``, are updated by Adam, from the first step on.
+    scalars, and parameters without a dimension between 2 and ``max_precond_dim``, are updated by Adam from the first step on.
 
     Args:
         lr: learning rate.
         betas: decay rates of Adam's two moments, in [0, 1).
         shampoo_beta: decay rate of :math:`P_i`, in [0, 1); None means ``betas[1]``, as -1 does in the authors' code.
         eps: the smallest divisor, at least 0.
-        precondition_frequency: the number of steps after which the bases follow, again and again.
-        max_precond_dim: larger dimensions keep their basis.
+        precondition_frequency: the number of steps from one refresh of the bases to the next, at least 1.
+        max_precond_dim: larger dimensions are not preconditioned.
         merge_dims: join dimensions after the first while their product is at most ``max_precond_dim``.
         precondition_1d: precondition vectors as well.
-        use_precond_schedule: the bases follow ever more rarely, whatever ``precondition_frequency`` says.
+        use_precond_schedule: refresh the bases less and less often, and ignore ``precondition_frequency``.
         precond_scheduler: ``(a, b)`` of that schedule, :math:`1 / (1 + \log_{10}(t^a)^b)` refreshes at step ``t``.
         split: False; True is not supported yet.
         weight_decay: :math:`\lambda`.
