@@ -1,4 +1,4 @@
-"""The one optimizer class. A rule subclasses it, names its hyperparameters and returns its chain; the rest is here."""
+"""The base class of every optimizer. A subclass declares its hyperparameters and returns its chain; the rest is here."""
 
 from __future__ import annotations
 
@@ -42,18 +42,15 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
             def chain(h):
                 return (ScaleByLion(h.betas),)
 
-    The constructor is made of them: ``Lion(params, lr, betas, *, weight_decay=..., caution=..., ...)``. An assignment without
-    annotation gives a shared option another default (``weight_decay = 0.01``). Fields that are not entries of a param group are
-    translated by :meth:`normalise`; and :meth:`after_init` runs last. A subclass may write ``__init__`` out instead, with
+    The constructor is derived from them: ``Lion(params, lr, betas, *, weight_decay=..., caution=..., ...)``. An assignment
+    without annotation changes the default of a shared option (``weight_decay = 0.01``). :meth:`normalise` translates fields
+    that are not entries of a param group, and :meth:`after_init` runs last. A subclass may write ``__init__`` itself, with
     ``**options: Unpack[Options]``, and call ``super().__init__(params, {"lr": lr, ...}, options)``.
 
-    An entry that a transform declares with ``hyper()`` may change every step, by a scheduler or by hand, and compiles nothing
-    anew; every other entry is structure.
+    Entries that a transform declares with ``hyper()`` may change in every step without recompilation; all others are structure.
 
     Attributes:
-        report: how the last step ran: backend, reasons for falling back, compiles, launches.
-        settings: the shared options, resolved.
-        core: the engine's side of it: groups, state, chain and plan. Not part of the API.
+        core: the engine's part of the optimizer: groups, state, chain and plan. Not part of the API.
 
     Raises:
         HyperparameterError: a hyperparameter is outside its bounds.
@@ -62,7 +59,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
     """
 
     option_defaults: ClassVar[Mapping[str, Any]] = {}
-    """For constructors written out: shared options whose default differs in this class, ``{"weight_decay": 0.01}``."""
+    """For classes that write ``__init__`` themselves: shared options with another default, ``{"weight_decay": 0.01}``."""
 
     sparse_gradients: ClassVar[bool] = False
     """Whether it takes sparse gradients, and only those; its rules are elementwise then."""
@@ -124,8 +121,9 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
             cls.__signature__ = signature(declared)  # type: ignore[attr-defined]
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
-        """Declared fields, as the user passed them -> the entries of the param groups. A field that is only another spelling
-        is taken out here, and its value put where it belongs.
+        """Translate declared fields, as the user passed them, into the entries of the param groups.
+
+        A field that is only another spelling is removed here, and its value moved to the entry it stands for.
 
         Raises:
             HyperparameterError, OptionError: a field has a value that does not exist.
