@@ -33,7 +33,7 @@ class NewMember(NamedTuple):
 
 
 class StateInit:
-    """Collects new members, then gives them their state together: one table of counters, one stack for all blocks of one kind."""
+    """Collects new members, then gives them their state together: one table of counters, one stack for each kind of block."""
 
     def __init__(self, core: OptimizerCore, counters: StepCounters) -> None:
         self.core, self.counters = core, counters

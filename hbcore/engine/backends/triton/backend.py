@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class TritonExecutable:
         self.fusion = not any(d in (torch.int8, torch.int16) for d in program.dtypes.values())
         self.tables: Tables | None = None
         self._variants: dict[tuple[bool, int], Any] = {}
+        self._launches: dict[int, list[Callable[[], Any]]] = {}  # by phase, bound to the present tables
         self._captured: list[Tables] = []  # captured graphs point into these tables, so keep them alive
 
     def prepare(self, batch: Batch) -> None:
@@ -78,9 +80,9 @@ class TritonExecutable:
     def _prepare(self, batch: Batch) -> None:
         pointers = array("q", map(Tensor.data_ptr, batch.tensors["grad"]))
         if self.tables is None or not self.tables.fits(batch, pointers):
-            self.tables = Tables(batch, self.layout, self.chunk, rows=len(batch.values))
+            self.tables, self._launches = Tables(batch, self.layout, self.chunk, rows=len(batch.values)), {}
         self.tables.follow()
-        if any(isinstance(v, Tensor) for v in batch.values[0]):
+        if isinstance(batch.values[0][-1], Tensor):  # then all of them may be on the device
             rows = [torch.stack([s.double() for s in self.program.scalars(values)]) for values in batch.values]
             self.tables.send_device(pointers, rows if self.layout.scalars else [], capturing())
             if capturing():
@@ -98,16 +100,25 @@ class TritonExecutable:
         for name in self.program.phases[phase].sums:
             if name in batch.model:
                 self.tables.model[self.layout.reductions.index(name)] = batch.model[name]
+        launches = self._launches.get(phase) or self._bind(phase)
         with current(self.tables.device):
-            for launch in self.tables.launches:
-                kernel = self._variants[launch.aligned, phase]
-                kernel[launch.chunks.shape[0], 1, 1](*self._arguments(launch))
+            for launch in launches:
+                launch()
         for r in self.program.phases[phase].reduces:
             if r.domain == Domain.MODEL:
                 index = self.layout.reductions.index(r.name)
-                partial = [launch.partials[index] for launch in self.tables.launches]
-                batch.sums[r.name] = [x.sum() if r.how == "sum" else x.amax() for x in partial]
-        return len(self.tables.launches)
+                partials = [launch.partials[index] for launch in self.tables.launches]
+                batch.sums[r.name] = [x.sum() if r.how == "sum" else x.amax() for x in partials]
+        return len(launches)
+
+    def _bind(self, phase: int) -> list[Callable[[], Any]]:
+        """The launches of one phase as calls without arguments."""
+        assert self.tables is not None
+        self._launches[phase] = [
+            partial(self._variants[launch.aligned, phase][launch.chunks.shape[0], 1, 1], *self._arguments(launch))
+            for launch in self.tables.launches
+        ]
+        return self._launches[phase]
 
     def _compiled(self, phase: int, launch: Launch) -> Any:
         """The kernel of one phase and alignment class; once compiled it is launched without Triton's own lookup."""
