@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from hbcore.engine.shared_options import OPTIONS
@@ -31,31 +31,41 @@ class Declaration(NamedTuple):
             stays keyword-only.
         annotations: their types.
         options: shared options whose default differs in this class.
+        closed: the class writes ``__init__`` itself, which has these parameters and takes no declared ones.
     """
 
     fields: dict[str, Any]
     annotations: dict[str, Any]
     options: dict[str, Any]
+    closed: bool = False
 
 
-def collect(cls: type[Any], base: Declaration, own: Collection[str]) -> Declaration:
+def inherited(cls: type[Any]) -> Declaration:
+    """What the bases of ``cls`` declare, merged as a dataclass merges its bases' fields."""
+    declared: list[Declaration] = [vars(base)["_declared"] for base in cls.__mro__[1:] if "_declared" in vars(base)]
+    if declared[0].closed:
+        return declared[0]
+    merged = Declaration({}, {}, {})
+    for base in reversed(declared):
+        merged.fields.update(base.fields)
+        merged.annotations.update(base.annotations)
+        merged.options.update(base.options)
+    return merged
+
+
+def collect(cls: type[Any], base: Declaration) -> Declaration:
     """Read the annotated fields of ``cls``, and new defaults for its base's, and take them off the class.
-
-    Args:
-        cls: the class.
-        base: what its bases declare.
-        own: the names of its base's constructor parameters, which more than ``base`` has if that is written out.
 
     Raises:
         RuleError: a field has no default, or the base's constructor is written out and would not take it.
     """
     fields, annotations, options = dict(base.fields), dict(base.annotations), dict(base.options)
     found = {n: a for n, a in inspect.get_annotations(cls).items() if "ClassVar" not in str(a) and not n.startswith("_")}
-    given = [*found, *(n for n in dict.fromkeys((*own, *OPTIONS)) if n not in found and n in vars(cls))]
-    if given and set(own) != set(fields):
+    given = [*found, *(n for n in dict.fromkeys((*fields, *OPTIONS)) if n not in found and n in vars(cls))]
+    if given and base.closed:
         raise RuleError(
-            f"{cls.__name__}.{given[0]}: the base class writes its __init__ out, which takes no declared fields; "
-            f"write {cls.__name__}.__init__ out as well."
+            f"{cls.__name__}.{given[0]}: the base class writes __init__ itself, which takes no declared fields; "
+            f"write {cls.__name__}.__init__ as well."
         )
     for name in given:
         if name not in vars(cls):
@@ -64,7 +74,7 @@ def collect(cls: type[Any], base: Declaration, own: Collection[str]) -> Declarat
             annotations[name] = found[name]
         (fields if name in found or name in fields else options)[name] = vars(cls)[name]
         delattr(cls, name)  # a group's value is in its dict; an attribute would show the class's default for it
-    return Declaration(fields, annotations, options)
+    return Declaration(fields, annotations, options, base.closed)
 
 
 def constructor(cls: type[Any], declared: Declaration, construct: Callable[..., None]) -> Callable[..., None]:
@@ -99,12 +109,12 @@ def signature(declared: Declaration, with_self: bool = False) -> inspect.Signatu
     return inspect.Signature([*first, *own, *shared_parameters(defaults, set())])
 
 
-def written_out(cls: type[Any], defaults: Mapping[str, Any]) -> tuple[tuple[str, ...], inspect.Signature]:
-    """The own parameters of a class that writes ``__init__`` out, and its signature with the shared options spelled out."""
+def written_out(cls: type[Any], defaults: Mapping[str, Any]) -> tuple[Declaration, inspect.Signature]:
+    """The parameters of a class that writes ``__init__`` itself, and its signature with the shared options spelled out."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
-    own = tuple(p.name for p in named if p.name != "params")
-    return own, inspect.Signature([*named, *shared_parameters(defaults, set(own))])
+    own = {p.name: p.default for p in named if p.name != "params"}
+    return Declaration(own, {}, {}, closed=True), inspect.Signature([*named, *shared_parameters(defaults, set(own))])
 
 
 def shared_parameters(defaults: Mapping[str, Any], taken: set[str]) -> list[inspect.Parameter]:

@@ -31,7 +31,7 @@ def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]
     built = build([torch.nn.Parameter(torch.zeros(32, 32))], **options)
     optimizer = built.children[0] if isinstance(built, Composite) else built
     own = [n for n, p in signature.parameters.items() if n != "params" and n not in OPTIONS and p.kind is not p.VAR_KEYWORD]
-    own += [n for n in OPTIONS if n in getattr(cls, "_own", ())]
+    own += [n for n in OPTIONS if n in getattr(cls, "own", ())]
     [group] = optimizer.param_groups
     param = group["params"][0]
     transforms = optimizer.core.chain.chain(group, param)
@@ -55,7 +55,7 @@ def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]
             if n in own
         ],
         "options": [
-            {"name": n, "default": optimizer.option_defaults.get(n, o.default), "doc": o.doc}
+            {"name": n, "default": signature.parameters[n].default if n in signature.parameters else o.default, "doc": o.doc}
             for n, o in OPTIONS.items()
             if n not in own
         ],

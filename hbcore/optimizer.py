@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from hbcore.checkpoint import dry_step, load, save
-from hbcore.declaration import Declaration, collect, constructor, documented, signature, written_out
+from hbcore.declaration import Declaration, collect, constructor, documented, inherited, signature, written_out
 from hbcore.engine import weight_modes
 from hbcore.engine.chain_spec import ChainSpec
 from hbcore.engine.core import Group, OptimizerCore
@@ -26,7 +26,7 @@ from hbcore.engine.report import Report
 from hbcore.engine.shared_options import OPTIONS, SharedOptions
 from hbcore.errors import OptionError, ParameterTypeError, RuleError
 from hbcore.rules.transform import Transform
-from hbcore.state.slots import StateMap, own
+from hbcore.state.slots import StateMap, compact
 
 
 class Optimizer(SharedOptions, torch.optim.Optimizer):
@@ -67,12 +67,12 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
     _declared: ClassVar[Declaration] = Declaration({}, {}, {})
     """The fields that the class and its bases declare."""
 
-    _own: ClassVar[tuple[str, ...]] = ()
+    own: ClassVar[tuple[str, ...]] = ()
     """The names of the class's own constructor parameters."""
 
     def __init__(self, params: ParamsT, hyperparameters: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         name = type(self).__name__
-        settings, scheduled = resolve(name, self._own, {**self.option_defaults, **options})
+        settings, scheduled = resolve(name, self.own, {**self.option_defaults, **options})
         if self.sparse_gradients:
             check(name, settings)
         defaults = {k: fixed(v) for k, v in {**scheduled, **hyperparameters}.items()}
@@ -112,13 +112,12 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         cls.__doc__ = documented(cls.__doc__)
         if "__init__" in vars(cls):
             if "__signature__" not in vars(cls):  # the classes of aliases bring their own
-                cls._own, cls.__signature__ = written_out(cls, cls.option_defaults)  # type: ignore[attr-defined]
-            return
-        declared = collect(cls, cls._declared, cls._own)
-        if declared != cls._declared:
-            cls._declared, cls._own = declared, tuple(declared.fields)
+                cls._declared, cls.__signature__ = written_out(cls, cls.option_defaults)  # type: ignore[attr-defined]
+        elif (declared := collect(cls, inherited(cls))) != cls._declared:
+            cls._declared = declared
             cls.__init__ = constructor(cls, declared, Optimizer.__init__)  # type: ignore[method-assign]
             cls.__signature__ = signature(declared)  # type: ignore[attr-defined]
+        cls.own = tuple(cls._declared.fields)
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
         """Translate declared fields, as the user passed them, into the entries of the param groups.
@@ -273,7 +272,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
             "_training": core.modes.training,
             "_structure": (core.settings, core.chain.defaults, core.chain.hyper),
             "defaults": self.defaults,
-            "state": {p: {k: own(v) for k, v in s.items()} for p, s in core.state.items()},
+            "state": {p: {k: compact(v) for k, v in s.items()} for p, s in core.state.items()},
             "param_groups": core.groups,
         }
 

@@ -14,7 +14,7 @@ from hbcore.distributed.exchange import broadcast, owners
 from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like
 from hbcore.engine.core import OptimizerCore
 from hbcore.state.expected import Logical
-from hbcore.state.slots import own
+from hbcore.state.slots import compact
 
 PLAIN = (bool, int, float, str, type(None), Tensor)
 """Types that a group entry may contain and still load with ``weights_only=True``."""
@@ -67,7 +67,7 @@ def whole_entry(core: OptimizerCore, group: dict[str, Any], p: Tensor, owned: Ma
     held: Mapping[str, Any] = core.state.get(p, {})
     if not held and not p.requires_grad:
         return {}
-    entry: dict[str, Any] = {"step": own(held.get("step", torch.zeros((), dtype=torch.float32, device="cpu")))}
+    entry: dict[str, Any] = {"step": compact(held.get("step", torch.zeros((), dtype=torch.float32, device="cpu")))}
     for slot in core.chain.expected(group, p):
         parts = slot.parts(p)
         if slot.matrix:
@@ -85,7 +85,7 @@ def _matrix_slot(slot: Logical, p: Tensor, held: Mapping[str, Any], owned: Mappi
     shards = shards_of(p)
     parts = slot.parts(p)
     if all(name in held and (shards is None or is_dtensor(held[name])) for name in parts):
-        return {name: own(held[name]) for name in parts}
+        return {name: compact(held[name]) for name in parts}
     whole = slot.blank(local(p))
     if shards is None:
         return whole

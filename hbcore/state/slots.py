@@ -90,7 +90,7 @@ class StateMap(dict[Tensor, Slots]):
         return dict, (dict(self),)
 
 
-def own(value: Any) -> Any:
+def compact(value: Any) -> Any:
     """A copy of ``value`` if it is a tensor that views part of a larger storage; otherwise ``value``."""
     shares = isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.numel() * value.element_size()
     return value.clone() if shares else value

@@ -114,7 +114,7 @@ def test_traced_is_untraced(name):
     spec = optimizer.core.chain.spec(optimizer.param_groups[0])
     numbers = {"lr": 0.0025, "betas.0": 0.9, "betas.1": 0.99, "eps": 1e-8, "weight_decay": 0.0}
     numbers |= {"warmup_steps": 0.0, "step": 1.0, "model_numel": 0.0}
-    scalars = {n: torch.tensor(numbers[n], dtype=torch.float64) for n in spec.scalar_names}
+    scalars = {n: torch.tensor(numbers.get(n, 0.0), dtype=torch.float64) for n in spec.scalar_names}
     for p, start, g in zip(traced, parameters(SHAPES), steps(1)[0], strict=True):
         blank = {k: torch.zeros_like(v) for k, v in optimizer.state[p].items() if k != "step"}
         tensors = {"param": start.detach(), "grad": g, **blank}
