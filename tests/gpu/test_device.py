@@ -268,7 +268,7 @@ CAPTURED = {
 
 @pytest.mark.parametrize("case", CAPTURED)
 def test_a_captured_training_step_is_an_ordinary_one(case):
-    """Twenty replays with a rate that changes in place, then replays and ordinary steps by turns."""
+    """Twenty replays with a rate that changes in place, then alternating replays and ordinary steps."""
     cls, options = CAPTURED[case]
     model, twin = network(), network()
     lr, x, data = torch.tensor(0.004, device=DEVICE), torch.zeros(32, 16, device=DEVICE), batches()
