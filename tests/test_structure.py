@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,13 @@ def test_the_options_of_constructors_written_out_are_the_declared_ones():
     assert Options.__annotations__.keys() == declared.keys() == OPTIONS.keys()
     written = {n: getattr(a, "__forward_arg__", a) for n, a in Options.__annotations__.items()}
     assert written == declared
+
+
+def test_the_architecture_page_names_files_that_exist():
+    """Paths in backquotes: whole ones, those below ``hbcore/``, and bare file names of the engine."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:[\w.]+/)*[\w.]+(?:\.py|/))`", page))
+    assert len(named) > 20
+    known = [p.relative_to(ROOT).as_posix() for p in SOURCES]
+    missing = {n for n in named if not any(f"/{n}" in f"/{path}" for path in known)}
+    assert not missing
