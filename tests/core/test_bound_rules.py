@@ -18,36 +18,36 @@ built: list[Any] = []
 
 @dataclass(frozen=True)
 class Scaled(Transform):
-    rate: float = hyper(1.0)
+    factor: float = hyper(1.0)
     pair: tuple[float, float] = hyper((1.0, 1.0))
     name = "scaled"
     domain = Domain.MATRIX
 
     def __post_init__(self):
         super().__post_init__()
-        built.append(self.rate)
+        built.append(self.factor)
 
     def blocks(self, shape):
         return matrix_view(shape)
 
     def update(self, u, s, c):
-        return u * (self.rate * self.pair[1]), {}
+        return u * (self.factor * self.pair[1]), {}
 
 
 class Plain(Optimizer):
     lr: float = 1.0
-    rate: float = 1.0
+    factor: float = 1.0
     pair: tuple[float, float] = (1.0, 1.0)
 
     @staticmethod
     def chain(h):
-        return (Scaled(h.rate, h.pair),)
+        return (Scaled(h.factor, h.pair),)
 
 
 class Computed(Plain):
     @staticmethod
     def chain(h):
-        return (Scaled(h.rate * 0.5, (h.pair[0], h.pair[1] + 1)),)
+        return (Scaled(h.factor * 0.5, (h.pair[0], h.pair[1] + 1)),)
 
 
 def moved(cls, steps):
@@ -55,7 +55,7 @@ def moved(cls, steps):
     params = parameters(SHAPES, torch.float64)
     optimizer, seen = cls(params, compile="eager"), []
     for t in range(1, steps + 1):
-        optimizer.param_groups[0].update(rate=float(t), pair=(0.0, 2.0 * t))
+        optimizer.param_groups[0].update(factor=float(t), pair=(0.0, 2.0 * t))
         before = params[0].detach().clone()
         for p in params:
             p.grad = torch.ones_like(p)
