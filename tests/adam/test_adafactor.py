@@ -11,6 +11,7 @@ import torch
 from adam.first_order import CAUTIOUS, expected
 from core.kit import SHAPES, backward, convnet, copy_gradients, distance, gradients, parameters, run
 from reference.adafactor import adafactor
+from rounding import drift
 from torch import nn
 
 import hbcore
@@ -18,7 +19,7 @@ from hb_adam import Adafactor
 from hbcore.errors import HyperparameterError, OptionError, ParameterError
 
 STEPS = 30
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: drift(torch.float32, STEPS)}
 PRECISION = {torch.float64: np.float64, torch.float32: np.float32}
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
@@ -80,7 +81,8 @@ def test_torch_trains_alike_for_100_steps(settings, dtype):
         copy_gradients(their_model.parameters(), our_model.parameters())
         theirs.step()
         ours.step()
-    assert distance(our_model.parameters(), their_model.parameters()) < {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
+    limit = 1e-12 if dtype == torch.float64 else drift(dtype, 100)
+    assert distance(our_model.parameters(), their_model.parameters()) < limit
 
 
 def test_torch_trains_alike_on_every_shape_and_when_parameters_join_late():
@@ -114,7 +116,7 @@ def test_torchs_checkpoints_load_and_ours_load_there():
         copy_gradients(their_model.parameters(), our_model.parameters())
         back.step()
         ours.step()
-    assert distance(our_model.parameters(), their_model.parameters()) < 1e-6
+    assert distance(our_model.parameters(), their_model.parameters()) < drift(torch.float32, 20)
     assert ours.param_groups[0]["lr"] == 0.02 and ours.param_groups[0]["d"] == 1.5
 
 

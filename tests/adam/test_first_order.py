@@ -6,10 +6,11 @@ import pytest
 import torch
 from adam.first_order import CASES, STEPS, expected
 from core.kit import backward, copy_gradients, distance, gradients, mlp, parameters, run
+from rounding import drift, unit
 
 from hb_adam import Adam, AdamW, NAdam, RMSprop, SUDSAdamW
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: drift(torch.float32, STEPS)}
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 every_case = pytest.mark.parametrize(("cls", "oracle", "options", "spelled"), CASES.values(), ids=CASES)
 RULES = ("unscaled", "nadam", "rmsprop", "adopt", "ademamix", "adamc", "sign", "lion")
@@ -75,10 +76,11 @@ PARITY = {
 RMS = {"debias": False, "decoupled_weight_decay": False}
 
 
+@every_dtype
 @pytest.mark.parametrize(("their_cls", "our_cls", "settings"), PARITY.values(), ids=PARITY)
-def test_torch_trains_alike_for_100_steps(their_cls, our_cls, settings):
-    """With a decay whose ``1 - lr * weight_decay`` torch need not round: a hundred such errors are more than 1e-6."""
-    their_model, our_model = mlp(), mlp()
+def test_torch_trains_alike_for_100_steps(their_cls, our_cls, settings, dtype):
+    """With a decay whose ``1 - lr * weight_decay`` torch need not round."""
+    their_model, our_model = mlp(dtype=dtype), mlp(dtype=dtype)
     theirs = their_cls(their_model.parameters(), lr=2**-9, **settings)
     own = {**(RMS if our_cls is RMSprop else {}), "division_backend": "eps_add", "compile": "eager"}
     ours = our_cls(our_model.parameters(), lr=2**-9, **settings, **own)
@@ -87,7 +89,10 @@ def test_torch_trains_alike_for_100_steps(their_cls, our_cls, settings):
         copy_gradients(their_model.parameters(), our_model.parameters())
         theirs.step()
         ours.step()
-    assert distance(our_model.parameters(), their_model.parameters()) < 1e-6
+    limit = drift(dtype, 100)
+    if our_cls is NAdam:  # torch keeps the product of momenta in float32; it counts in a path of a tenth of the weights' norm
+        limit = max(limit, 0.1 * unit(torch.float32))
+    assert distance(our_model.parameters(), their_model.parameters()) < limit
 
 
 @pytest.mark.parametrize("cls", [NAdam, Adam, RMSprop], ids=lambda c: c.__name__)
@@ -119,4 +124,4 @@ def test_amsgrad_loads_and_saves_torchs_checkpoints():
         copy_gradients(their_model.parameters(), our_model.parameters())
         theirs.step()
         ours.step()
-    assert distance(our_model.parameters(), their_model.parameters()) < 1e-6
+    assert distance(our_model.parameters(), their_model.parameters()) < drift(torch.float32, 20)

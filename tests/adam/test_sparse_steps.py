@@ -9,6 +9,7 @@ import pytest
 import torch
 from adam.sparse import ROWS, WIDTH, sparse_gradients, table, train
 from core.kit import distance, optimizer_of, same, values
+from rounding import drift
 from torch import Tensor, nn
 
 import hbcore
@@ -50,7 +51,7 @@ def test_it_trains_a_models_embedding_beside_another_optimizer_and_inside_backwa
             optimizer.step()
         assert (handle is None) is not released and lose(model, 0).item() < 0.5 * start
         finals.append(values(model.parameters()))
-    assert same(*finals)
+    assert distance(*finals) < drift(torch.float32, 30)
 
 
 def test_accumulated_gradients_are_one_gradient():

@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from core.kit import distance, gradients, mlp, parameters, run, same, train, values
+from rounding import drift
 
 from hb_adam import SGD, AdamW
 from hbcore.errors import CheckpointError, StateWarning
@@ -70,7 +71,7 @@ def test_parameters_are_matched_by_name_in_any_order():
     twin.load_state_dict(model.state_dict())
     train(model, optimizer, range(3, 6))
     train(twin, other, range(3, 6))
-    assert same(model.parameters(), twin.parameters())
+    assert distance(model.parameters(), twin.parameters()) < drift(torch.float32, 3)  # packed in another order
 
 
 def test_numbers_come_from_the_checkpoint_and_structure_from_the_optimizer():

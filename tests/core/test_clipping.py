@@ -10,6 +10,7 @@ import pytest
 import torch
 from core.kit import distance, gradients, parameters, run, same, values
 from reference import clipping as oracle
+from rounding import unit
 from torch import nn
 
 from hbcore.api import Optimizer, Transform
@@ -18,7 +19,7 @@ from hbcore.rules import clipping
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, from inside Triton's interpreter
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 3e-3}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: unit(torch.bfloat16)}  # each new weight is rounded once
 BACKENDS = ("eager", "triton")
 GLOBAL = ("global_l2norm_clip", "global_rmsnorm_clip")
 CASES = [(name, t) for name in clipping.CLIPS for t in (0.05, 1.0, 5.0) if (name, t) != ("a_law_compress", 0.05)]
@@ -180,7 +181,11 @@ class Plain(Optimizer):
 @pytest.mark.parametrize("function", [torch.log1p, torch.tanh])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_generated_functions_are_torchs_over_the_whole_range(function, dtype):
-    """Relative to each value, not to the largest: a tiny update must not drown in the rounding of 1 + x."""
+    """Relative to each value, not to the largest: a tiny update must not drown in the rounding of 1 + x.
+
+    NumPy computes in Triton's interpreter, and its vectorised logarithm and exponential are within 4 units in the last place;
+    torch's functions are within one, and the formulas around them round four times, half a unit each.
+    """
     sizes = torch.logspace(-30, 30, 3001, dtype=torch.float64)
     special = torch.tensor([0.0, -0.0, 0.5, -0.5, 1 - 2.0**-20, float("inf"), float("-inf"), float("nan"), -1.0, -2.0])
     x = torch.cat([sizes, -sizes, torch.linspace(-0.999, 2, 3001, dtype=torch.float64), special.double()]).to(dtype)

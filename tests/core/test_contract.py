@@ -25,6 +25,7 @@ from core.kit import (
     train,
     values,
 )
+from rounding import drift
 from torch import nn
 
 from hb_adam import SGD, AdamW
@@ -78,7 +79,7 @@ def test_several_groups_equal_one_group():
     one, several = parameters(), parameters()
     run(AdamW(one, compile="eager"), one, gradients(5))
     run(AdamW([{"params": [p]} for p in several], compile="eager"), several, gradients(5))
-    assert same(one, several)
+    assert distance(one, several) < drift(torch.float32, 5)  # packed otherwise, so rounded otherwise on some processors
 
 
 @pytest.mark.parametrize("options", [{}, {"caution": True, "weight_decay": 0.1}], ids=["plain", "caution"])
@@ -88,7 +89,7 @@ def test_one_at_a_time_equals_all_together(options, backend):
     together, alone = parameters(shapes), parameters(shapes)
     run(AdamW(together, compile=backend, **options), together, gradients(5, shapes))
     run(AdamW(alone, compile=backend, multi_tensor=False, **options), alone, gradients(5, shapes))
-    assert same(together, alone)
+    assert distance(together, alone) < drift(torch.float32, 5)
 
 
 def test_named_parameters_are_kept():
@@ -260,7 +261,7 @@ def test_gradients_may_come_and_go(options):
                 p.grad, q.grad = g.clone(), g.clone()
                 singles[i].step()
         optimizer.step()
-    assert same(params, alone)
+    assert distance(params, alone) < drift(torch.float32, 12)
     assert [int(optimizer.state[p]["step"]) for p in params] == [12, 6, 4, 3, 3]
 
 

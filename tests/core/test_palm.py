@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from core.kit import gradients, parameters, run
+from core.kit import distance, gradients, parameters, run
+from rounding import drift
 
 import hbcore
 from hb_adam import ADOPT, SGD, AdamW, AdEMAMix, LaProp, Lion, NAdam, RMSprop, SFAdamW, SUDSAdamW
@@ -58,7 +59,7 @@ def test_it_changes_every_rule_with_a_second_moment(cls):
 @pytest.mark.parametrize("cls", [SUDSAdamW, AdamW])
 def test_each_parameter_has_the_decay_of_its_own_step(cls):
     early, late = moved(cls, palm=True), moved(cls, palm=True, late=True)
-    assert torch.equal(early[0], late[0]) and not torch.equal(early[1], late[1])
+    assert distance(early[:1], late[:1]) < drift(torch.float64, 6) < 1e-6 < distance(early[1:], late[1:])
 
 
 def test_the_scale_follows_a_schedule_without_compiling():

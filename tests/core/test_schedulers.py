@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from core.kit import backward, copy_gradients, distance, mlp, parameters
+from rounding import drift
 from torch.optim import lr_scheduler
 
 from hb_adam import SGD, AdamW
@@ -70,7 +71,7 @@ def test_a_scheduler_moves_ours_as_it_moves_torchs(scheduler, cls, tensor_lr):
             for key in ("lr", "betas", "momentum"):
                 assert ours.get(key) == theirs.get(key)
                 assert isinstance(ours.get(key), type(theirs.get(key)))
-    assert distance(our_model.parameters(), their_model.parameters()) < 1e-6
+    assert distance(our_model.parameters(), their_model.parameters()) < drift(torch.float32, 15)
     assert both[1].report.programs == 1
 
 

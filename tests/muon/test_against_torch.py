@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from core.kit import distance, gradients, parameters, run, values
+from rounding import factors
 
 from hb_muon import Muon, MuonAdamW
 
@@ -26,9 +27,8 @@ def test_both_end_at_the_same_weights(nesterov, adjust_lr_fn, cls):
     start, ours, theirs = parameters(SHAPES), parameters(SHAPES), parameters(SHAPES)
     trained(cls(ours, **settings, **JORDANS), ours)
     trained(torch.optim.Muon(theirs, **settings), theirs)
-    assert distance(ours, theirs) < 2e-3
     moved = [[p.detach() - s for p, s in zip(end, start, strict=True)] for end in (ours, theirs)]
-    assert distance(*moved) < 1e-2
+    assert distance(*moved) < factors(torch.bfloat16)
 
 
 def test_training_goes_on_from_a_torch_checkpoint():
@@ -36,6 +36,7 @@ def test_training_goes_on_from_a_torch_checkpoint():
     theirs = parameters(SHAPES)
     reference = torch.optim.Muon(theirs, **settings)
     trained(reference, theirs, STEPS // 2)
+    halfway = values(theirs)
     ours = [torch.nn.Parameter(p) for p in values(theirs)]
     optimizer = Muon(ours, **{**settings, "lr": 1.0}, **JORDANS)
     optimizer.load_state_dict(reference.state_dict())
@@ -44,7 +45,8 @@ def test_training_goes_on_from_a_torch_checkpoint():
         assert torch.equal(optimizer.state[p]["momentum_buffer"], reference.state[q]["momentum_buffer"])
     trained(optimizer, ours, STEPS, STEPS // 2)
     trained(reference, theirs, STEPS, STEPS // 2)
-    assert distance(ours, theirs) < 2e-3
+    moved = [[p.detach() - s for p, s in zip(end, halfway, strict=True)] for end in (ours, theirs)]
+    assert distance(*moved) < factors(torch.bfloat16)
 
 
 def test_the_momentum_of_bfloat16_parameters_is_their_gradients_average():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounding import unit
 
 from hb_muon.coefficients import MINIMAX
 from hb_muon.minimax import TRACE, factor_of
@@ -19,7 +20,10 @@ def stack(shape, dtype=torch.float32):
 
 
 def close(dtype):
-    # Triton's interpreter cuts bfloat16 off where a GPU rounds, and sums are added in another order
+    """One unit in the last place, which is the most that cutting off, as Triton's interpreter does, and rounding differ by.
+
+    Besides, sums are added in another order in float32.
+    """
     return {"rtol": {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 1e-5), "atol": 1e-6}
 
 
@@ -81,11 +85,25 @@ def test_begun():
     torch.testing.assert_close(square, z, rtol=0, atol=1e-12)
 
 
+def sensitivity(gram, rows, least, exact):
+    """How far rounding the matrix and the coefficients to float16, once and at random, takes the factor, in float64."""
+    worst = 0.0
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+
+        def rounded(x, generator=generator):
+            return x * (1 + unit(torch.float16) * (2 * torch.rand(x.shape, generator=generator, dtype=torch.float64) - 1))
+
+        near = [tuple(rounded(torch.tensor(row, dtype=torch.float64)).tolist()) for row in rows]
+        worst = max(worst, float((factor_of(rounded(gram.cpu().double()), near, least) - exact.cpu()).abs().max()))
+    return worst / float(exact.abs().max())
+
+
 @pytest.mark.parametrize("side", [1, 7, 16, 30, 64, 128])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("bound", [False, True])
 def test_the_kernel_for_small_matrices(kernels, side, steps, bound):
-    """Against the same steps in float64, which the steps in float16 are compared with too: no worse than twice theirs."""
+    """Against the same steps in float64. One rounding of what goes in is the yardstick for the three products of a step."""
     from hb_muon.small_kernel import launch_small
 
     x = stack((3, side, side + 3), torch.float64)
@@ -97,5 +115,4 @@ def test_the_kernel_for_small_matrices(kernels, side, steps, bound):
     launch_small(out, gram, rows, least)
     scale = exact.abs().max()
     ours = (out.double() - exact).abs().max() / scale
-    theirs = (factor_of(gram.cpu(), rows, least).to(DEVICE).double() - exact).abs().max() / scale
-    assert ours <= 2 * theirs + 2**-10
+    assert ours <= 3 * (sensitivity(gram, rows, least, exact) + unit(torch.float16))

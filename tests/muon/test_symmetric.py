@@ -38,7 +38,7 @@ def as_columns(x):
 
 
 def check(out, expected, dtype, scale=None):
-    """Each entry within one rounding of the sum that it is, in float32."""
+    """Each entry within a unit in the last place, which is what cutting off may take, of the sum that it is, in float32."""
     assert out.dtype == dtype
     bound = ROUNDING[dtype] * expected.abs() + 1e-5 * (expected.abs().max() if scale is None else scale)
     assert bool(((out.double() - expected).abs() <= bound).all())
