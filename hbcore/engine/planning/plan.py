@@ -18,6 +18,7 @@ from hbcore.engine.planning.layout import Layout, Watch
 from hbcore.engine.planning.partition import Partition, example, partition
 from hbcore.engine.planning.segments import Member, Segment, SegmentKey
 from hbcore.engine.planning.state_init import StateInit
+from hbcore.engine.precision import autocast_off, autocasting
 from hbcore.errors import CompileError, SparseGradientError
 from hbcore.rules import route
 from hbcore.rules.transform import Transform
@@ -49,6 +50,9 @@ class Plan:
 
     def step(self, amp: Amp = NO_AMP) -> list[Tensor]:
         """Run one step for every parameter that has a gradient; return those parameters."""
+        if autocasting():
+            with autocast_off():
+                return self.step(amp)
         layout = self._laid_out()
         try:
             layout.fill(amp)

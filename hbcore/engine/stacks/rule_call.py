@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hbcore.engine.graph.program import CARRIED
+from hbcore.engine.precision import exact_products
 from hbcore.engine.stacks.stack import Stack, StackKey
 from hbcore.errors import RuleError
 from hbcore.rules.noise import bits, noise_key, normal, uniform
@@ -241,20 +241,6 @@ class Absent:
 
     def __getattr__(self, name: str) -> Any:
         raise RuleError(f"rule {self._rule!r} reads c.param or c.grad; declare needs = frozenset({{'param', 'grad'}}).")
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Products of float32 matrices in float32, whatever the model asked torch for: TF32 would spoil a basis."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _memory(tensors: Iterable[Tensor]) -> set[int]:

@@ -1,0 +1,95 @@
+"""What users do to an optimizer object, one test for each kind of report: the right values, whatever optimizer it is."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from core.kit import gradients, optimizer_of, parameters, run
+
+import hbcore
+from hb_adam import AdamW
+from hbcore.api import Domain, Transform
+from hbcore.errors import HyperparameterError
+
+FAMILIES = ["AdamW", "SGD", "SFAdamW", "Muon", "SOAP", "PSGDKron", "Scion", "Adafactor"]
+SHAPES = ((6, 4), (5,), (3, 2, 2))
+
+
+def trained(name, steps=4, before=None, **options):
+    """A trained optimizer and its parameters; ``before`` is called with the optimizer and the step ahead of each."""
+    params = parameters(SHAPES)
+    optimizer = hbcore.get(name)(params, lr=0.01, **options)
+    for t, grads in enumerate(gradients(steps, SHAPES)):
+        if before is not None:
+            before(optimizer, t)
+        run(optimizer, params, [grads])
+    return optimizer, [p.detach() for p in params]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_within_autocast_is_the_same(name, dtype):
+    _, outside = trained(name)
+    with torch.autocast("cpu", dtype):
+        _, inside = trained(name)
+        assert torch.is_autocast_enabled("cpu")
+    assert all(map(torch.equal, inside, outside))
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_numpys_numbers_in_a_group_are_saved_as_plain_ones(name, kind):
+    def schedule(optimizer, t):
+        for group in optimizer.param_groups:
+            group["weight_decay"] = kind(t)
+
+    optimizer, _ = trained(name, before=schedule)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    [group] = torch.load(file, weights_only=True)["param_groups"]
+    assert type(group["weight_decay"]) in (int, float) and group["weight_decay"] == 3
+
+
+def test_numpys_numbers_in_a_tuple_are_saved():
+    optimizer, _ = trained("AdamW", betas=(np.float32(0.5), np.float64(0.75)))
+    [group] = optimizer.state_dict()["param_groups"]
+    assert group["betas"] == (0.5, 0.75) and all(type(b) is float for b in group["betas"])
+
+
+@pytest.mark.parametrize("scale", [0, 0.0, -1.0, float("nan")])
+def test_a_scale_at_which_nothing_moves_is_refused(scale):
+    with pytest.raises(HyperparameterError, match=r"atan2_scale=.*\(0, inf\)"):
+        AdamW(parameters(SHAPES), division_backend="atan2", atan2_scale=scale)
+
+
+INFINITE = {
+    "a constant for elements": lambda u, c: torch.where(u > 1e9, torch.inf, u),
+    "not a number": lambda u, c: torch.where(u > 1e9, torch.nan, torch.where(u < -1e9, -torch.inf, u)),
+    "a constant for a host number": lambda u, c: u * torch.where(c.step > 5, torch.inf, c.step).clamp(max=1.0),
+    "a bound of a host number": lambda u, c: u * c.step.clamp(min=1.0, max=torch.inf),
+    "a constant for a reduction": lambda u, c: u * torch.where(c.norm(u) > 1e9, torch.inf, 1.0),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("case", INFINITE)
+def test_infinite_constants_in_a_rule(case, backend):
+    @dataclass(frozen=True)
+    class Rule(Transform):
+        name = "rule"
+        domain = Domain.TENSOR
+
+        def update(self, u, s, c):
+            return INFINITE[case](u, c), {}
+
+    params = parameters(((4, 3),))
+    start, [grad] = params[0].detach().clone(), next(iter(gradients(1, ((4, 3),))))
+    optimizer = optimizer_of(Rule)(params, lr=0.5, compile=backend)
+    run(optimizer, params, [[grad]])
+    assert optimizer.report.backend == backend
+    torch.testing.assert_close(params[0].detach(), start - 0.5 * grad)
