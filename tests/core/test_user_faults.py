@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from dataclasses import dataclass
 
@@ -93,3 +94,58 @@ def test_infinite_constants_in_a_rule(case, backend):
     run(optimizer, params, [[grad]])
     assert optimizer.report.backend == backend
     torch.testing.assert_close(params[0].detach(), start - 0.5 * grad)
+
+
+def swap_memory(optimizer, t, factor=1.0):
+    """The usual way to move state to another device and back: every tensor keeps its identity and gets other memory."""
+    if t == 2:
+        for slots in optimizer.state.values():
+            for key, value in slots.items():
+                value.data = value.data.clone() if key == "step" else value.data * factor
+
+
+def saved(optimizer):
+    return [v.clone() for slots in optimizer.state_dict()["state"].values() for v in slots.values()]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_memory_swapped_under_state_changes_nothing_and_stays_live(name):
+    plain, moved = trained(name, steps=6), trained(name, steps=6, before=swap_memory)
+    assert all(map(torch.equal, plain[1], moved[1]))
+    assert all(map(torch.equal, saved(plain[0]), saved(moved[0])))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_values_in_swapped_memory_are_obeyed(name):
+    """As if they had been written in place."""
+
+    def halve(optimizer, t):
+        if t == 2:
+            for slots in optimizer.state.values():
+                for key, value in slots.items():
+                    if key != "step":
+                        value.mul_(0.5)
+
+    in_place = trained(name, steps=6, before=halve)
+    swapped = trained(name, steps=6, before=lambda optimizer, t: swap_memory(optimizer, t, 0.5))
+    assert all(map(torch.equal, in_place[1], swapped[1]))
+    assert all(map(torch.equal, saved(in_place[0]), saved(swapped[0])))
+
+
+def live_bytes():
+    gc.collect()
+    storages = (t.untyped_storage() for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter))
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_grows_when_state_is_replaced_around_each_step(name):
+    params = parameters(SHAPES)
+    optimizer, sizes = hbcore.get(name)(params), []
+    for t, grads in enumerate(gradients(30, SHAPES)):
+        for slots in optimizer.state.values():
+            slots.update({k: v.clone() for k, v in slots.items() if v.ndim})
+        run(optimizer, params, [grads])
+        if t in (9, 29):
+            sizes.append(live_bytes())
+    assert sizes[1] <= sizes[0]
