@@ -14,7 +14,7 @@ from core.kit import gradients, optimizer_of, parameters, run
 import hbcore
 from hb_adam import AdamW
 from hbcore.api import Domain, Transform
-from hbcore.errors import HyperparameterError
+from hbcore.errors import HyperparameterError, OptionError
 
 FAMILIES = ["AdamW", "SGD", "SFAdamW", "Muon", "SOAP", "PSGDKron", "Scion", "Adafactor"]
 SHAPES = ((6, 4), (5,), (3, 2, 2))
@@ -149,3 +149,35 @@ def test_nothing_grows_when_state_is_replaced_around_each_step(name):
         if t in (9, 29):
             sizes.append(live_bytes())
     assert sizes[1] <= sizes[0]
+
+
+def test_a_group_may_repeat_what_holds_for_the_optimizer():
+    """torch's own groups have ``foreach=None``; ZeroRedundancyOptimizer puts every option into each group."""
+    harmless = {"foreach": None, "fused": None, "capturable": False, "caution": True, "multi_tensor": True, "ecc": "bf16+8"}
+    optimizer = AdamW([{"params": parameters(SHAPES), **harmless}], caution=True, ecc="bf16+8")
+    assert not harmless.keys() & optimizer.param_groups[0].keys()
+
+
+@pytest.mark.parametrize("option", [{"caution": False}, {"foreach": False}, {"capturable": True}, {"caution": 1}], ids=str)
+def test_a_group_may_not_have_another_option_than_the_optimizer(option):
+    with pytest.raises(OptionError, match=f"parameter group 0: {next(iter(option))}=.*whole optimizer"):
+        AdamW([{"params": parameters(SHAPES), **option}], caution=True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_default_device_changes_nothing(name):
+    _, usual = trained(name)
+    before = torch.get_default_device()
+    params, steps = parameters(SHAPES), list(gradients(4, SHAPES))
+    try:
+        torch.set_default_device("meta")
+        optimizer = hbcore.get(name)(params, lr=0.01)
+        for grads in steps[:2]:
+            run(optimizer, params, [grads])
+        resumed = hbcore.get(name)(params, lr=0.01)
+        resumed.load_state_dict(optimizer.state_dict())
+        for grads in steps[2:]:
+            run(resumed, params, [grads])
+    finally:
+        torch.set_default_device(before)
+    assert all(map(torch.equal, usual, params))

@@ -212,6 +212,6 @@ def late_start(segment: Segment, name: str, p: Tensor, step: float) -> Tensor | 
     dtype = compute_dtype(p.dtype)
     for t in segment.transforms:
         if name in t.slots(p):
-            value = t.joins(p.to(dtype), torch.tensor(step, dtype=torch.float64)).get(name)
+            value = t.joins(p.to(dtype), torch.tensor(step, dtype=torch.float64, device="cpu")).get(name)
             return None if value is None else value.to(dtype)
     return None

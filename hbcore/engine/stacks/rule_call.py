@@ -176,7 +176,8 @@ class Arguments:
 
     def _keys(self, what: str) -> Tensor:
         """A key for each row, int64."""
-        return torch.tensor([noise_key(name, what, self._call.step) for name in self._part.names], dtype=torch.int64)
+        keys = [noise_key(name, what, self._call.step) for name in self._part.names]
+        return torch.tensor(keys, dtype=torch.int64, device="cpu")
 
     def _drawn(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
         self._draws += 1
