@@ -28,7 +28,7 @@ def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]
     """
     signature = inspect.signature(cls)
     build: Callable[..., Optimizer | Composite] = cls  # subclasses default everything but the parameters
-    built = build([torch.nn.Parameter(torch.zeros(32, 32))], **options)
+    built = build([torch.nn.Parameter(torch.zeros(32, 32, device="cpu"))], **options)
     optimizer = built.children[0] if isinstance(built, Composite) else built
     own = [n for n, p in signature.parameters.items() if n != "params" and n not in OPTIONS and p.kind is not p.VAR_KEYWORD]
     own += [n for n in OPTIONS if n in getattr(cls, "own", ())]
@@ -73,7 +73,7 @@ def kernels(cls: type[Optimizer | Composite]) -> list[str]:
         CompileError: an operation is outside the generator's vocabulary.
     """
     build: Callable[[list[torch.nn.Parameter]], Optimizer | Composite] = cls
-    param = torch.nn.Parameter(torch.zeros(8, 8))
+    param = torch.nn.Parameter(torch.zeros(8, 8, device="cpu"))
     built = build([param])
     optimizer = built.children[0] if isinstance(built, Composite) else built
     [group] = optimizer.param_groups

@@ -18,13 +18,13 @@ from hbcore.engine.chain_spec import ChainSpec
 from hbcore.engine.core import Group, OptimizerCore
 from hbcore.engine.graph.scalar_inputs import Amp, capturing
 from hbcore.engine.graph.segment_spec import fixed
-from hbcore.engine.options import Settings, resolve
+from hbcore.engine.options import Settings, resolve, without_options
 from hbcore.engine.param_codec import narrow
 from hbcore.engine.params import check_params
 from hbcore.engine.planning.sparse_plan import check, plan_for
 from hbcore.engine.report import Report
-from hbcore.engine.shared_options import OPTIONS, SharedOptions
-from hbcore.errors import OptionError, ParameterTypeError, RuleError
+from hbcore.engine.shared_options import SharedOptions
+from hbcore.errors import ParameterTypeError, RuleError
 from hbcore.rules.transform import Transform
 from hbcore.state.slots import StateMap, compact
 
@@ -213,12 +213,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         name, chain = core.name, core.chain
         if not isinstance(param_group, dict):
             raise ParameterTypeError(f"{name}: a param group must be a dict, not a {type(param_group).__name__}.")
-        group = dict(param_group)
-        if misplaced := sorted(k for k in group if k in OPTIONS and k not in chain.keys):
-            raise OptionError(
-                f"{name}, parameter group {index}: {', '.join(misplaced)} holds for the whole optimizer and cannot be set "
-                f"for one group; pass it to {name}(...)."
-            )
+        group = without_options(param_group, core.settings, chain.keys, f"{name}, parameter group {index}")
         [group["params"]] = [g["params"] for g in check_params(name, [group], self.param_groups)]
         for key in chain.keys:
             group[key] = fixed(group.get(key, self.defaults[key]))

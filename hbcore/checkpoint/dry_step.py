@@ -19,7 +19,7 @@ def is_dry(core: OptimizerCore) -> bool:
         return False
     params = [p for group in core.groups for p in group["params"]]
     grads = [p.grad for p in params if p.grad is not None]
-    flags = torch.tensor([bool(grads), any(bool(local(g).any()) for g in grads)], dtype=torch.float32)
+    flags = torch.tensor([bool(grads), any(bool(local(g).any()) for g in grads)], dtype=torch.float32, device="cpu")
     sharded = next((p for p in params if is_dtensor(p)), None)
     if sharded is not None:  # every rank takes part, with or without gradients
         flags = flags.to(local(sharded).device)

@@ -82,7 +82,7 @@ class Reader:
             if name not in used:
                 self._unexpected(i, name, value, loaded)
         if loaded or not slots:
-            loaded["step"] = torch.tensor(step, dtype=torch.float32)
+            loaded["step"] = torch.tensor(step, dtype=torch.float32, device="cpu")
         return loaded
 
     def _rule(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def state_dict(core: OptimizerCore) -> dict[str, Any]:
     owned = owners(p for group in core.groups for p in group["params"])
     for g, group in enumerate(core.groups):
         start = sum(len(done["params"]) for done in groups)
-        packed = {k: _number(v) for k, v in group.items() if k != "params"}
+        packed = {k: plain(v) for k, v in group.items() if k != "params"}
         packed = {k: v for k, v in packed.items() if _is_plain(v)}
         packed[schema.KEY] = record_of(core, g).dump()
         groups.append({**packed, "params": list(range(start, start + len(group["params"])))})
@@ -104,9 +104,13 @@ def blank_local(slot: Logical, p: Tensor) -> dict[str, Tensor]:
     return {name: torch.empty_like(part, dtype=t.dtype, requires_grad=False).copy_(t) for name, t in values.items()}
 
 
-def _number(value: Any) -> Any:
-    """Convert NumPy numbers to Python floats."""
-    return float(value) if isinstance(value, Real) and not isinstance(value, (bool, int, float)) else value
+def plain(value: Any) -> Any:
+    """A group's entry with NumPy's numbers as Python's, in tuples and lists too."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(plain, value)) if type(value) in (tuple, list) else tuple(map(plain, value))
+    if isinstance(value, bool) or type(value) in (int, float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _is_plain(value: Any) -> bool:

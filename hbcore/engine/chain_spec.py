@@ -144,8 +144,10 @@ class ChainSpec:
 
 
 def _tensors(value: Any) -> Any:
-    """Numbers as 0-d float64 tensors."""
-    return tuple(map(_tensors, value)) if isinstance(value, tuple) else torch.as_tensor(value, dtype=torch.float64)
+    """Numbers as 0-d float64 tensors; on the host, unless they are tensors elsewhere."""
+    if isinstance(value, tuple):
+        return tuple(map(_tensors, value))
+    return value.double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _plain(value: Any) -> Any:

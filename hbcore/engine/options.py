@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,33 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
         compile=values["compile"],
     )
     return settings, {name: values[name] for name in (*SCHEDULED, "maximize")}
+
+
+def without_options(group: Mapping[str, Any], settings: Settings, keys: Collection[str], where: str) -> dict[str, Any]:
+    """A param group without options that hold for the whole optimizer, if it only repeats them, as wrappers' groups do.
+
+    Args:
+        group: as given.
+        settings: the optimizer's.
+        keys: the entries that a group may have of its own.
+        where: what the message begins with.
+
+    Raises:
+        OptionError: an option has another value than the optimizer's.
+    """
+    spelled = {"foreach": settings.multi_tensor, "fused": settings.multi_tensor, "ecc": settings.codec.name}
+    if settings.param_codec is not None:
+        spelled["param_ecc"] = settings.param_codec.name
+    kept = dict(group)
+    for key in [k for k in group if k in OPTIONS and k not in keys]:
+        value = kept.pop(key)
+        held = spelled.get(key, getattr(settings, key, None))
+        if value is not None and (type(value) is not type(held) or value != held):
+            raise OptionError(
+                f"{where}: {key}={value!r} would hold for the whole optimizer and cannot be set for one group; pass it to the "
+                "constructor."
+            )
+    return kept
 
 
 def _translate(optimizer: str, values: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hbcore.errors import OptionError
 from hbcore.rules.numerics import Scalar
+from hbcore.rules.transform import Bounds, check_bounds
 
 Divide = Callable[[Tensor, Tensor, Scalar], Tensor]
 
@@ -50,13 +51,17 @@ BACKENDS: dict[str, Divide] = {"eps_clamp": eps_clamp, "eps_add": eps_add, "atan
 
 DEFAULT = "eps_clamp"
 
+ATAN2_SCALE = Bounds(gt=0)
+
 
 def resolve(name: str, atan2_scale: float = 16.0) -> Divide:
     """The division function called ``name``.
 
     Raises:
         OptionError: no backend has that name.
+        HyperparameterError: the scale is not above 0: the update would vanish, or change its sign.
     """
+    check_bounds("atan2_scale", atan2_scale, ATAN2_SCALE)
     if name not in BACKENDS:
         raise OptionError(f"division_backend={name!r} does not exist; pass one of {', '.join(sorted(BACKENDS))}.")
     return partial(atan2, scale=atan2_scale) if name == "atan2" else BACKENDS[name]

@@ -10,60 +10,54 @@ from torch import Tensor
 
 
 class Address(NamedTuple):
-    """Location of a parameter's counter: the index of a tensor in ``tables``, and of an entry in it."""
+    """Location of a parameter's counter: a table of counters, and a row in it.
 
-    table: int
-    row: int
-
-
-class StepCounters:
-    """``state[p]["step"]`` is a 0-d float32 view of one counter, as in torch; reading, saving and loading it just work.
-
-    Counters live in ``tables``, tensors of shape ``[2, rows]``: the counters, and a copy that only the engine advances, so that
-    outside writes are detected. Parameters added later get a new tensor, so existing views stay valid. The tensors are on the
-    host, where the step is needed, or on the parameters' device with ``capturable=True``.
+    A table is a tensor of shape ``[2, rows]``: the counters, and a copy that only the engine advances, so that outside writes
+    are detected. It lives as long as one of its counters is in use.
     """
 
-    def __init__(self) -> None:
-        self.tables: list[Tensor] = []
+    table: Tensor
+    row: int
 
-    def open(self, values: Sequence[float], device: torch.device | str = "cpu") -> list[Address]:
-        """Allocate one counter per entry of ``values``, initialised to it; return their addresses."""
-        self.tables.append(torch.tensor([list(values)] * 2, dtype=torch.float32, device=device))
-        return [Address(len(self.tables) - 1, row) for row in range(len(values))]
+    def view(self) -> Tensor:
+        """A 0-d float32 view of the counter, as torch has ``state[p]["step"]``; reading, saving and loading it just work."""
+        return self.table[0, self.row]
 
-    def view(self, address: Address) -> Tensor:
-        """A 0-d view of one counter."""
-        return self.tables[address.table][0, address.row]
 
-    def select(self, addresses: Sequence[Address], counts: Sequence[bool] | None = None) -> Selection:
-        """The counters read by the next steps, reusable while the same parameters are active.
+def open_counters(values: Sequence[float], device: torch.device | str = "cpu") -> list[Address]:
+    """Allocate one counter per entry of ``values``, initialised to it, in a table of their own; return their addresses.
 
-        Only those with a true entry in ``counts`` (default: all) are advanced.
-        """
-        return Selection(self.tables, addresses, [True] * len(addresses) if counts is None else counts)
+    The counters are on the host, where the step is needed, or on the parameters' device with ``capturable=True``.
+    """
+    table = torch.tensor([list(values)] * 2, dtype=torch.float32, device=device)
+    return [Address(table, row) for row in range(len(values))]
 
 
 class Selection:
-    """A subset of the counters, advanced together.
+    """The counters that the next steps read, reusable while the same parameters are active.
+
+    Args:
+        addresses: the counters.
+        counts: which of them are advanced; the others are only read.
 
     Attributes:
         partial: whether some of them are read but not advanced.
     """
 
-    def __init__(self, tables: Sequence[Tensor], addresses: Sequence[Address], counts: Sequence[bool]) -> None:
-        self._addresses = list(addresses)
+    def __init__(self, addresses: Sequence[Address], counts: Sequence[bool]) -> None:
         self.partial = not all(counts)
-        rows: dict[int, list[int]] = {}
-        for address, counted in zip(addresses, counts, strict=True):
-            rows.setdefault(address.table, []).extend([address.row] if counted else [])
-        self._tables = {i: tables[i] for i in rows}
-        self._rows = {  # indices live on the device: a captured step must not copy them there
-            i: None if len(r) == tables[i].shape[1] else torch.tensor(r, dtype=torch.int64, device=tables[i].device)
-            for i, r in rows.items()
-        }
-        self._counters = [t[0] for t in self._tables.values()]
-        self._copies = [t[1] for t in self._tables.values()]
+        self._tables = list({id(a.table): a.table for a in addresses}.values())
+        index = {id(table): i for i, table in enumerate(self._tables)}
+        self._places = [(index[id(a.table)], a.row) for a in addresses]
+        advanced: list[list[int]] = [[] for _ in self._tables]
+        for (i, row), counted in zip(self._places, counts, strict=True):
+            advanced[i] += [row] if counted else []
+        self._rows = [  # indices live on the device: a captured step must not copy them there
+            None if len(rows) == table.shape[1] else torch.tensor(rows, dtype=torch.int64, device=table.device)
+            for table, rows in zip(self._tables, advanced, strict=True)
+        ]
+        self._counters = [table[0] for table in self._tables]
+        self._copies = [table[1] for table in self._tables]
         self._base: list[float] | None = None
         self._ahead = 0
 
@@ -78,8 +72,8 @@ class Selection:
         if self._base is None or not (trusted or all(map(torch.equal, self._counters, self._copies))):
             for counters, copy in zip(self._counters, self._copies, strict=True):
                 copy.copy_(counters)
-            counts = {i: t[0].tolist() for i, t in self._tables.items()}
-            self._base, self._ahead = [counts[a.table][a.row] for a in self._addresses], 0
+            counts = [counters.tolist() for counters in self._counters]
+            self._base, self._ahead = [counts[i][row] for i, row in self._places], 0
         return self._base, self._ahead + 1
 
     def forget(self) -> None:
@@ -89,8 +83,8 @@ class Selection:
     def advance(self, by: float | Tensor = 1) -> None:
         """Add ``by`` to each counter: 1, or a 0-d tensor that is 0 for a skipped step."""
         self._ahead += 1
-        for i, rows in self._rows.items():
+        for table, rows in zip(self._tables, self._rows, strict=True):
             if rows is None:
-                self._tables[i].add_(by)
+                table.add_(by)
             else:
-                self._tables[i][:, rows] += by
+                table[:, rows] += by

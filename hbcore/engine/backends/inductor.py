@@ -81,7 +81,7 @@ class InductorExecutable:
             if size > 1 and (k, small) not in self._warm:
                 self._warm.add((k, small))
                 blank = [t.new_zeros(EXAMPLE[small]) for t in columns]
-                ones = torch.ones((), dtype=compute_dtype(self.program.dtypes["param"]))
+                ones = torch.ones((), dtype=compute_dtype(self.program.dtypes["param"]), device="cpu")
                 scalars = [self._scalars[chunk.row][j] for j in phase.scalars]
                 scalars += [ones] * (len(phase.sums) + phase.needs_numel)
                 self._functions[k][small](*blank, *scalars)

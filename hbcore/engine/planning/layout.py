@@ -15,10 +15,10 @@ from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.group_scalars import GroupScalars, advanced, carried
 from hbcore.engine.planning.compiling import Compiler
 from hbcore.engine.planning.operations import Operation, operations_of
-from hbcore.engine.planning.segments import Member, SegmentBatch, batches_of
+from hbcore.engine.planning.segments import Addresses, Member, SegmentBatch, batches_of
 from hbcore.engine.stacks.level import levels_of
 from hbcore.rules.transform import Domain, Transform
-from hbcore.state.steps import StepCounters
+from hbcore.state.steps import Selection
 
 
 class Watch:
@@ -63,7 +63,6 @@ class Layout:
     Args:
         core: the optimizer's.
         members: the active parameters.
-        counters: their step counters.
         compiler: traces and compiles what is new.
         watch: tells whether the layout still holds.
 
@@ -73,9 +72,7 @@ class Layout:
         operations: what a step runs, in order.
     """
 
-    def __init__(
-        self, core: OptimizerCore, members: list[Member], counters: StepCounters, compiler: Compiler, watch: Watch
-    ) -> None:
+    def __init__(self, core: OptimizerCore, members: list[Member], compiler: Compiler, watch: Watch) -> None:
         self.core, self.members, self._compiler, self._watch = core, members, compiler, watch
         self.params = [m.param for m in members]
         self.levels = levels_of(members)
@@ -84,8 +81,9 @@ class Layout:
         self.batches = batches_of(members)
         for batch in self.batches:
             compiler.trace(batch.segment)
-        self._selection = counters.select([m.counter for m in members], [m.primed for m in members])
+        self._selection = Selection([m.counter for m in members], [m.primed for m in members])
         self.priming = self._selection.partial
+        self._state = Addresses([t for m in members for t in m.stored.values()])
         self._model_numel = float(sum(m.numel for m in members))
         self._stepping = stepping(members)
         self._coming: dict[int, GroupScalars] = {}
@@ -94,8 +92,8 @@ class Layout:
         watch.settled()
 
     def holds(self) -> bool:
-        """Whether the groups, the state and the parameters with a gradient are still those that were laid out."""
-        return not self.priming and self._watch.unchanged()
+        """Whether the groups, the state, its memory and the parameters with a gradient are still those that were laid out."""
+        return not self.priming and self._watch.unchanged() and self._state.unchanged()
 
     def collect(self) -> bool:
         """Read this step's gradients; False if one of the tensors lies elsewhere, so that a new layout is needed."""

@@ -18,10 +18,10 @@ from hbcore.engine.planning.layout import Layout, Watch
 from hbcore.engine.planning.partition import Partition, example, partition
 from hbcore.engine.planning.segments import Member, Segment, SegmentKey
 from hbcore.engine.planning.state_init import StateInit
+from hbcore.engine.precision import autocast_off, autocasting
 from hbcore.errors import CompileError, SparseGradientError
 from hbcore.rules import route
 from hbcore.rules.transform import Transform
-from hbcore.state.steps import StepCounters
 
 
 class Plan:
@@ -41,7 +41,6 @@ class Plan:
         self.members: dict[Tensor, Member] = {}
         self.segments: dict[SegmentKey, Segment] = {}
         self.layout: Layout | None = None
-        self.counters = StepCounters()
         self._compiler = Compiler(core, self._numel())
         self._specs: list[SegmentSpec] = []
         self._forks: list[tuple[Transform, ...]] = []
@@ -49,6 +48,9 @@ class Plan:
 
     def step(self, amp: Amp = NO_AMP) -> list[Tensor]:
         """Run one step for every parameter that has a gradient; return those parameters."""
+        if autocasting():
+            with autocast_off():
+                return self.step(amp)
         layout = self._laid_out()
         try:
             layout.fill(amp)
@@ -89,7 +91,7 @@ class Plan:
     def _lay_out(self) -> Layout:
         """Find the parameters with a gradient, and give new ones their state and a step counter."""
         self._refit()
-        init = StateInit(self.core, self.counters)
+        init = StateInit(self.core)
         active: list[Tensor] = []
         idle: list[Tensor] = []
         empty: list[Tensor] = []
@@ -104,7 +106,7 @@ class Plan:
                 self._admit(g, i, p, init)
         self.members.update(init.members())
         watch = Watch(self.core, list(self._specs), idle, empty)
-        return Layout(self.core, self._grouped(self.members[p] for p in active), self.counters, self._compiler, watch)
+        return Layout(self.core, self._grouped(self.members[p] for p in active), self._compiler, watch)
 
     def _grouped(self, active: Iterable[Member]) -> list[Member]:
         """The members of the coming layout; plans for sparse gradients put others in their place."""

@@ -20,15 +20,28 @@ from hbcore.rules.noise import noise_key
 from hbcore.rules.transform import Slot, Transform
 from hbcore.state.steps import Address
 
-SAMPLE = 8
-"""How many parameters' state is checked for having moved."""
-
 _grad = attrgetter("grad")
 
 _same_addresses: Callable[[list[Tensor], list[int], list[int]], bool] | None = getattr(
     torch._C, "_tensors_data_ptrs_at_indices_equal", None
 )
 """Compares addresses in one call; builds of torch for GPUs have it."""
+
+
+class Addresses:
+    """Where tensors lie in memory, to tell whether some were moved: by ``t.data = ...``, which replaces no object."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._each = list(range(len(self._tensors)))
+
+    def unchanged(self, now: Sequence[Tensor] | None = None) -> bool:
+        """Whether they lie where they lay; or other tensors, ``now``, that are to be the same memory."""
+        tensors = self._tensors if now is None else list(now)
+        if _same_addresses is not None:
+            return _same_addresses(tensors, self._addresses, self._each)
+        return list(map(Tensor.data_ptr, tensors)) == self._addresses
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,7 @@ class Member:
         position: its group, and its index there.
         held: the state tensors it was planned for, as the optimizer's state has them.
         stored: the same as the segments see them: this rank's parts.
+        addresses: where those lie in memory.
         views: where each matrix rule of the partition sees it.
         seed_key: what its noise is drawn by.
         primed: whether its rules that prime did so.
@@ -98,6 +112,7 @@ class Member:
     views: Sequence[StackView | ShardedView]
     held: dict[str, Tensor]
     stored: dict[str, Tensor]
+    addresses: dict[str, int]
     primed: bool = True
 
     @property
@@ -139,18 +154,13 @@ class SegmentBatch(Batch):
         self.members = [members[i] for i in self.here]
         self._params = [m.param for m in self.members]
         self._locals = [m.local for m in self.members]
-        self._addresses = list(map(Tensor.data_ptr, self._locals))
-        self._each = list(range(len(self._locals)))
+        self._addresses = Addresses(self._locals)
         self._strides = list(map(Tensor.stride, self._locals))
         self._noise = [name for name in segment.dtypes if name.startswith(NOISE)]
         columns: dict[str, list[Tensor]] = {"param": [], "grad": []}
         for name in segment.dtypes:
             if name != "grad" and name not in self._noise:
                 columns[name] = [at_least_1d(m.column(segment, name)) for m in self.members]
-        # Code that offloads state swaps the storage under its tensors, the largest first: checking those is enough.
-        largest = sorted(self.members, key=lambda m: m.local.numel(), reverse=True)[:SAMPLE]
-        self._sample = [t for m in largest for name, t in m.stored.items() if name in columns]
-        self._sampled = list(map(Tensor.data_ptr, self._sample))
         super().__init__(columns, [], [], dense=segment.key.dense)
         if self.shards is not None:
             self.numels = [float(m.numel) for m in self.members]
@@ -173,11 +183,7 @@ class SegmentBatch(Batch):
                 alike = all(map(Tensor.is_contiguous, grads))
             else:
                 alike = list(map(Tensor.stride, grads)) == self._strides
-            stayed = (
-                _same_addresses(now, self._addresses, self._each)
-                if _same_addresses is not None
-                else list(map(Tensor.data_ptr, now)) == self._addresses
-            ) and list(map(Tensor.data_ptr, self._sample)) == self._sampled
+            stayed = self._addresses.unchanged(now)
         except (AttributeError, RuntimeError, TypeError):  # a sparse gradient has no layout, a missing one nothing at all
             return False
         if not stayed or (self._any_dtype and not all(g.dtype == self.segment.key.grad for g in grads)):

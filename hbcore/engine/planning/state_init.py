@@ -19,7 +19,7 @@ from hbcore.rules.transform import Transform
 from hbcore.rules.views import Block
 from hbcore.state.codec import codec_of
 from hbcore.state.expected import expected
-from hbcore.state.steps import Address, StepCounters
+from hbcore.state.steps import Address, open_counters
 from hbcore.warn import warn_at_caller
 
 
@@ -35,8 +35,8 @@ class NewMember(NamedTuple):
 class StateInit:
     """Collects new members, then gives them their state together: one table of counters, one stack for each kind of block."""
 
-    def __init__(self, core: OptimizerCore, counters: StepCounters) -> None:
-        self.core, self.counters = core, counters
+    def __init__(self, core: OptimizerCore) -> None:
+        self.core = core
         self._new: list[NewMember] = []
 
     def add(self, group: int, param: Tensor, partition: Partition, segments: tuple[Segment, ...]) -> None:
@@ -51,7 +51,9 @@ class StateInit:
         if part.data_ptr() != member.local.data_ptr() or part.stride() != member.local.stride() or state is not member.state:
             return False
         return all(
-            state.get(name) is tensor and (name not in walked or aligned(member.stored[name], part))
+            state.get(name) is tensor
+            and local(tensor).data_ptr() == member.addresses[name]
+            and (name not in walked or aligned(member.stored[name], part))
             for name, tensor in member.held.items()
         )
 
@@ -69,7 +71,7 @@ class StateInit:
             names += view.state()
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise RuleError(f"two rules of one chain claim the slot {twice[0]!r} of a parameter; rename one of them.")
-        state["step"] = self.counters.view(address)
+        state["step"] = address.view()
         held = {name: state[name] for name in names}
         return Member(
             param=p,
@@ -84,6 +86,7 @@ class StateInit:
             views=views,
             held=held,
             stored={name: local(t) for name, t in held.items()},
+            addresses={name: local(t).data_ptr() for name, t in held.items()},
             primed=touched or not n.partition.primes,
         )
 
@@ -138,7 +141,7 @@ class StateInit:
         addresses: dict[Tensor, Address] = {}
         for device in set(devices.values()):
             there = [p for p, d in devices.items() if d == device]
-            opened = self.counters.open([float(self.core.state[p].get("step", 0.0)) for p in there], device)
+            opened = open_counters([float(self.core.state[p].get("step", 0.0)) for p in there], device)
             addresses.update(zip(there, opened, strict=True))
         return addresses
 
@@ -209,6 +212,6 @@ def late_start(segment: Segment, name: str, p: Tensor, step: float) -> Tensor | 
     dtype = compute_dtype(p.dtype)
     for t in segment.transforms:
         if name in t.slots(p):
-            value = t.joins(p.to(dtype), torch.tensor(step, dtype=torch.float64)).get(name)
+            value = t.joins(p.to(dtype), torch.tensor(step, dtype=torch.float64, device="cpu")).get(name)
             return None if value is None else value.to(dtype)
     return None

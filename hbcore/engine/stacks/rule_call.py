@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hbcore.engine.graph.program import CARRIED
+from hbcore.engine.precision import exact_products
 from hbcore.engine.stacks.stack import Stack, StackKey
 from hbcore.errors import RuleError
 from hbcore.rules.noise import bits, noise_key, normal, uniform
@@ -176,7 +176,8 @@ class Arguments:
 
     def _keys(self, what: str) -> Tensor:
         """A key for each row, int64."""
-        return torch.tensor([noise_key(name, what, self._call.step) for name in self._part.names], dtype=torch.int64)
+        keys = [noise_key(name, what, self._call.step) for name in self._part.names]
+        return torch.tensor(keys, dtype=torch.int64, device="cpu")
 
     def _drawn(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
         self._draws += 1
@@ -241,20 +242,6 @@ class Absent:
 
     def __getattr__(self, name: str) -> Any:
         raise RuleError(f"rule {self._rule!r} reads c.param or c.grad; declare needs = frozenset({{'param', 'grad'}}).")
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Products of float32 matrices in float32, whatever the model asked torch for: TF32 would spoil a basis."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _memory(tensors: Iterable[Tensor]) -> set[int]:

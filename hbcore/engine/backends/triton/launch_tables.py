@@ -232,7 +232,7 @@ class Sender:
 
 def pinned(like: Tensor, count: int = 1) -> list[Tensor]:
     """``count`` pinned host buffers as large as ``like``."""
-    return list(torch.zeros(count, like.numel(), dtype=torch.uint8, pin_memory=True).unbind())
+    return list(torch.zeros(count, like.numel(), dtype=torch.uint8, device="cpu", pin_memory=True).unbind())
 
 
 def fill(buffer: Tensor, parts: Sequence[tuple[int, array[Any]]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,11 @@ class Call:
 
 def _is_float(a: Any) -> bool:
     return isinstance(a, fx.Node) and bool(a.meta["dtype"].is_floating_point)
+
+
+def _plain(value: Any) -> str:
+    """A Python number as Triton source, where ``tl.full`` gives it its dtype."""
+    return f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)
 
 
 def literal(value: Any, dtype: torch.dtype) -> str:
@@ -215,7 +221,7 @@ OPERATIONS: dict[Any, Callable[[Call], str]] = {
     aten.view.dtype: _view, aten.clone.default: lambda c: c.arg(0),
     aten.zeros_like.default: lambda c: _fill(c, 0), aten.ones_like.default: lambda c: _fill(c, 1),
     aten.full_like.default: lambda c: _fill(c, c.node.args[1]),
-    aten.scalar_tensor.default: lambda c: f"tl.full([], {c.node.args[0]!r}, {TYPES[c.dtype]})",
+    aten.scalar_tensor.default: lambda c: f"tl.full([], {_plain(c.node.args[0])}, {TYPES[c.dtype]})",
 }  # fmt: skip
 OPERATIONS.update(
     {
