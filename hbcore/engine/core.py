@@ -61,6 +61,7 @@ class OptimizerCore:
     Attributes:
         groups: the param groups, the very list that the optimizer shows.
         state: parameter -> its slots.
+        exposed: whether somebody outside the engine was handed state tensors, and may put other memory under them at any time.
         group_scalars: what each group carries from step to step, by the group's index.
         report: how steps ran.
         modes: which weights the parameters hold.
@@ -71,6 +72,7 @@ class OptimizerCore:
         self.name, self.chain, self.sparse = name, chain, sparse
         self.groups: list[Group] = []
         self.state = StateMap({})
+        self.exposed = False
         self.group_scalars: list[GroupScalars] = []
         self.report, self.modes = Report(), Modes()
         self.plan: StepPlan | None = None

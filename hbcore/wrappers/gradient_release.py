@@ -97,7 +97,7 @@ class Hooked:
             self.core = ParameterCore(whole, self.group, self.index)
             self.core.plan = plan_for(self.core)
         assert self.core.plan is not None
-        self.core.group_scalars[:] = [dict(whole.scalars_of(self.group))]
+        self.core.group_scalars[:], self.core.exposed = [dict(whole.scalars_of(self.group))], whole.exposed
         self.core.plan.step(NO_AMP)
         whole.modes.reset(training=True)
         if whole.settings.consume_grad:

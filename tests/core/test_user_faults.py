@@ -181,3 +181,22 @@ def test_another_default_device_changes_nothing(name):
     finally:
         torch.set_default_device(before)
     assert all(map(torch.equal, usual, params))
+
+
+@pytest.mark.parametrize("hand_out", [lambda o: o.state, lambda o: o.state_dict()], ids=["state", "state_dict"])
+def test_tensors_handed_out_once_may_be_moved_at_any_later_time(hand_out):
+    """The addresses of state are looked at from then on, and not before: whoever moves memory was handed the tensors."""
+    params = parameters(SHAPES)
+    optimizer, kept = AdamW(params, lr=0.01), None
+    for t, grads in enumerate(gradients(6, SHAPES)):
+        if t == 2:
+            handed = hand_out(optimizer)
+            kept = list(handed.get("state", handed).values())
+        if t == 4:
+            for slots in kept:
+                for value in slots.values():
+                    value.data = value.data.clone()
+        run(optimizer, params, [grads])
+    _, plain = trained("AdamW", steps=6)
+    assert all(map(torch.equal, plain, params))
+    assert all(torch.equal(a, b) for a, b in zip(saved(optimizer), saved(trained("AdamW", steps=6)[0]), strict=True))

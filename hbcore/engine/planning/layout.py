@@ -93,7 +93,10 @@ class Layout:
 
     def holds(self) -> bool:
         """Whether the groups, the state, its memory and the parameters with a gradient are still those that were laid out."""
-        return not self.priming and self._watch.unchanged() and self._state.unchanged()
+        if self.priming or not self._watch.unchanged():
+            return False
+        # nobody can move memory that nobody was handed; reading all those addresses takes longer than launching a kernel
+        return not self.core.exposed or self._state.unchanged()
 
     def collect(self) -> bool:
         """Read this step's gradients; False if one of the tensors lies elsewhere, so that a new layout is needed."""
