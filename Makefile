@@ -42,7 +42,7 @@ demo: $(INSTALLED)
 	$(BIN)/hbcore compare AdamW SGD Muon SOAP PSGDKron SFAdamW --steps 300 --out build/demo
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-full: $(INSTALLED)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 JOBS=$(JOBS) $(BIN)/python scripts/test_full.py $(ARGS)

@@ -1,4 +1,4 @@
-"""What a run needs before the first test: Triton's interpreter where there is no GPU, few threads, visible skips."""
+"""What a run needs before the first test: Triton's interpreter where there is no GPU, few threads, a cache, visible skips."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def cuda_expected() -> bool:
 
 if not cuda_expected():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# One cache of compiled code for all processes of a run and for later runs; `make clean` removes it. Entries are keyed by what
+# they were made of, versions included.
+CACHES = Path(__file__).resolve().parent.parent / "build" / "test_caches"
+for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HBCORE_CACHE_DIR"):
+    os.environ.setdefault(variable, str(CACHES / variable.split("_")[0].lower()))
 # torch reads these when it is imported, here and in the processes that tests start. More threads only make small
 # tensors slower, and reductions differ with their number.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from core.kit import distance, gradients, parameters, run, same, values
+from core.kit import combined, distance, gradients, parameters, run, same, values
 from distributed.ranks import on_ranks
 from reference.adams import adams
 from rounding import drift, unit
@@ -63,7 +63,7 @@ def test_a_setting_agrees_with_the_oracle(case, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in divide:RuntimeWarning")  # Triton's interpreter divides with NumPy
-@pytest.mark.parametrize("backend", ["inductor", "triton"])
+@pytest.mark.parametrize(("backend",), combined(["inductor", "triton"]))
 def test_compiled_backends_agree_with_the_oracle(backend):
     if backend == "triton":
         helpers = pytest.importorskip("hbcore.engine.backends.triton.device_lib")

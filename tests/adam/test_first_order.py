@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from adam.first_order import CASES, STEPS, expected
-from core.kit import backward, copy_gradients, distance, gradients, mlp, parameters, run
+from core.kit import backward, combined, copy_gradients, distance, gradients, mlp, parameters, run
 from rounding import drift, unit
 
 from hb_adam import Adam, AdamW, NAdam, RMSprop, SUDSAdamW
@@ -44,9 +44,12 @@ def test_triton_agrees_with_the_oracle(cls, oracle, options, spelled, dtype):
     compiled("triton", cls, oracle, options, spelled, dtype)
 
 
-@pytest.mark.parametrize(("cls", "oracle", "options", "spelled"), COMPILED.values(), ids=COMPILED)
-def test_inductor_agrees_with_the_oracle(cls, oracle, options, spelled):
-    compiled("inductor", cls, oracle, options, spelled, torch.float32)
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    combined(["inductor"], COMPILED, compiled=[("inductor", "adam-amsgrad"), ("inductor", "sign-settings")]),
+)
+def test_inductor_agrees_with_the_oracle(backend, case):
+    compiled(backend, *COMPILED[case], torch.float32)
 
 
 def compiled(backend, cls, oracle, options, spelled, dtype):

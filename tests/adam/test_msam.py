@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from core.kit import SHAPES, distance, gradients, parameters, run, same, values
+from core.kit import SHAPES, combined, distance, gradients, parameters, run, same, values
 from reference.msam import msam_laprop
 from rounding import drift
 from torch import nn
@@ -65,16 +65,15 @@ def test_an_option_agrees_with_the_oracle(case, dtype):
     assert optimizer.report.programs == 1 and not optimizer.report.reasons
 
 
-@every_dtype
 @pytest.mark.filterwarnings("ignore:.*encountered in divide:RuntimeWarning")  # Triton's interpreter divides with NumPy
-@pytest.mark.parametrize("backend", ["inductor", "triton"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), combined(["inductor", "triton"], TOLERANCE, compiled=[("inductor", torch.float32)]), ids=str
+)
 def test_compiled_backends_agree_with_the_oracle(backend, dtype):
     if backend == "triton":
         helpers = pytest.importorskip("hbcore.engine.backends.triton.device_lib")
         if not helpers.INTERPRETED:
             pytest.skip("runs under Triton's interpreter")
-    elif dtype == torch.float64:
-        pytest.skip("as of float32, compiled once")
     params = parameters(dtype=dtype)
     options = {"weight_decay": 0.1, "warmup_steps": 3, "sam_step_size": 0.5}
     optimizer = MSAMLaProp(params, lr=0.02, **options, compile=backend)

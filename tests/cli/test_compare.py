@@ -279,7 +279,7 @@ def test_a_real_sigint(tmp_path: Path) -> None:
         "import argparse, sys, torch; from hbcore.cli.compare import add_arguments, run; p = argparse.ArgumentParser();"
         "add_arguments(p); sys.exit(run(p.parse_args(), resolve=lambda name: getattr(torch.optim, name)))"
     )
-    words = ["AdamW", "--steps", "5000", "--threads", "1", "--out", str(tmp_path), "--data", str(tmp_path / "text")]
+    words = ["AdamW", "--steps", "1000", "--threads", "1", "--out", str(tmp_path), "--data", str(tmp_path / "text")]
     with subprocess.Popen(
         [sys.executable, "-u", "-c", code, *words, "--batch-size", "1"],
         cwd=Path(__file__).parents[2],
@@ -288,7 +288,7 @@ def test_a_real_sigint(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
     ) as process:
         assert process.stdout is not None
-        while "step  500" not in (line := process.stdout.readline()):
+        while "step  100" not in (line := process.stdout.readline()):
             assert line
         process.send_signal(signal.SIGINT)
         output = process.stdout.read()

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from hbcore.api import Optimizer, Transform
 
 SHAPES = ((5, 7), (13,), (2, 3, 4), (1,), ())
+
+
+def combined(*axes: Iterable[Any], compiled: Sequence[tuple[Any, ...]] = ()) -> list[Any]:
+    """Every combination of the axes' values, for ``pytest.mark.parametrize``.
+
+    Inductor takes seconds to compile a graph. Of its combinations only those in ``compiled`` run in ``make test``, and the
+    others in ``make test-full``. Every shape of phases is among the former somewhere: no reduction, one over a tensor, one over
+    the model, several.
+    """
+    marks = {True: (), False: (pytest.mark.full,)}
+    return [pytest.param(*c, marks=marks["inductor" not in c or c in compiled]) for c in itertools.product(*axes)]
 
 
 def mlp(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import pytest
 import torch
-from core.kit import distance, gradients, parameters, run, same, values
+from core.kit import combined, distance, gradients, parameters, run, same, values
 from reference import clipping as oracle
 from rounding import unit
 from torch import nn
@@ -72,9 +72,16 @@ def test_each_clip_at_each_threshold(name, threshold, stage, dtype, backend):
     assert distance(params, wanted) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("inductor", torch.float32), ("triton", torch.float64)])
-@pytest.mark.parametrize("name", clipping.CLIPS)
-def test_each_clip_by_its_name_alone(name, dtype, backend):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    combined(
+        clipping.CLIPS,
+        ["inductor", "triton"],
+        compiled=[(name, "inductor") for name in ("mu_law_compress", "l2_clip_", "global_l2norm_clip")],
+    ),
+)
+def test_each_clip_by_its_name_alone(name, backend):
+    dtype = {"inductor": torch.float32, "triton": torch.float64}[backend]
     params, steps = parameters(dtype=dtype), list(gradients(2, dtype=dtype))
     wanted = expected(params, steps, "update_clipping", name)
     optimizer = Cubed(params, compile=backend, update_clipping=name)

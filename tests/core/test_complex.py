@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.kit import same
+from core.kit import combined, same
 from torch import nn
 
 from hb_adam import SGD, AdamW, Lion, SAMWrapper, SFAdamW, SignLaProp
@@ -47,9 +47,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"), [*((name, "eager") for name in CASES), ("adamw", "inductor"), ("adamw", "triton")]
-)
+@pytest.mark.parametrize(("name", "backend"), [*combined(CASES, ["eager"]), *combined(["adamw"], ["inductor", "triton"])])
 def test_they_move_as_pairs_of_real_ones(name, backend):
     cls, options = CASES[name]
     ours, pairs = twins()

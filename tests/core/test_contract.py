@@ -14,6 +14,7 @@ import torch
 from core.kit import (
     SHAPES,
     backward,
+    combined,
     copy_gradients,
     distance,
     gradients,
@@ -82,10 +83,11 @@ def test_several_groups_equal_one_group():
     assert distance(one, several) < drift(torch.float32, 5)  # packed otherwise, so rounded otherwise on some processors
 
 
-@pytest.mark.parametrize("options", [{}, {"caution": True, "weight_decay": 0.1}], ids=["plain", "caution"])
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_one_at_a_time_equals_all_together(options, backend):
-    shapes = SHAPES[:2]
+@pytest.mark.parametrize(
+    ("caution", "backend"), combined([False, True], ["eager", "inductor"], compiled=[(False, "inductor")]), ids=str
+)
+def test_one_at_a_time_equals_all_together(caution, backend):
+    shapes, options = SHAPES[:2], {"caution": caution, "weight_decay": 0.1}
     together, alone = parameters(shapes), parameters(shapes)
     run(AdamW(together, compile=backend, **options), together, gradients(5, shapes))
     run(AdamW(alone, compile=backend, multi_tensor=False, **options), alone, gradients(5, shapes))

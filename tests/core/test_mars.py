@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.kit import SHAPES, distance, gradients, parameters, run, same, values
+from core.kit import SHAPES, combined, distance, gradients, parameters, run, same, values
 from reference.adamw import adamw
 from reference.mars import mars
 
@@ -49,8 +49,7 @@ def corrected(steps, **settings):
     return list(zip(*made, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("dtype", "backend"), combined(TOLERANCE, BACKENDS), ids=str)
 def test_mars_and_the_clip_before_adam_are_the_paper(dtype, backend):
     params = parameters(dtype=dtype)
     wanted = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.kit import SHAPES, distance, gradients, parameters, run
+from core.kit import SHAPES, combined, distance, gradients, parameters, run
 from reference.adamw import adamw
 from reference.sgd import sgd
 from rounding import drift
@@ -69,16 +69,26 @@ def test_an_option_agrees_with_its_oracle(cls, oracle, options, spelled, dtype):
     assert distance(params, expected(oracle, options, spelled, dtype=dtype)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+PHASES = {
+    "one-phase": {"weight_decay": 0.1},
+    "two-phases": {"caution": True, "weight_decay": 0.1, "cautious_weight_decay": True},
+}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"weight_decay": 0.1}, {"caution": True, "weight_decay": 0.1, "cautious_weight_decay": True}],
-    ids=["one-phase", "two-phases"],
+    ("backend", "phases", "dtype"),
+    combined(
+        ["inductor"],
+        PHASES,
+        TOLERANCE,
+        compiled=[("inductor", "one-phase", torch.float32), ("inductor", "two-phases", torch.float64)],
+    ),
+    ids=str,
 )
-def test_inductor_agrees_with_the_oracle(options, dtype):
-    shapes = (*SHAPES, (200, 300))
+def test_inductor_agrees_with_the_oracle(backend, phases, dtype):
+    shapes, options = (*SHAPES, (200, 300)), PHASES[phases]
     params = parameters(shapes, dtype)
-    optimizer = AdamW(params, **options, compile="inductor")
+    optimizer = AdamW(params, **options, compile=backend)
     run(optimizer, params, gradients(STEPS, shapes, dtype))
     assert optimizer.report.backend == "inductor"
     assert distance(params, expected(adamw, options, {}, shapes, dtype)) < TOLERANCE[dtype]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from core.kit import distance, gradients, parameters, run
+from core.kit import combined, distance, gradients, parameters, run
 from rounding import drift
 
 import hbcore
@@ -27,8 +27,7 @@ def adam(param, grads, scale, lr=0.0025, b1=0.9, eps=1e-8):
     return history
 
 
-@pytest.mark.parametrize("scale", [0.8, 0.3, 1.0])
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize(("backend", "scale"), combined(["eager", "inductor"], [0.8, 0.3, 1.0], compiled=[("inductor", 0.8)]))
 def test_adam_with_it_is_the_papers(scale, backend):
     params = parameters(SHAPES, torch.float64)
     start = [p.detach().clone() for p in params]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from core.kit import gradients, parameters, run, same, values
+from core.kit import combined, gradients, parameters, run, same, values
 
 import hbcore
 from hb_adam import AdamW
@@ -46,7 +46,7 @@ def orthogonal(h):
     return Orthogonalize(h.eps, method="exact")
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor", "triton"])
+@pytest.mark.parametrize(("backend",), combined(["eager", "inductor", "triton"]))
 def test_graft_has_the_size_of_one_and_the_direction_of_the_other(backend):
     params = parameters(SHAPES, torch.float64)
     start = values(params)

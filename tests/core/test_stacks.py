@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from core.kit import distance, run
+from core.kit import combined, distance, run
 from torch import Tensor, nn
 
 from hb_muon import Muon
@@ -95,8 +95,10 @@ def test_a_matrix_rule_sees_matrices_and_its_state_is_the_parameters():
     assert set(optimizer.state[params[2]]) == {"step"}
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor", "triton"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    combined(FAMILIES, ["eager", "inductor", "triton"], compiled=[("soap-caution", "inductor")]),
+)
 def test_backends_agree(family, backend, monkeypatch):
     cls, options = FAMILIES[family]
     exact = trained(cls, options, "eager", torch.float64)
@@ -371,8 +373,10 @@ def test_products_are_exact_whatever_the_model_asked_torch_for():
     assert seen == ["highest"]
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton", "inductor"])
-@pytest.mark.parametrize("family", ["muon", "soap-caution", "psgd"])
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    combined(["muon", "soap-caution", "psgd"], ["eager", "triton", "inductor"], compiled=[("soap-caution", "inductor")]),
+)
 def test_stacks_give_their_memory_back_between_steps(monkeypatch, family, backend):
     """As on a GPU: steps do not depend on the memory's content in between, nor on its address afterwards."""
     cls, options = FAMILIES[family]

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from core.kit import distance, parameters, run, same, values
+from core.kit import combined, distance, parameters, run, same, values
 
 from hb_adam import SGD, AdamW
 from hb_ecc.codec import BF16Plus8, BF16Plus16
@@ -90,9 +90,16 @@ def test_bf16_plus_16_is_float32_state_bit_for_bit(dtype):
         assert same(decoded(optimizer, coded, slot), [reference.state[p][slot] for p in plain])
 
 
-@ALL
-@pytest.mark.parametrize("backend", ["triton", "inductor"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "backend", "name"),
+    combined(
+        [torch.float32, torch.bfloat16],
+        ["triton", "inductor"],
+        CODECS,
+        compiled=[(torch.float32, "inductor", "bf16+8"), (torch.bfloat16, "inductor", "bf16+16")],
+    ),
+    ids=str,
+)
 def test_backends_store_the_same_bits(dtype, backend, name):
     """A momentum of 0.5 and a weight of a power of two round nothing, so that the codec alone is compared."""
     kept = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.kit import distance, gradients, parameters, run, same, values
+from core.kit import combined, distance, gradients, parameters, run, same, values
 from reference.muon import JORDAN
 from reference.muon_family import hyperball_adamw, muon_laprop, ortho_laprop, scion
 from rounding import drift
@@ -115,7 +115,7 @@ def test_every_class_and_every_setting_has_an_oracle():
 
 @pytest.mark.parametrize(
     ("backend", "name"),
-    [("triton", "ortho-settings"), ("triton", "after-settings"), ("triton", "hyperball-settings"), ("inductor", "hyperball")],
+    [*combined(["triton"], ["ortho-settings", "after-settings", "hyperball-settings"]), *combined(["inductor"], ["hyperball"])],
 )
 @pytest.mark.filterwarnings("ignore:.*encountered in divide:RuntimeWarning")  # Triton's interpreter divides with NumPy
 def test_compiled_rules_agree_with_the_oracle(backend, name):

@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
+import torch
 
 import hbcore
-from hbcore.testing import CHECKS, Subject
+from hbcore.testing import CHECKS, Check, Subject
 
 VARIANTS = {"plain": {}, "ecc": {"ecc": "bf16+8"}}
-
-CASES = [
-    pytest.param(check, name, options, id=f"{name}-{variant}-{check.name}")
-    for name in hbcore.list_optimizers()
-    for variant, options in VARIANTS.items()
-    for check in CHECKS
-    if check.applies(hbcore.info(name).spec.capabilities)
-]
+COMPILING = {"schedules_apply_and_compile_nothing", "resuming_compiled_changes_no_bit"}
+"""The checks that train with ``compile="inductor"``."""
+COMPILED = ("AdamW", "MSAMLaProp", "OrthoLaProp", "SOAP")
+"""For these ``make test`` compiles: one phase, two with a sum over the model, three, and lanes around a matrix rule. It runs
+the graphs of all others as they are, and ``make test-full`` compiles them too."""
 
 
-@pytest.mark.parametrize(("check", "name", "options"), CASES)
-def test_every_optimizer_conforms(check, name, options):
-    check.function(Subject(hbcore.get(name), hbcore.info(name).spec.capabilities, options))
+def subject_of(name: str, variant: str) -> Subject:
+    return Subject(hbcore.get(name), hbcore.info(name).spec.capabilities, VARIANTS[variant])
+
+
+def cases() -> Iterator[Any]:
+    for name in hbcore.list_optimizers():
+        for variant in VARIANTS:
+            for check in CHECKS:
+                if not check.applies(hbcore.info(name).spec.capabilities):
+                    continue
+                seldom = check.name in COMPILING and name not in COMPILED
+                yield pytest.param(check, name, variant, not seldom, id=f"{name}-{variant}-{check.name}")
+                if seldom:
+                    marks = pytest.mark.full
+                    yield pytest.param(check, name, variant, True, id=f"{name}-{variant}-{check.name}-compiled", marks=marks)
+
+
+@pytest.mark.parametrize(("check", "name", "variant", "compiles"), cases())
+def test_every_optimizer_conforms(
+    check: Check, name: str, variant: str, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiles:
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    check.function(subject_of(name, variant))
+
+
+def test_as_many_phases_as_a_lane_of_any_optimizer_has_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer of a new shape belongs to :data:`COMPILED`."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    phases = {}
+    for name in hbcore.list_optimizers():
+        trial = subject_of(name, "plain").loose((6, 4), (5,), compile="inductor")
+        trial.train(2)
+        report = trial.optimizer.report
+        phases[name] = 1 + report.compiles - report.programs  # if one lane alone has more than one
+    assert set(phases.values()) == {phases[name] for name in COMPILED}
