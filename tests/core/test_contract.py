@@ -299,8 +299,10 @@ def order(tensor, how):
 ORDERS = ["contiguous", "channels_last", "transposed", "strided", "offset"]
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-@pytest.mark.parametrize("grad_order", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("grad_order", "backend"),
+    combined(["contiguous", "channels_last"], ["eager", "inductor"], compiled=[("channels_last", "inductor")]),
+)
 def test_memory_orders_do_not_matter(grad_order, backend):
     shape = (4, 3, 2, 2)
     [start] = parameters([shape])

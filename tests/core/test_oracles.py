@@ -81,7 +81,7 @@ PHASES = {
         ["inductor"],
         PHASES,
         TOLERANCE,
-        compiled=[("inductor", "one-phase", torch.float32), ("inductor", "two-phases", torch.float64)],
+        compiled=[("inductor", "one-phase", torch.float64)],
     ),
     ids=str,
 )

@@ -30,7 +30,7 @@ FACTORS = {
 }
 SPELLED_OTHERWISE = {"ns_coefficients", "ns_dtype", "scale_mode", "adjust_lr_fn", "division_backend", "scale"}
 
-LANES = {
+SEGMENTS = {
     "ortho": (OrthoLaProp, ortho_laprop, {}, {}),
     "ortho-settings": (OrthoLaProp, ortho_laprop, SETTINGS, {}),
     "ortho-cautious": (OrthoLaProp, ortho_laprop, CAUTIOUS, {}),
@@ -96,7 +96,7 @@ def agree(case, dtype, tolerance, shapes=SHAPES, steps=STEPS, backend="eager"):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
-@pytest.mark.parametrize("case", LANES.values(), ids=LANES)
+@pytest.mark.parametrize("case", SEGMENTS.values(), ids=SEGMENTS)
 def test_a_fused_rule_agrees_with_its_oracle(case, dtype):
     report = agree(case, dtype, TOLERANCE[dtype]).report
     assert report.programs == 2 and not report.reasons  # numbers and tensors, or vectors and matrices
@@ -108,8 +108,8 @@ def test_a_matrix_rule_agrees_with_its_oracle(case):
 
 
 def test_every_class_and_every_setting_has_an_oracle():
-    tried = {(case[0], key) for case in (*LANES.values(), *MATRICES.values()) for key in case[2]}
-    for cls in {case[0] for case in (*LANES.values(), *MATRICES.values())}:
+    tried = {(case[0], key) for case in (*SEGMENTS.values(), *MATRICES.values()) for key in case[2]}
+    for cls in {case[0] for case in (*SEGMENTS.values(), *MATRICES.values())}:
         assert not {(cls, key) for key in cls.own if key not in ("lr", "beta", "betas")} - tried, cls
 
 
@@ -121,7 +121,7 @@ def test_every_class_and_every_setting_has_an_oracle():
 def test_compiled_rules_agree_with_the_oracle(backend, name):
     if backend == "triton" and not pytest.importorskip("hbcore.engine.backends.triton.device_lib").INTERPRETED:
         pytest.skip("runs under Triton's interpreter")
-    report = agree(LANES[name], torch.float32, 1e-6, ((5, 7),), 6, backend).report
+    report = agree(SEGMENTS[name], torch.float32, 1e-6, ((5, 7),), 6, backend).report
     assert report.backend == backend and not report.reasons
     assert report.programs == 1
 

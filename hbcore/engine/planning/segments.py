@@ -91,7 +91,6 @@ class Member:
 
     Attributes:
         local: this rank's part of it, which the segments run on; ``shards`` says how it is sharded, None for a whole one.
-        position: its group, and its index there.
         held: the state tensors it was planned for, as the optimizer's state has them.
         stored: the same as the segments see them: this rank's parts.
         addresses: where those lie in memory.
