@@ -88,6 +88,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and "device" in kwargs:  # torch.as_tensor adds the user's default device
+            kwargs = {k: v for k, v in kwargs.items() if k != "device"}
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default):
             return args[0]
         if func is torch.ops.aten.empty.memory_format:  # only the reductions above create these; each is a distinct value
