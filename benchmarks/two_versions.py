@@ -62,67 +62,85 @@ class Worker:
         return json.loads(answer)
 
 
+class Case:
+    """An optimizer and two sets of gradients, after a dozen steps, on one core.
+
+    Args:
+        text: ``NAME:SHAPES``.
+        device: ``"cuda"`` or ``"cpu"``.
+        compile: the backend.
+    """
+
+    def __init__(self, text: str, device: str, compile: str) -> None:
+        import torch
+
+        import hbcore
+        from hbcore.cli.bench.shapes import names_of, shapes_of
+
+        self._wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+        name, _, shapes_name = text.partition(":")
+        shapes = SYNTHETIC.get(shapes_name) or shapes_of(shapes_name)
+        generator = torch.Generator(device=device).manual_seed(0)
+        values, *self._grads = [[torch.randn(s, device=device, generator=generator) * 0.02 for s in shapes] for _ in range(3)]
+        self._params = [torch.nn.Parameter(p) for p in values]
+        named = list(zip(names_of(shapes), self._params, strict=True))
+        self.optimizer = hbcore.get(name)(named, lr=1e-3, compile=compile)
+        for turn in range(12):
+            self._set_gradients(turn)
+            self._wait()
+            self.optimizer.step()
+        if hasattr(os, "sched_setaffinity"):  # this thread alone, and both processes' on one core: cores differ
+            os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
+
+    def _set_gradients(self, turn: int) -> None:
+        for p, g in zip(self._params, self._grads[turn % 2], strict=True):
+            p.grad = g
+
+    def round(self, steps: int) -> dict[str, list[float]]:
+        """Milliseconds of ``steps`` single steps and of one window of ten."""
+        rows: dict[str, list[float]] = {"host": [], "single": [], "window": []}
+        gc.disable()
+        for turn in range(steps):
+            self._set_gradients(turn)
+            self._wait()
+            start = time.perf_counter()
+            self.optimizer.step()
+            returned = time.perf_counter()
+            self._wait()
+            done = time.perf_counter()
+            rows["host"].append((returned - start) * 1e3)
+            rows["single"].append((done - start) * 1e3)
+        start = time.perf_counter()
+        for turn in range(10):
+            self._set_gradients(turn)
+            self.optimizer.step()
+        self._wait()
+        rows["window"].append((time.perf_counter() - start) * 1e2)
+        gc.enable()
+        return rows
+
+
 def work(device: str, compile: str) -> None:
     """Answer questions on standard input: ``case NAME:SHAPES``, then ``round STEPS`` as often as asked."""
     import torch
 
     import hbcore
-    from hbcore.cli.bench.shapes import names_of, shapes_of
 
     named_device = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or device
     print(
         json.dumps({"hbcore": str(Path(hbcore.__file__).parent), "torch": torch.__version__, "device": named_device}),
         flush=True,
     )
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    params, grads, optimizer, turn = [], [], None, 0
-
-    def step() -> None:
-        nonlocal turn
-        turn += 1
-        for p, g in zip(params, grads[turn % 2], strict=True):
-            p.grad = g
-        wait()
-
+    case: Case | None = None
     for line in sys.stdin:
         verb, _, rest = line.strip().partition(" ")
         if verb == "case":
-            name, _, shapes_name = rest.partition(":")
-            shapes = SYNTHETIC.get(shapes_name) or shapes_of(shapes_name)
-            params, grads, optimizer = [], [], None
+            case = None  # frees the last one's memory first
             gc.collect()
-            generator = torch.Generator(device=device).manual_seed(0)
-            draw = [[torch.randn(s, device=device, generator=generator) * 0.02 for s in shapes] for _ in range(3)]
-            params, grads = [torch.nn.Parameter(p) for p in draw[0]], draw[1:]
-            named = list(zip(names_of(shapes), params, strict=True))
-            optimizer = hbcore.get(name)(named, lr=1e-3, compile=compile)
-            for _ in range(12):
-                step()
-                optimizer.step()
-            if hasattr(os, "sched_setaffinity"):  # this thread alone, and both processes' on one core: cores differ
-                os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
-            print(json.dumps({"backend": optimizer.report.backend}), flush=True)
-            continue
-        rows: dict[str, list[float]] = {"host": [], "single": [], "window": []}
-        gc.disable()
-        for _ in range(int(rest)):
-            step()
-            start = time.perf_counter()
-            optimizer.step()
-            returned = time.perf_counter()
-            wait()
-            done = time.perf_counter()
-            rows["host"].append((returned - start) * 1e3)
-            rows["single"].append((done - start) * 1e3)
-        start = time.perf_counter()
-        for k in range(10):
-            for p, g in zip(params, grads[k % 2], strict=True):
-                p.grad = g
-            optimizer.step()
-        wait()
-        rows["window"].append((time.perf_counter() - start) * 1e2)
-        gc.enable()
-        print(json.dumps(rows), flush=True)
+            case = Case(rest, device, compile)
+            print(json.dumps({"backend": case.optimizer.report.backend}), flush=True)
+        elif case is not None:
+            print(json.dumps(case.round(int(rest))), flush=True)
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
