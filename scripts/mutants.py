@@ -17,6 +17,7 @@ import ast
 import contextlib
 import json
 import os
+import queue
 import random
 import resource
 import shutil
@@ -27,6 +28,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,9 +169,11 @@ def tests_pass(tree: Path, arguments: Sequence[str], limit: float) -> bool:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
     with (tree / "tests.log").open("w") as log:
         # A session of its own, so that what the tests start ends with them.
-        process = subprocess.Popen(
-            command, cwd=tree, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=_bound_memory
-        )
+        process = subprocess.Popen(command, cwd=tree, env=environment, stdout=log, stderr=log, start_new_session=True)
+        with contextlib.suppress(
+            AttributeError, OSError
+        ):  # a mutant may ask for memory without end, where only Linux bounds it
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (2**33, 2**33))  # the tests take one gigabyte
         try:
             return process.wait(limit) == 0
         except subprocess.TimeoutExpired:
@@ -180,16 +184,12 @@ def tests_pass(tree: Path, arguments: Sequence[str], limit: float) -> bool:
             process.wait()
 
 
-def _bound_memory() -> None:
-    """A mutant may ask for memory without end. The tests take one gigabyte."""
-    with contextlib.suppress(ValueError, OSError):  # where the system knows no such bound
-        resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
-
-
 def survey(
-    count: int, seed: int, *, root: Path = ROOT, folder: str = ENGINE, arguments: Sequence[str] = TESTS
+    count: int, seed: int, jobs: int = 1, *, root: Path = ROOT, folder: str = ENGINE, arguments: Sequence[str] = TESTS
 ) -> dict[str, Any]:
     """Try ``count`` mutants of the files in ``folder``, drawn with ``seed``, and say on stderr how each fares.
+
+    ``jobs`` of them are tried at a time.
 
     Raises:
         RuntimeError: the tests do not pass on the code as it is.
@@ -197,7 +197,6 @@ def survey(
     files = {path.relative_to(root).as_posix(): path.read_text() for path in sorted((root / folder).rglob("*.py"))}
     everything = [mutant for file, source in files.items() for mutant in mutants(source, file)]
     chosen = random.Random(seed).sample(everything, min(count, len(everything)))
-    survivors = []
     with tempfile.TemporaryDirectory() as temporary:
         tree = Path(temporary) / "copy"
         shutil.copytree(root, tree, ignore=_left_behind)
@@ -205,12 +204,21 @@ def survey(
         if not tests_pass(tree, arguments, 3600):
             raise RuntimeError(f"the tests fail without a mutant:\n{(tree / 'tests.log').read_text()[-2000:]}")
         limit = 60 + 4 * (time.monotonic() - started)
-        for mutant in chosen:
+        trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for i in range(jobs):
+            trees.put(tree if i == 0 else shutil.copytree(tree, tree.with_name(f"copy{i}")))
+
+        def survives(mutant: Mutant) -> bool:
+            tree = trees.get()
             (tree / mutant.file).write_text(mutant.apply(files[mutant.file]))
             survived = tests_pass(tree, arguments, limit)
             (tree / mutant.file).write_text(files[mutant.file])
-            survivors += [str(mutant)] if survived else []
+            trees.put(tree)
             print("SURVIVED" if survived else "killed  ", mutant, file=sys.stderr, flush=True)
+            return survived
+
+        with ThreadPoolExecutor(jobs) as pool:
+            survivors = [str(mutant) for mutant, survived in zip(chosen, pool.map(survives, chosen), strict=True) if survived]
     killed = len(chosen) - len(survivors)
     rate = round(killed / max(len(chosen), 1), 3)
     return {
@@ -229,9 +237,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=40, help="how many mutants to try (default: 40)")
     parser.add_argument("--seed", type=int, default=0, help="which sample to take (default: 0)")
+    parser.add_argument("--jobs", type=int, default=1, help="how many to try at a time (default: 1)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     chosen = parser.parse_args(arguments)
-    result = survey(chosen.count, chosen.seed)
+    result = survey(chosen.count, chosen.seed, chosen.jobs)
     if chosen.json:
         print(json.dumps(result, indent=2))
     else:

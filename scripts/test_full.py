@@ -32,7 +32,7 @@ from code_hash import RESULT, ROOT, code_hash
 from mutants import survey
 
 JOBS = os.environ.get("JOBS", "2")
-"""Processes that run tests."""
+"""Processes that run tests, and mutants that are tried at a time."""
 
 SLOWEST = 25
 """How many of the slowest tests the result names."""
@@ -131,7 +131,7 @@ def numeric_runs(arguments: Sequence[str] = NUMERIC) -> dict[str, dict[str, Any]
 def mutants_killed(count: int = MUTANTS) -> dict[str, Any]:
     """What came of a sample of mutants, or why there is nothing to say."""
     try:
-        return survey(count, seed=0)
+        return survey(count, seed=0, jobs=int(JOBS))
     except RuntimeError as error:
         print(error)
         return {"error": "the tests fail without a mutant"}

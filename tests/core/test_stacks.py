@@ -375,7 +375,7 @@ def test_products_are_exact_whatever_the_model_asked_torch_for():
 
 @pytest.mark.parametrize(
     ("family", "backend"),
-    combined(["muon", "soap-caution", "psgd"], ["eager", "triton", "inductor"], compiled=[("soap-caution", "inductor")]),
+    combined(["muon", "soap-caution", "psgd"], ["eager", "triton", "inductor"]),
 )
 def test_stacks_give_their_memory_back_between_steps(monkeypatch, family, backend):
     """As on a GPU: steps do not depend on the memory's content in between, nor on its address afterwards."""

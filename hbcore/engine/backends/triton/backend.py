@@ -112,12 +112,19 @@ class TritonExecutable:
         return len(launches)
 
     def _bind(self, phase: int) -> list[Callable[[], Any]]:
-        """The launches of one phase as calls without arguments."""
+        """The launches of one phase as calls without arguments.
+
+        A compiled kernel takes addresses for tensors, whose addresses it would ask for at every launch. The tables are alive
+        for as long as the launches are.
+        """
         assert self.tables is not None
-        self._launches[phase] = [
-            partial(self._variants[launch.aligned, phase][launch.chunks.shape[0], 1, 1], *self._arguments(launch))
-            for launch in self.tables.launches
-        ]
+        self._launches[phase] = []
+        for launch in self.tables.launches:
+            arguments = self._arguments(launch)
+            if not self.interpreted:
+                arguments = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+            kernel = self._variants[launch.aligned, phase]
+            self._launches[phase].append(partial(kernel[launch.chunks.shape[0], 1, 1], *arguments))
         return self._launches[phase]
 
     def _compiled(self, phase: int, launch: Launch) -> Any:
