@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -27,14 +28,16 @@ class Site:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.packages: set[str] = set()
+        self._real: dict[str, ModuleType] = {}
 
     def install(self, name: str, manifest: str, version: str = "1.0", dist: str = "", **modules: str) -> None:
         """Write or overwrite package ``name``: its manifest (after the usual imports and API) and its modules."""
         package = self.path / name
         package.mkdir(exist_ok=True)
-        self.packages.add(name)
-        for module in [m for m in sys.modules if m.partition(".")[0] == name]:
-            del sys.modules[module]  # a real plugin of that name, imported by an earlier test
+        removed = _forget({name})
+        if name not in self.packages:  # a real plugin of that name, imported by an earlier test
+            self._real |= removed
+            self.packages.add(name)
         files = {"__init__": "", "plugin": MANIFEST + textwrap.dedent(manifest)} | modules
         for module, text in files.items():
             (package / f"{module}.py").write_text(textwrap.dedent(text))
@@ -55,9 +58,19 @@ class Site:
         )
         self.install(name, manifest, **({"rules": code} | keywords))
 
+    def close(self) -> None:
+        """Later tests import the real plugins, and those that did so find the same modules and classes."""
+        _forget(self.packages)
+        sys.modules.update(self._real)
+
     def registry(self) -> Registry:
         """A registry that sees this folder and nothing else."""
         return Registry(partial(installed, [str(self.path)]))
+
+
+def _forget(packages: set[str]) -> dict[str, ModuleType]:
+    """Remove all modules of these packages from ``sys.modules``."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in packages}
 
 
 @pytest.fixture
@@ -68,9 +81,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a repaired file of equal size and second is read again
     made = Site(tmp_path)
     yield made
-    for module in list(sys.modules):
-        if module.partition(".")[0] in made.packages:
-            del sys.modules[module]
+    made.close()
 
 
 @pytest.fixture

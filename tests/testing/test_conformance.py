@@ -40,7 +40,7 @@ def cases() -> Iterator[Any]:
                     yield pytest.param(check, name, variant, True, id=f"{name}-{variant}-{check.name}-compiled", marks=marks)
 
 
-@pytest.mark.parametrize(("check", "name", "variant", "compiles"), cases())
+@pytest.mark.parametrize(("check", "name", "variant", "compiles"), list(cases()))
 def test_every_optimizer_conforms(
     check: Check, name: str, variant: str, compiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
