@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from hbcore.rules.numerics import Scalar as Scalar
     from hbcore.rules.numerics import compute_dtype as compute_dtype
     from hbcore.rules.numerics import debiased as debiased
+    from hbcore.rules.numerics import debiased_second_moment as debiased_second_moment
     from hbcore.rules.numerics import ema as ema
+    from hbcore.rules.numerics import second_moment as second_moment
     from hbcore.rules.parallel import Parallel as Parallel
     from hbcore.rules.parallel import graft as graft
     from hbcore.rules.route import Route as Route
@@ -76,7 +78,9 @@ _HOMES = {
     "Transform": "hbcore.rules.transform:Transform",
     "compute_dtype": "hbcore.rules.numerics:compute_dtype",
     "debiased": "hbcore.rules.numerics:debiased",
+    "debiased_second_moment": "hbcore.rules.numerics:debiased_second_moment",
     "ema": "hbcore.rules.numerics:ema",
+    "second_moment": "hbcore.rules.numerics:second_moment",
     "graft": "hbcore.rules.parallel:graft",
     "is_matrix": "hbcore.rules.route:is_matrix",
     "matrix_view": "hbcore.rules.views:matrix_view",

@@ -91,8 +91,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
     @property  # type: ignore[override]
     def state(self) -> StateMap:
         """Parameter -> its state tensors by name, torch's names where torch has the slot."""
-        self.core.exposed = True
-        return self.core.state
+        return self.core.expose()
 
     @state.setter
     def state(self, state: Mapping[Any, Any]) -> None:
@@ -234,7 +233,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         Every trained parameter has all of its slots, zeros and step 0 before its first step. With sharded parameters this is
         collective.
         """
-        self.core.exposed = True
+        self.core.expose()
         return save.with_hooks(self, lambda: save.state_dict(self.core))
 
     @torch.no_grad()

@@ -86,6 +86,12 @@ class OptimizerCore:
         """Groups, or where their tensors lie, changed: the next step plans anew."""
         self.plan = None
 
+    def expose(self) -> StateMap:
+        """The state, for somebody outside the engine."""
+        self.exposed = True
+        self.state.revision.lent()
+        return self.state
+
     def replace_groups(self, groups: list[Group]) -> None:
         """Use another list of groups, as wrappers of optimizers assign."""
         if groups is not self.groups:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbcore.rules.numerics import Scalar, debiased, ema
+from hbcore.rules.numerics import Scalar, debiased, debiased_second_moment, ema
 from hbcore.rules.stages import DecayWeights
 from hbcore.rules.transform import Context, Role, Slot, State, Transform, hyper, zeros
 
@@ -36,7 +36,7 @@ class ScaleByAdam(Transform):
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         b1, b2 = self.betas
         m, m_hat = debiased(s["exp_avg"], u, b1, c.step)
-        v, v_hat = debiased(s["exp_avg_sq"], u * u, b2, c.step)
+        v, v_hat = debiased_second_moment(s["exp_avg_sq"], u, b2, c.step)
         return c.divide(m_hat, v_hat.sqrt(), self.eps), {"exp_avg": m, "exp_avg_sq": v}
 
 
@@ -82,7 +82,7 @@ class ScaleByLaProp(Transform):
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         b1, b2 = self.betas
-        v, v_hat = debiased(s["exp_avg_sq"], u * u, b2, c.step)
+        v, v_hat = debiased_second_moment(s["exp_avg_sq"], u, b2, c.step)
         m, m_hat = debiased(s["exp_avg"], c.divide(u, v_hat.sqrt(), self.eps), b1, c.step)
         return m_hat, {"exp_avg": m, "exp_avg_sq": v}
 
@@ -116,7 +116,7 @@ class ScaleByNAdam(Transform):
         mu, mu_next = (b1 * (1 - 0.5 * 0.96 ** (t * self.momentum_decay)) for t in (c.step, c.step + 1))
         product = momentum_product(b1, self.momentum_decay, c.step)
         m = ema(s["exp_avg"], u, b1)
-        v, v_hat = debiased(s["exp_avg_sq"], u * u, b2, c.step)
+        v, v_hat = debiased_second_moment(s["exp_avg_sq"], u, b2, c.step)
         ahead = u * ((1 - mu) / (1 - product)) + m * (mu_next / (1 - product * mu_next))
         return c.divide(ahead, v_hat.sqrt(), self.eps), {"exp_avg": m, "exp_avg_sq": v}
 
@@ -194,7 +194,7 @@ class ScaleByAdEMAMix(Transform):
         b3 = torch.where(a < 1, torch.exp(1 / ((1 - a) / b1.log() + a / b3.log())), b3)
         fast, fast_hat = debiased(s["exp_avg_fast"], u, b1, c.step)
         slow = ema(s["exp_avg_slow"], u, b3)
-        v, v_hat = debiased(s["exp_avg_sq"], u * u, b2, c.step)
+        v, v_hat = debiased_second_moment(s["exp_avg_sq"], u, b2, c.step)
         mixed = fast_hat + (self.alpha * alpha) * slow
         return c.divide(mixed, v_hat.sqrt(), self.eps), {"exp_avg_fast": fast, "exp_avg_slow": slow, "exp_avg_sq": v}
 

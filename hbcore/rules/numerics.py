@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import torch
@@ -23,6 +24,23 @@ def debiased(old: Tensor, new: Tensor, beta: Scalar, step: Tensor) -> tuple[Tens
     """
     average = ema(old, new, beta)
     return average, average * (1 / (1 - beta**step))  # the reciprocal is a scalar: elements only multiply
+
+
+def second_moment(old: Tensor, x: Tensor, beta: Scalar) -> Tensor:
+    """The moving average of squares, ``beta * old + (1 - beta) * x^2``.
+
+    The factor is applied before the second ``x``, as in torch.optim, which gives large gradients more room. An element that
+    overflows all the same stays infinite, so that it stops moving and the others go on; the average alone would be inf - inf
+    one step later.
+    """
+    rate = 1 - beta
+    return torch.where(old == math.inf, old, old + (x * rate * x - old * rate))
+
+
+def debiased_second_moment(old: Tensor, x: Tensor, beta: Scalar, step: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`second_moment`, raw and corrected for its initialisation at zero, as in :func:`debiased`."""
+    average = second_moment(old, x, beta)
+    return average, average * (1 / (1 - beta**step))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,31 +1,55 @@
-"""``optimizer.state``: dicts that also count their writes.
+"""``optimizer.state``: dicts that also count their writes, and tell of them.
 
 The engine keeps pointers to state tensors between steps. Checking a thousand dict entries per step for replaced tensors takes
-longer than launching the kernel; comparing one counter does not.
+longer than launching the kernel; comparing one counter does not. And whoever replaces a tensor, to move it to another device,
+expects its memory back at once: plans hear of every write, and let go of what was replaced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
+from weakref import WeakSet
 
 from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Revision:
-    """Number of writes to a mapping or to the mappings inside it."""
+class Watcher(Protocol):
+    """Who keeps state tensors between steps."""
 
-    __slots__ = ("count",)
+    def forget(self, param: Tensor | None) -> None:
+        """The state of ``param``, or of all parameters, was written to: keep none of its tensors."""
+
+    def lend(self) -> None:
+        """Somebody was handed state tensors: keep them, and no view of their memory."""
+
+
+class Revision:
+    """Number of writes to a mapping or to the mappings inside it, and who hears of them."""
+
+    __slots__ = ("count", "watchers")
 
     def __init__(self) -> None:
         self.count = 0
+        self.watchers: WeakSet[Watcher] = WeakSet()
+
+    def written(self, param: Tensor | None) -> None:
+        """Count a write to the state of ``param``; of all parameters if it is None."""
+        self.count += 1
+        for watcher in tuple(self.watchers):
+            watcher.forget(param)
+
+    def lent(self) -> None:
+        """Somebody was handed state tensors."""
+        for watcher in tuple(self.watchers):
+            watcher.lend()
 
 
 def _counted(method: F) -> F:
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.revision.count += 1
+        self.revision.written(self.param)
         return method(self, *args, **kwargs)
 
     counted.__doc__ = method.__doc__
@@ -33,11 +57,11 @@ def _counted(method: F) -> F:
 
 
 class Slots(dict[Any, Any]):
-    """One parameter's state. Pickles and deep-copies as a plain dict."""
+    """The state of ``param``. Pickles and deep-copies as a plain dict."""
 
-    def __init__(self, revision: Revision, content: Mapping[Any, Any] | Iterable[Any] = ()) -> None:
+    def __init__(self, revision: Revision, param: Tensor, content: Mapping[Any, Any] | Iterable[Any] = ()) -> None:
         super().__init__(content)
-        self.revision = revision
+        self.revision, self.param = revision, param
 
     __setitem__ = _counted(dict.__setitem__)
     __delitem__ = _counted(dict.__delitem__)
@@ -55,6 +79,8 @@ class Slots(dict[Any, Any]):
 class StateMap(dict[Tensor, Slots]):
     """Parameter -> its :class:`Slots`, created on first access as in ``defaultdict(dict)``."""
 
+    param = None  # its own writes concern all parameters
+
     def __init__(self, content: Mapping[Tensor, Mapping[str, Any]]) -> None:
         super().__init__()
         self.revision = Revision()
@@ -65,8 +91,8 @@ class StateMap(dict[Tensor, Slots]):
         return self[param]
 
     def __setitem__(self, param: Tensor, slots: Mapping[str, Any]) -> None:
-        self.revision.count += 1
-        super().__setitem__(param, Slots(self.revision, slots))
+        self.revision.written(param)
+        super().__setitem__(param, Slots(self.revision, param, slots))
 
     def setdefault(self, param: Tensor, slots: Mapping[str, Any] | None = None) -> Slots:
         """Like ``dict.setdefault``."""
@@ -81,7 +107,10 @@ class StateMap(dict[Tensor, Slots]):
         self[param] = slots
         return self[param]
 
-    __delitem__ = _counted(dict.__delitem__)
+    def __delitem__(self, param: Tensor) -> None:
+        self.revision.written(param)
+        super().__delitem__(param)
+
     pop = _counted(dict.pop)
     popitem = _counted(dict.popitem)
     clear = _counted(dict.clear)

@@ -59,6 +59,10 @@ class Batch:
             self._flat[name] = [flat(t) for t in self.tensors[name]]
         return self._flat[name]
 
+    def lend(self) -> None:
+        """Let go of views of the tensors, which are made again when needed."""
+        self._flat.clear()
+
     def numel(self, i: int) -> Tensor:
         """``c.numel`` for parameter ``i``: 0-d float64 on the host."""
         numel = self.numels[i] if self.numels else float(self.tensors["param"][i].numel())
@@ -94,6 +98,9 @@ class Executable(Protocol):
         Returns:
             The number of kernels launched, 0 if not counted.
         """
+
+    def forget(self) -> None:
+        """Let go of views of the last batch's tensors; the next step makes them again."""
 
 
 class Backend(Protocol):

@@ -159,6 +159,10 @@ class Chunked:
         self._rows: list[int] | None = None
         self._cut: dict[int, list[Chunk | Pack]] = {}
 
+    def forget(self) -> None:
+        """Let go of the batch."""
+        self._batch, self._rows, self._cut = None, None, {}
+
     def of(self, phase: int, batch: Batch) -> list[Chunk | Pack]:
         """The chunks for one phase of ``batch``."""
         if batch is not self._batch or batch.rows is not self._rows:

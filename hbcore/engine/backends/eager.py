@@ -62,6 +62,9 @@ class EagerExecutable:
             batch.sums[r.name] = [join(torch.stack(x)) if len(x) > 1 else x[0] for x in parts[r.name]]
         return 0
 
+    def forget(self) -> None:
+        self._chunked.forget()
+
     def _run_whole(self, p: Phase, batch: Batch) -> None:
         """One call per parameter, in its own shape: for tensors that are not dense in memory."""
         for r in p.reduces:
@@ -91,6 +94,9 @@ class DirectExecutable:
 
     def prepare(self, batch: Batch) -> None:
         """Nothing to prepare."""
+
+    def forget(self) -> None:
+        """Nothing is kept."""
 
     def run(self, phase: int, batch: Batch) -> int:
         rows = [as_scalars(values) for values in batch.values]

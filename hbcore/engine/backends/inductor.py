@@ -104,6 +104,9 @@ class InductorExecutable:
                 batch.sums[r.name].append(value)
         return 0
 
+    def forget(self) -> None:
+        self._chunked.forget()
+
     def _hoisted(self, values: Sequence[float | Tensor]) -> tuple[Tensor, ...]:
         """The scalars in the compute dtype: a float64 scalar would keep float32 C++ loops from vectorising."""
         dtype = compute_dtype(self.program.dtypes["param"])

@@ -151,6 +151,16 @@ class Layout:
         for level in self.levels:
             level.close()
 
+    def lend(self) -> None:
+        """Somebody was handed state tensors: keep no view of their memory."""
+        for batch in self.batches:
+            batch.lend()
+
+    def drop(self) -> None:
+        """Let go of every tensor, at once: the layout is not used any more."""
+        for batch in self.batches:
+            batch.drop()
+
     def reread(self) -> None:
         """State tensors were written to in place: read the step counters again."""
         self._selection.forget()

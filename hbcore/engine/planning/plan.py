@@ -42,9 +42,11 @@ class Plan:
         self.segments: dict[SegmentKey, Segment] = {}
         self.layout: Layout | None = None
         self._compiler = Compiler(core, self._numel())
+        self._planning, self._lent = False, False
         self._specs: list[SegmentSpec] = []
         self._forks: list[tuple[Transform, ...]] = []
         self._partitions: dict[tuple[int, tuple[bool, ...], torch.dtype], Partition] = {}
+        core.state.revision.watchers.add(self)
 
     def step(self, amp: Amp = NO_AMP) -> list[Tensor]:
         """Run one step for every parameter that has a gradient; return those parameters."""
@@ -68,8 +70,30 @@ class Plan:
         if self.layout is not None:
             self.layout.reread()
 
+    def forget(self, param: Tensor | None) -> None:
+        """The state of ``param``, or of all parameters, was written to from outside: let go of its memory at once."""
+        if self._planning:
+            return
+        gone = list(self.members) if param is None else [param] if param in self.members else []
+        for m in map(self.members.pop, gone):
+            m.lend()
+        if gone and self.layout is not None:
+            self.layout.drop()
+            self.layout = None
+
+    def lend(self) -> None:
+        """Somebody was handed state tensors, and may free their memory: keep no view of it."""
+        if self._lent:
+            return
+        self._lent = True
+        for m in self.members.values():
+            m.lend()
+        if self.layout is not None:
+            self.layout.lend()
+
     def _laid_out(self) -> Layout:
         """The layout for the present gradients, which it has read."""
+        self._lent = False
         layout = self.layout
         if layout is not None:
             if layout.holds() and layout.collect():
@@ -81,7 +105,11 @@ class Plan:
                 "run a whole step outside the capture first, with the gradients that the captured one will have."
             )
         self.layout = None  # should this fail, the next step begins anew
-        layout = self._lay_out()
+        self._planning = True
+        try:
+            layout = self._lay_out()
+        finally:
+            self._planning = False
         if not layout.collect():
             layout.release()
             raise AssertionError("a parameter's memory changed while it was planned")

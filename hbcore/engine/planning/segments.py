@@ -126,6 +126,12 @@ class Member:
             return len(self.segments)
         return 1 + next(level for level, i in enumerate(self.partition.rules) if self.partition.transforms[i].primes)
 
+    def lend(self) -> None:
+        """Leave the state's memory to the tensors in :attr:`state`: whoever has those may free it."""
+        for view in self.views:
+            for _, stack, _ in view.runs:
+                stack.lend()
+
     def column(self, segment: Segment, name: str) -> Tensor:
         """One of the tensors that ``segment`` reads or writes, gradient and noise excepted."""
         if name == "param":
@@ -191,6 +197,19 @@ class SegmentBatch(Batch):
             grads = [like(g, p) for g, p in zip(grads, self._locals, strict=True)]
         self.tensors["grad"][:] = grads
         return True
+
+    def lend(self) -> None:
+        super().lend()
+        if self.segment.executable is not None:
+            self.segment.executable.forget()
+
+    def drop(self) -> None:
+        """Let go of every tensor: executables may hold the batch until they get another one."""
+        self.lend()
+        for column in self.tensors.values():
+            column.clear()
+        self.everyone, self.members, self._params, self._locals = [], [], [], []
+        self._addresses = Addresses([])
 
     def release(self) -> None:
         """Let go of this step's gradients: one that the user drops would live until the next step otherwise."""

@@ -66,8 +66,8 @@ class StateInit:
         p, state, part = n.param, self.core.state[n.param], local(n.param.detach())
         names = ["step", *self._elementwise(n, part, state)]
         touched = float(state.get("step", 0.0)) > 0
-        for view in views:
-            touched = self._move_in(n, view, state) or touched
+        for i, view in zip(n.partition.rules, views, strict=False):
+            touched = self._move_in(n, n.partition.transforms[i], view, state) or touched
             names += view.state()
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise RuleError(f"two rules of one chain claim the slot {twice[0]!r} of a parameter; rename one of them.")
@@ -106,15 +106,14 @@ class StateInit:
                     state[name] = spread_like(moved, n.param)
         return names
 
-    def _move_in(self, n: NewMember, view: StackView | ShardedView, state: dict[str, Any]) -> bool:
-        """Move what the state has of a matrix rule's slots into the stacks; return whether it differed from initial values.
+    def _move_in(self, n: NewMember, rule: Transform, view: StackView | ShardedView, state: dict[str, Any]) -> bool:
+        """Move what the state has of a matrix rule's own slots into the stacks; return whether it differed from initial values.
 
         Collective for a sharded parameter whose state is sharded too, as a checkpoint leaves it: all of it goes to the owner.
         """
         views = view.state()
-        rules = [n.partition.transforms[i] for i in n.partition.rules]
         codec = n.segments[0].key.spec.codec
-        slots = {part: slot for slot in expected(rules, n.param, codec) for part in slot.parts(n.param)}
+        slots = {part: slot for slot in expected([rule], n.param, codec) for part in slot.parts(n.param)}
         touched = False
         for name in [name for name in slots if name in state and (name in views or isinstance(view, ShardedView))]:
             whole = gathered(state[name])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from hbcore.distributed.exchange import from_owners, to_owners
 from hbcore.engine.graph.scalar_inputs import numbers
@@ -19,10 +20,12 @@ class StackMember(Protocol):
 
     Attributes:
         views: where each matrix rule of its chain sees it.
+        stored: its state tensors by name, this rank's parts.
         primed: whether its rules that prime did so.
     """
 
     primed: bool
+    stored: dict[str, Tensor]
 
     @property
     def views(self) -> Sequence[StackView | ShardedView]: ...
@@ -71,7 +74,10 @@ class Level:
     def open(self) -> bool:
         """Take memory for the stacks' inputs; return whether some of it lies elsewhere than in the last step."""
         moved = False
-        for stack in self.stacks:
+        for stack, rows in self.stacks.items():
+            if not stack.stored:
+                m = rows[0][0]
+                whole_view(m.views[self.level]).recall(m.stored)
             moved = stack.open() or moved
         return moved
 
@@ -139,12 +145,17 @@ def levels_of(members: Sequence[StackMember]) -> list[Level]:
     return [Level(members, level) for level in range(max((min(m.reach, len(m.views)) for m in members), default=0))]
 
 
+def whole_view(view: StackView | ShardedView) -> StackView:
+    """Where the rule sees the whole parameter."""
+    return view if isinstance(view, StackView) else view.inner
+
+
 class Traffic:
     """The copies to the stacks of one level and back, where the segments do not write there themselves."""
 
     def __init__(self, members: Sequence[StackMember], level: int) -> None:
         views = [m.views[level] for m in members if level < min(m.reach, len(m.views))]
-        whole = [view if isinstance(view, StackView) else view.inner for view in views]
+        whole = list(map(whole_view, views))
         self._scattered = [view for view in whole if len(view.runs) > 1]
         self._sharded: dict[tuple[object, tuple[tuple[str, torch.dtype], ...]], list[ShardedView]] = {}
         for view in views:

@@ -56,6 +56,7 @@ class Stack:
         self.stored: dict[str, Tensor] = {}
         for name, slot in self.slots.items():
             self.stored.update(self._blank(name, slot, rows))
+        self._layouts = {name: (t.storage_offset(), t.shape, t.stride()) for name, t in self.stored.items()}
 
     def open(self) -> bool:
         """Take memory for the inputs, uninitialised; return whether it lies elsewhere than in the last step."""
@@ -70,6 +71,16 @@ class Stack:
         if self.key.device.type in LENT:
             for t in self.inputs.values():
                 t.untyped_storage().resize_(0)
+
+    def lend(self) -> None:
+        """Leave the slots' memory to the views that parameters have of it: whoever has those may free it."""
+        self.stored.clear()
+
+    def recall(self, state: Mapping[str, Tensor], k: int, runs: int) -> None:
+        """Find the slots' memory again, by the state of a parameter whose run ``k`` of ``runs`` lies here."""
+        for name, layout in self._layouts.items() if not self.stored else ():
+            view = state[part_name(name, k, runs)]
+            self.stored[name] = view.new_empty(0).set_(view.untyped_storage(), *layout)
 
     def _blank(self, name: str, slot: Slot, rows: int) -> dict[str, Tensor]:
         codec, dtype = codec_of(slot, self.key.spec.codec), compute_dtype(self.key.dtype)
@@ -115,13 +126,18 @@ class StackView:
             for block, stack, row in self.runs:
                 _run(self.scratch["update"], block).copy_(stack.inputs["update"][row : row + block.batch].view(-1))
 
+    def recall(self, state: Mapping[str, Tensor]) -> None:
+        """Have the stacks find their memory again, by the parameter's own state tensors."""
+        for k, (_, stack, _) in enumerate(self.runs):
+            stack.recall(state, k, len(self.runs))
+
     def state(self) -> dict[str, Tensor]:
         """The parameter's own state tensors: views of stack rows, numbered by run where there are several."""
         views: dict[str, Tensor] = {}
         for k, (block, stack, row) in enumerate(self.runs):
             for name, stored in stack.stored.items():
                 view = stored[row] if block.batch == 1 else stored[row : row + block.batch]
-                views[part_name(name, k, len(self.runs))] = view
+                views[part_name(name, k, len(self.runs))] = view.detach()  # which does not keep the whole stack alive
         return views
 
 

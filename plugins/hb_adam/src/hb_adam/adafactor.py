@@ -20,8 +20,12 @@ from hbcore.api import (
     Transform,
     ema,
     hyper,
+    second_moment,
     zeros,
 )
+
+LARGEST = 1e30
+"""The largest square that enters a mean: one that overflowed would make its row and column infinite, and the matrix NaN."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,10 @@ class ScaleByFactoredRms(Transform):
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         eps = smallest(self.eps1, u)
         beta2 = 1 - c.step**self.beta2_decay
-        row = ema(s["row_var"], (u * u).mean(-1, keepdim=True), beta2)
-        col = ema(s["col_var"], (u * u).mean(-2, keepdim=True), beta2)
-        variance = row * col / row.mean(-2, keepdim=True).clamp(min=eps)
+        squares = (u * u).clamp(max=LARGEST)
+        row = ema(s["row_var"], squares.mean(-1, keepdim=True), beta2)
+        col = ema(s["col_var"], squares.mean(-2, keepdim=True), beta2)
+        variance = row / row.mean(-2, keepdim=True).clamp(min=eps) * col
         return c.divide(u, variance.sqrt(), eps), {"row_var": row, "col_var": col}
 
 
@@ -87,7 +92,7 @@ class ScaleByRisingRms(Transform):
         return {"variance": zeros(param)}
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        variance = ema(s["variance"], u * u, 1 - c.step**self.beta2_decay)
+        variance = second_moment(s["variance"], u, 1 - c.step**self.beta2_decay)
         return c.divide(u, variance.sqrt(), smallest(self.eps1, u)), {"variance": variance}
 
 

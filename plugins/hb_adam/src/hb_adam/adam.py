@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbcore.api import Context, CoupleDecay, Optimizer, ScaleByAdam, Slot, State, Transform, debiased, ema, zeros
+from hbcore.api import (
+    Context,
+    CoupleDecay,
+    Optimizer,
+    ScaleByAdam,
+    Slot,
+    State,
+    Transform,
+    debiased,
+    second_moment,
+    zeros,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class ScaleByAMSGrad(ScaleByAdam):
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         b1, b2 = self.betas
         m, m_hat = debiased(s["exp_avg"], u, b1, c.step)
-        v = ema(s["exp_avg_sq"], u * u, b2)
+        v = second_moment(s["exp_avg_sq"], u, b2)
         largest = torch.maximum(s["max_exp_avg_sq"], v)
         v_hat = largest * (1 / (1 - b2**c.step))
         return c.divide(m_hat, v_hat.sqrt(), self.eps), {"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": largest}

@@ -7,7 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from hbcore.api import Context, Optimizer, Slot, State, Transform, ema, hyper, zeros
+from hbcore.api import (
+    Context,
+    Optimizer,
+    Slot,
+    State,
+    Transform,
+    ema,
+    hyper,
+    second_moment,
+    zeros,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class ScaleByADOPT(Transform):
         later = (c.step - 1).clamp(max=1)  # 0 on the first step, then 1
         scale = (s["exp_avg_sq"] + (1 - later)).sqrt()  # 1 on the first step, whose quotient must be finite: 0 times it is 0
         m = ema(s["exp_avg"], c.divide(u, scale, self.eps) * later, b1)
-        return m, {"exp_avg": m, "exp_avg_sq": ema(s["exp_avg_sq"], u * u, b2 * later)}
+        return m, {"exp_avg": m, "exp_avg_sq": second_moment(s["exp_avg_sq"], u, b2 * later)}
 
 
 @dataclass(frozen=True)

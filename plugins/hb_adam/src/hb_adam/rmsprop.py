@@ -18,6 +18,7 @@ from hbcore.api import (
     Transform,
     ema,
     hyper,
+    second_moment,
     zeros,
 )
 
@@ -51,7 +52,7 @@ class ScaleByRMSprop(Transform):
         return {"square_avg": zeros(param, "permute"), **centre}
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        new = {"square_avg": ema(s["square_avg"], u * u, self.alpha)}
+        new = {"square_avg": second_moment(s["square_avg"], u, self.alpha)}
         spread = new["square_avg"]
         if self.centered:
             new["grad_avg"] = ema(s["grad_avg"], u, self.alpha)

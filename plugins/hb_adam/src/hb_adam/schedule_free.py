@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbcore.api import Context, Optimizer, Slot, State, Transform, debiased, hyper, zeros
+from hbcore.api import (
+    Context,
+    Optimizer,
+    Slot,
+    State,
+    Transform,
+    debiased_second_moment,
+    hyper,
+    zeros,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class ScaleByRms(Transform):
         return {"exp_avg_sq": zeros(param, "permute")}
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        v, v_hat = debiased(s["exp_avg_sq"], u * u, self.betas[1], c.step)
+        v, v_hat = debiased_second_moment(s["exp_avg_sq"], u, self.betas[1], c.step)
         return c.divide(u, v_hat.sqrt(), self.eps), {"exp_avg_sq": v}
 
 

@@ -7,7 +7,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hbcore.api import Context, Optimizer, Slot, State, Transform, ema, hyper, zeros
+from hbcore.api import (
+    Context,
+    Optimizer,
+    Slot,
+    State,
+    Transform,
+    ema,
+    hyper,
+    second_moment,
+    zeros,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class ScaleBySparseAdam(Transform):
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         b1, b2 = self.betas
-        m, v = ema(s["exp_avg"], u, b1), ema(s["exp_avg_sq"], u * u, b2)
+        m, v = ema(s["exp_avg"], u, b1), second_moment(s["exp_avg_sq"], u, b2)
         correction = (1 - b2**c.step).sqrt() / (1 - b1**c.step)
         return c.divide(m, v.sqrt(), self.eps) * correction, {"exp_avg": m, "exp_avg_sq": v}
 

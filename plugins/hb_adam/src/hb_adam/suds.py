@@ -54,6 +54,7 @@ class PreconditionBySUDS(Transform):
         direction, new = c.apply(self.inner, reflected(g, w).view(u.shape), s)
         along = (g * f).sum(1, keepdim=True)
         turned = f + self.precond_lr * along * (g - along * f)
+        turned = torch.where(turned.isfinite().all(1, keepdim=True), turned, f)  # its terms are cubic in the gradient
         new["fisher_approx"] = unit(torch.where(f.norm(dim=1, keepdim=True) > 0, turned, g)).view(u.shape)
         return reflected(rows(direction), w).view(u.shape), new
 
@@ -70,8 +71,8 @@ def reflected(x: Tensor, w: Tensor) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """The rows of ``x`` ``[B, n]`` at length 1; a row of zeros stays zero."""
-    norm: Tensor = x.norm(dim=1, keepdim=True)
-    return x / norm.clamp(min=torch.finfo(x.dtype).tiny)
+    norm: Tensor = x.norm(dim=1, keepdim=True, dtype=torch.float64)  # squares of large gradients overflow in float32
+    return (x / norm.clamp(min=torch.finfo(x.dtype).tiny)).to(x.dtype)
 
 
 class SUDSAdamW(Optimizer):

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hbcore.api import Context, Optimizer, ScaleByAdam, State, Transform, debiased
+from hbcore.api import (
+    Context,
+    Optimizer,
+    ScaleByAdam,
+    State,
+    Transform,
+    debiased,
+    debiased_second_moment,
+)
 
 
 @dataclass(frozen=True)
@@ -24,10 +34,10 @@ class ScaleByUnscaledAdam(ScaleByAdam):
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         b1, b2 = self.betas
-        v, v_hat = debiased(s["exp_avg_sq"], u * u, b2, c.step)
+        v, v_hat = debiased_second_moment(s["exp_avg_sq"], u, b2, c.step)
         scale = v_hat.sqrt()
         m, m_hat = debiased(s["exp_avg"], c.divide(u, scale, self.eps), b1, c.step)
-        return m_hat * scale, {"exp_avg": m, "exp_avg_sq": v}
+        return torch.where(scale == math.inf, 0.0, m_hat * scale), {"exp_avg": m, "exp_avg_sq": v}
 
 
 class UnscaledAdamW(Optimizer):

@@ -36,9 +36,10 @@ class OrthoGrad(Transform):
         numbers = torch.finfo(u.dtype)
         along = c.sum(c.param * u) / c.sum(c.param * c.param).clamp(min=numbers.tiny)
         rest = u - along * c.param
-        norm, left = c.norm(u), c.norm(rest)
-        present = (left > ROUNDING * numbers.eps * norm).to(u.dtype)
-        return rest * (present * norm / left.clamp(min=numbers.tiny)), {}
+        # in float64: squares of gradients above 1.8e19 are infinite in float32, and so would the ratio be
+        norm, left = c.norm(u.to(torch.float64)), c.norm(rest.to(torch.float64))
+        present = (left > ROUNDING * numbers.eps * norm).to(torch.float64)
+        return rest * (present * norm / left.clamp(min=numbers.tiny)).to(u.dtype), {}
 
 
 def has_directions(param: Tensor) -> bool:

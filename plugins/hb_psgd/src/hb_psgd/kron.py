@@ -244,6 +244,12 @@ def _per_block(numbers: Tensor, like: Tensor) -> Tensor:
     return numbers.view(-1, *[1] * (like.ndim - 1))
 
 
+def kept_where_finite(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
+    """The new tensors, ``[B, ...]`` each, but all old ones in blocks where a product overflowed."""
+    finite = torch.stack([q.isfinite().reshape(len(q), -1).all(1) for q in new]).all(0)
+    return [torch.where(finite.view(-1, *[1] * (q.ndim - 1)), q, before) for before, q in zip(old, new, strict=True)]
+
+
 def whitening_scale(x: Tensor, dampening: Number) -> Tensor:
     r"""The s whose :math:`s^2 x` has elements of about size 1, ``[B]`` in float64; 0 where x is 0.
 

@@ -132,11 +132,14 @@ class PreconditionByKron(Transform):
         new["init_scale"], factors = self.started(target, s)
         before = factors
         if c.refresh:
+            bounds = [s[f"L_{i}"] for i in range(len(factors))]
             dampened = target + (self.dampening + EPS * target.abs()) * c.probe(target)
-            factors, bounds = RULES[self.rule](
-                dampened, factors, [s[f"L_{i}"] for i in range(len(factors))], lr=self.precond_lr, beta=self.lower_bound_beta,
-                probe=c.probe, iterations=self.precond_update_power_iterations,
+            made, risen = RULES[self.rule](
+                dampened, factors, bounds, lr=self.precond_lr, beta=self.lower_bound_beta, probe=c.probe,
+                iterations=self.precond_update_power_iterations,
             )  # fmt: skip
+            kept = kron.kept_where_finite([*factors, *bounds], [*made, *risen])
+            factors, bounds = kept[: len(made)], kept[len(made) :]
             new |= {f"L_{i}": bound for i, bound in enumerate(bounds)}
         new |= {f"Q_{i}": q for i, q in enumerate(factors)}
         return kron.precondition(x, before if self.delayed else factors), new
