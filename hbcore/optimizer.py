@@ -274,6 +274,9 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rest = dict(state)
+        if "_structure" not in rest:  # some users reset an optimizer so, with {"state": ...} and perhaps "param_groups"
+            self.param_groups, self.state = rest.get("param_groups", self.param_groups), rest.get("state", self.core.state)
+            return
         chain = ChainSpec(type(self).chain, *rest.pop("_structure"))
         core = self.core = OptimizerCore(type(self).__name__, chain, self.sparse_gradients)
         core.state, core.groups = StateMap(rest.pop("state")), rest.pop("param_groups")

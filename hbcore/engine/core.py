@@ -99,10 +99,13 @@ class OptimizerCore:
             self.invalidate()
 
     def replace_state(self, state: Mapping[Tensor, Any]) -> None:
-        """Use another state."""
+        """Use another state; an empty one makes a fresh optimizer, whose groups count from the start too."""
         if state is not self.state:
             self.state = state if isinstance(state, StateMap) else StateMap(state)
             self.invalidate()
+        if not state:
+            self.group_scalars.clear()
+            self.modes.reset(training=True)
 
     def scalars_of(self, g: int) -> GroupScalars:
         """What group ``g`` carries from step to step."""

@@ -45,8 +45,9 @@ class Composite(torch.optim.Optimizer):
 
     @state.setter
     def state(self, content: Mapping[Tensor, dict[str, Any]]) -> None:
-        for param, slots in content.items():
-            self.state[param] = slots
+        for child in self.children:
+            params = (p for group in child.param_groups for p in group["params"])
+            child.state = {p: content[p] for p in params if p in content}
 
     @property
     def report(self) -> Report:
@@ -70,7 +71,7 @@ class Composite(torch.optim.Optimizer):
                 loss = closure()
         self._hand_down()
         for child in self.children:
-            child.step()
+            _step_part(child)
         return loss
 
     def train(self, mode: bool = True) -> Self:
@@ -182,6 +183,11 @@ class Composite(torch.optim.Optimizer):
         return {"children": self.children, "defaults": self.defaults}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "children" not in state:  # some users reset an optimizer so, with {"state": ...} and perhaps "param_groups"
+            self.param_groups = state.get("param_groups", self.param_groups)
+            self._hand_down()
+            self.state = state.get("state", self.state)
+            return
         self.children = state["children"]
         groups = [group for child in self.children for group in child.param_groups]
         super().__setstate__({**state, "param_groups": groups})
@@ -223,6 +229,15 @@ class States(MutableMapping[Tensor, dict[str, Any]]):
             if param in child.state or any(p is param for group in child.param_groups for p in group["params"]):
                 return child
         raise KeyError(param)
+
+
+def _step_part(child: Optimizer) -> None:
+    """A child's step, with the hooks that were registered on it; the global ones see the composite's step, once."""
+    for pre in tuple(child._optimizer_step_pre_hooks.values()):
+        pre(child, (child,), {})
+    child._step()
+    for post in tuple(child._optimizer_step_post_hooks.values()):
+        post(child, (child,), {})
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -25,10 +25,12 @@ from hbcore.wrappers.composite import Composite
 def hook_into_backward(model: nn.Module | Iterable[Tensor], optimizer: Optimizer | Composite) -> Release:
     """Let ``loss.backward()`` step each parameter as soon as its gradient is ready, then free the gradient.
 
-    Gradient memory shrinks to that of the largest gradient. Still call ``optimizer.step()`` after each backward, so that
-    schedulers count; it has nothing left to do. A parameter's step is the same as in ``optimizer.step()``, and a group counts
-    one step however many of its parameters were stepped. Gradients cannot be accumulated over several backwards, clipped over
-    the model or unscaled afterwards. ``torch.func`` transforms and ``retain_graph`` are not supported.
+    Gradient memory shrinks to that of the largest gradient. Call ``optimizer.step()`` after each backward: it ends the step,
+    and steps the parameters that are not hooked. A parameter's step is the same as without hooks, and a group counts one step
+    however many of its parameters were stepped during backward. Gradients cannot be accumulated over several backwards: a
+    second one before ``optimizer.step()`` is an error, so a trainer that accumulates is stopped. Nor can they be clipped over
+    the model or unscaled afterwards, since nothing is left of them. ``torch.func`` transforms and ``retain_graph`` are not
+    supported.
 
     Args:
         model: a module or parameters; trainable parameters that belong to the optimizer are hooked.
@@ -40,6 +42,7 @@ def hook_into_backward(model: nn.Module | Iterable[Tensor], optimizer: Optimizer
     Raises:
         OptionError: a rule needs the whole model, ``capturable=True``, or the optimizer needs a closure (SAMWrapper).
         ParameterError: none of the parameters belong to the optimizer, or one is sharded over ranks.
+        RuleError: (in backward) the second backward since the last ``optimizer.step()``, or one with the evaluation weights.
     """
     if isinstance(optimizer, Composite) and optimizer.requires_closure:
         raise OptionError(f"{type(optimizer).__name__} needs more than one backward per step; it cannot be hooked into one.")
@@ -89,7 +92,7 @@ class Hooked:
     core: ParameterCore | None = None
 
     def step(self, param: Tensor) -> GroupScalars:
-        """Step the parameter; return its group's scalars after the step."""
+        """Step the parameter; return those of its group's scalars that its step changed."""
         whole = self.optimizer.core
         if not whole.modes.training or whole.modes.averaging:
             raise RuleError(f"{whole.name}: backward ran with the evaluation weights; call optimizer.train() first.")
@@ -102,7 +105,8 @@ class Hooked:
         whole.modes.reset(training=True)
         if whole.settings.consume_grad:
             param.grad = None
-        return self.core.scalars_of(0)
+        before = whole.scalars_of(self.group)
+        return {name: value for name, value in self.core.scalars_of(0).items() if before.get(name) != value}
 
 
 class Release:
@@ -117,7 +121,11 @@ class Release:
         self._optimizer = optimizer
         self._stepped: set[Tensor] = set()
         self._carried: dict[tuple[Optimizer, int], GroupScalars] = {}
-        self._handles: list[Any] = [optimizer.register_step_pre_hook(lambda *_: self._end_round())]
+        self._handles: list[Any] = [
+            # after the step, which begins with the same scalars for parameters of the group that are not hooked
+            optimizer.register_step_post_hook(lambda *_: self._end_round()),
+            optimizer.register_load_state_dict_post_hook(lambda *_: self._begin_round()),
+        ]
 
     def hook(self, optimizer: Optimizer, group: int, index: int, param: Tensor) -> None:
         """Step ``param`` during every backward from now on."""
@@ -145,16 +153,23 @@ class Release:
 
     @torch.no_grad()
     def _take(self, param: Tensor) -> None:
-        if param in self._stepped:  # optimizer.step() was not called since the last backward
-            self._end_round()
         hooked = self.hooked[param]
-        self._carried[hooked.optimizer, hooked.group] = hooked.step(param)
+        if param in self._stepped:
+            raise RuleError(
+                f"{hooked.optimizer.core.name_of(hooked.group, hooked.index)} was stepped by the last backward already. "
+                "Gradient release steps during backward: gradients cannot be accumulated over several. Call optimizer.step() "
+                "after each backward, or accumulate without hook_into_backward."
+            )
+        self._carried.setdefault((hooked.optimizer, hooked.group), {}).update(hooked.step(param))
         self._stepped.add(param)
 
     def _end_round(self) -> None:
         """Commit each group's scalars once per backward, so that every parameter saw the same ones."""
         for (optimizer, g), scalars in self._carried.items():
-            optimizer.core.group_scalars[g] = dict(scalars)
+            optimizer.core.scalars_of(g).update(scalars)
+        self._begin_round()
+
+    def _begin_round(self) -> None:
         self._carried.clear()
         self._stepped.clear()
 

@@ -35,27 +35,47 @@ def pull(model, step):
     return sum((p * torch.randn(p.shape, generator=generator)).sum() for p in model.parameters())
 
 
-def train(model, optimizer, steps, calls_step=True, scheduler=None, loss=pull):
+def train(model, optimizer, steps, scheduler=None, loss=pull):
     for t in steps:
         loss(model, t).backward()
-        if calls_step:
-            optimizer.step()
+        optimizer.step()
         if scheduler is not None:
             scheduler.step()
 
 
-@pytest.mark.parametrize("calls_step", [True, False])
+@pytest.mark.parametrize("part", ["all", "some", "unfrozen later"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_is_the_same_as_step(name, calls_step):
+def test_it_is_the_same_as_step(name, part):
+    """However many of a group's parameters are hooked, the group counts once a step."""
+    model, plain = mlp(), mlp()
+    late = [m[0].weight for m in (model, plain)] if part == "unfrozen later" else []
+    for p in late:
+        p.requires_grad_(False)
+    optimizer, usual = OPTIMIZERS[name](model), OPTIMIZERS[name](plain)
+    hook_into_backward(list(model.parameters())[1:] if part == "some" else model, optimizer)
+    for steps in (range(3), range(3, 7)):
+        train(model, optimizer, steps)
+        train(plain, usual, steps)
+        for p in late:
+            p.requires_grad_(True).grad = None
+        assert distance(model.parameters(), plain.parameters()) < drift(torch.float32, 7)
+    for p in model.parameters():
+        p.grad = None
+    ours, theirs = optimizer.state_dict()["param_groups"], usual.state_dict()["param_groups"]
+    assert [g["hbcore"] for g in ours] == [g["hbcore"] for g in theirs]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_second_backward_before_the_step_is_an_error(name):
+    """As in a trainer that accumulates gradients: it used to step after each backward, silently."""
     model, plain = mlp(), mlp()
     optimizer, usual = OPTIMIZERS[name](model), OPTIMIZERS[name](plain)
     hook_into_backward(model, optimizer)
-    train(model, optimizer, range(7), calls_step)
-    train(plain, usual, range(7))
-    assert distance(model.parameters(), plain.parameters()) < drift(torch.float32, 7)
-    if calls_step:
-        ours, theirs = optimizer.state_dict()["param_groups"], usual.state_dict()["param_groups"]
-        assert [g["hbcore"] for g in ours] == [g["hbcore"] for g in theirs]
+    pull(model, 0).backward()
+    with pytest.raises(RuleError, match=r"parameter '.*cannot be accumulated.*Call optimizer.step\(\) after each backward"):
+        pull(model, 1).backward()
+    train(plain, usual, [0])
+    assert distance(model.parameters(), plain.parameters()) < drift(torch.float32, 1)
 
 
 @pytest.mark.parametrize("count", [1, 3])
