@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from hbcore.checkpoint import load, save
 from hbcore.engine.report import Report
+from hbcore.engine.step_hooks import step_outside_graphs
 from hbcore.errors import CheckpointError, OptionError
 from hbcore.optimizer import Optimizer
 
@@ -65,6 +66,8 @@ class Composite(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every child; ``closure`` recomputes the loss and is called once."""
+        if torch.compiler.is_compiling():
+            return step_outside_graphs(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():

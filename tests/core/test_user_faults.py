@@ -205,3 +205,22 @@ def test_tensors_handed_out_once_may_be_moved_at_any_later_time(hand_out):
     _, plain = trained("AdamW", steps=6)
     assert all(map(torch.equal, plain, params))
     assert all(torch.equal(a, b) for a, b in zip(saved(optimizer), saved(trained("AdamW", steps=6)[0]), strict=True))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SFAdamW", "Muon", "PSGDKron"])
+def test_under_torch_compile_a_step_breaks_the_graph_once(name):
+    from torch._dynamo.utils import counters
+
+    ours, others = parameters(SHAPES), parameters(SHAPES)
+    optimizer, plain = (hbcore.get(name)(params, lr=0.01) for params in (ours, others))
+    torch._dynamo.reset()
+    counters.clear()
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for grads in gradients(3, SHAPES):
+        for p, q, g in zip(ours, others, grads, strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        step()
+        plain.step()
+    assert all(map(torch.equal, ours, others))
+    assert counters["graph_break"].total() <= 2  # once in the caller's frame, once in step's; and nothing was traced within
+    assert not counters["stats"].get("unique_graphs")
