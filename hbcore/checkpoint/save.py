@@ -13,6 +13,7 @@ from hbcore.checkpoint import schema
 from hbcore.distributed.exchange import broadcast, owners
 from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like
 from hbcore.engine.core import OptimizerCore
+from hbcore.engine.graph.segment_spec import fixed
 from hbcore.state.expected import Logical
 from hbcore.state.slots import compact
 
@@ -51,7 +52,7 @@ def state_dict(core: OptimizerCore) -> dict[str, Any]:
     owned = owners(p for group in core.groups for p in group["params"])
     for g, group in enumerate(core.groups):
         start = sum(len(done["params"]) for done in groups)
-        packed = {k: plain(v) for k, v in group.items() if k != "params"}
+        packed = {k: plain(fixed(v) if k in core.chain.keys else v) for k, v in group.items() if k != "params"}
         packed = {k: v for k, v in packed.items() if _is_plain(v)}
         packed[schema.KEY] = record_of(core, g).dump()
         groups.append({**packed, "params": list(range(start, start + len(group["params"])))})

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from hbcore.errors import ParameterError, ParameterTypeError
 
@@ -44,7 +45,17 @@ def describe_param(groups: Sequence[dict[str, Any]], group: int, index: int) -> 
     """How messages refer to a parameter: by its name or else its index, with its shape."""
     names = groups[group].get("param_names")
     label = repr(names[index]) if names else f"number {index}"
-    return f"parameter {label} of group {group}, shape {tuple(groups[group]['params'][index].shape)},"
+    return f"parameter {label} of group {group}, {shape_of(groups[group]['params'][index])},"
+
+
+def is_lazy(p: Tensor) -> bool:
+    """Whether a parameter of a lazy module has no shape yet."""
+    return isinstance(p, UninitializedParameter)
+
+
+def shape_of(p: Tensor) -> str:
+    """How messages tell a parameter's shape."""
+    return "not initialized yet" if is_lazy(p) else f"shape {tuple(p.shape)}"
 
 
 def _members(optimizer: str, group: dict[str, Any], index: int, seen: dict[int, str]) -> list[Any]:
@@ -63,7 +74,7 @@ def _members(optimizer: str, group: dict[str, Any], index: int, seen: dict[int, 
                 f"{optimizer}: entry {i} of parameter group {index} is a {type(p).__name__}; an optimizer takes tensors."
             )
         label = f"parameter {name!r}" if name is not None else f"parameter number {i} of group {index}"
-        label = f"{label}, shape {tuple(p.shape)},"
+        label = f"{label}, {shape_of(p)},"
         if id(p) in seen:
             raise ParameterError(f"{optimizer}: {label} is the same tensor as {seen[id(p)]} pass each parameter once.")
         if not p.is_leaf and not p.retains_grad:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hbcore.engine.graph.segment_spec import SegmentSpec
+from hbcore.errors import HyperparameterError
 
 
 class Amp(NamedTuple):
@@ -25,13 +26,23 @@ def numbers(spec: SegmentSpec, group: Mapping[str, Any], carried: Mapping[str, f
     """The group's current hyperparameters and carried numbers, flattened as in ``spec.scalar_names``."""
     flat: list[float] = []
     for key, n in spec.dynamic:
-        if n is None:
-            flat.append(float(group[key]))
+        value = group[key]
+        if value.__class__ is float:  # nearly always
+            flat.append(value)
+        elif n is None:
+            flat.append(_number(key, value))
         else:
-            flat += map(float, group[key])
+            flat += [_number(key, v) for v in value]
     for name in spec.carried:
         flat.append(carried[name])
     return flat
+
+
+def _number(key: str, value: Any) -> float:
+    """A hyperparameter as a number; text, which ``float`` would take, is an oversight that no checkpoint would load."""
+    if isinstance(value, (str, bytes)):
+        raise HyperparameterError(f"{key}={value!r} in a param group is a {type(value).__name__}; write a number there.")
+    return float(value)
 
 
 def device_values(spec: SegmentSpec, group: Mapping[str, Any], step: Tensor, amp: Amp, model_numel: float) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -26,12 +26,17 @@ Reduce = Callable[[Tensor, str, Domain, str], Tensor]
 
 def length_of(value: Any) -> int | None:
     """The length of a tuple hyperparameter; None for a plain number."""
-    return len(value) if isinstance(value, (tuple, list)) else None
+    value = fixed(value)
+    return len(value) if isinstance(value, tuple) else None
 
 
 def fixed(value: Any) -> Any:
-    """A structural entry in hashable form: lists, which users may pass, become tuples."""
-    return tuple(value) if isinstance(value, list) else value
+    """An entry in hashable form: any sequence that users pass (a list, OmegaConf's ListConfig, an array) becomes a tuple."""
+    if isinstance(value, (tuple, str, bytes, Tensor)):
+        return value
+    if isinstance(value, Sequence):
+        return tuple(value)
+    return tuple(value.tolist()) if getattr(value, "ndim", 0) == 1 and hasattr(value, "tolist") else value
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ class SegmentSpec:
             return False
         for key, length in self.dynamic:
             value = group[key]
-            if value is None or (len(value) if isinstance(value, (tuple, list)) else None) != length:
+            if value.__class__ is not float and (value is None or length_of(value) != length):
+                return False
+            if value.__class__ is float and length is not None:
                 return False
         return True
 

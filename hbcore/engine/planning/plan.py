@@ -19,7 +19,7 @@ from hbcore.engine.planning.partition import Partition, example, partition
 from hbcore.engine.planning.segments import Member, Segment, SegmentKey
 from hbcore.engine.planning.state_init import StateInit
 from hbcore.engine.precision import autocast_off, autocasting
-from hbcore.errors import CompileError, SparseGradientError
+from hbcore.errors import CompileError, ParameterError, SparseGradientError
 from hbcore.rules import route
 from hbcore.rules.transform import Transform
 
@@ -160,6 +160,11 @@ class Plan:
         part = self._partition(g, group, p)
         segments = tuple(self._segment(part, level, p, g, i) for level in range(len(part.segments)))
         known = self.members.get(p)
+        if known is not None and known.local.shape != local(p.detach()).shape and self.core.state[p]:
+            raise ParameterError(
+                f"{self.core.name_of(g, i)} was given data of another shape; its state is for {tuple(known.local.shape)}. "
+                "Delete the state (del optimizer.state[p]) to start it afresh, or build a new optimizer."
+            )
         if known is None or known.group != g or known.segments != segments or not init.holds(known):
             init.add(g, p, part, segments)
 

@@ -13,7 +13,7 @@ from hbcore.engine.core import OptimizerCore
 from hbcore.engine.planning.partition import Partition
 from hbcore.engine.planning.segments import Member, Segment, aligned, is_transient
 from hbcore.engine.stacks.stack import ShardedView, Stack, StackKey, StackView
-from hbcore.errors import RuleError, StateWarning
+from hbcore.errors import ParameterError, RuleError, StateWarning
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Transform
 from hbcore.rules.views import Block
@@ -101,10 +101,19 @@ class StateInit:
                 if not (name.startswith("param#") and name in names):  # every segment reads what param_ecc keeps
                     names.append(name)
                 old = local(state[name])
+                if old.shape != part.shape:
+                    raise ParameterError(
+                        f"{self._who(n)} has state {name!r} of shape {tuple(old.shape)}; delete it (del optimizer.state[p]) to "
+                        "start afresh."
+                    )
                 if old.dtype != dtype or not aligned(old, part):
                     moved = torch.empty_like(part, dtype=dtype, requires_grad=False).copy_(old)
                     state[name] = spread_like(moved, n.param)
         return names
+
+    def _who(self, n: NewMember) -> str:
+        params = self.core.groups[n.group]["params"]
+        return self.core.name_of(n.group, next(i for i, p in enumerate(params) if p is n.param))
 
     def _move_in(self, n: NewMember, rule: Transform, view: StackView | ShardedView, state: dict[str, Any]) -> bool:
         """Move what the state has of a matrix rule's own slots into the stacks; return whether it differed from initial values.

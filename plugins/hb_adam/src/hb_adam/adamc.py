@@ -7,6 +7,9 @@ from typing import Any
 
 from hbcore.api import CorrectedDecay, Optimizer, ScaleByAdam, Transform, warn_at_caller
 
+LR = 0.0025
+"""The default learning rate."""
+
 
 class AdamC(Optimizer):
     r"""AdamW whose weight decay follows the learning rate twice, Defazio 2025 (arXiv:2506.02285), Algorithm 1.
@@ -24,13 +27,13 @@ class AdamC(Optimizer):
         betas: decay rates of the two moments, in [0, 1).
         eps: the smallest divisor, at least 0.
         max_lr: :math:`\gamma_{\max}`, the largest learning rate of the training, above 0; None, with a warning: each
-            group's initial ``lr``, which is right if the learning rate only falls from there.
+            group's initial ``lr``, which is right if the learning rate only falls from there (the default ``lr`` if it is 0).
         weight_decay: :math:`\lambda`.
 
     State: ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape, and ``step``.
     """
 
-    lr: float = 0.0025
+    lr: float = LR
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     max_lr: float | None = None
@@ -48,7 +51,8 @@ class AdamC(Optimizer):
         """Add a group, at any time; its ``max_lr`` defaults to the constructor's, or to its ``lr`` if that is None."""
         given: Any = param_group  # the base class rejects anything but a dict
         if isinstance(given, dict) and given.get("max_lr", self.defaults["max_lr"]) is None:
-            given = {**given, "max_lr": float(given.get("lr", self.defaults["lr"]))}
+            # a group that starts at 0, as a scheduler's warm-up does, says nothing about the largest rate
+            given = {**given, "max_lr": float(given.get("lr", self.defaults["lr"])) or LR}
         super().add_param_group(given)
 
     @staticmethod
