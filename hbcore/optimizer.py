@@ -10,7 +10,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
-from hbcore.checkpoint import dry_step, load, save
+from hbcore.checkpoint import dry_step, load, save, schema
 from hbcore.declaration import Declaration, collect, constructor, documented, inherited, signature, written_out
 from hbcore.engine import weight_modes
 from hbcore.engine.chain_spec import ChainSpec
@@ -72,16 +72,20 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
 
     def __init__(self, params: ParamsT, hyperparameters: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         name = type(self).__name__
+        checked = check_params(name, params)
+        options = {**schema.given_again(name, checked), **options}
         settings, scheduled = resolve(name, self.own, {**self.option_defaults, **options})
         if self.sparse_gradients:
             check(name, settings)
         defaults = {k: fixed(v) for k, v in {**scheduled, **hyperparameters}.items()}
         self.core = OptimizerCore(name, ChainSpec(type(self).chain, settings, defaults), self.sparse_gradients)
-        torch.optim.Optimizer.__init__(self, check_params(name, params), defaults)
+        self.core.options = schema.textual(options)
+        torch.optim.Optimizer.__init__(self, checked, defaults)
 
     @property
     def param_groups(self) -> list[Group]:
         """The param groups: dicts of parameters and hyperparameters, which schedulers and users may write to."""
+        save.refresh_records(self.core)
         return self.core.groups
 
     @param_groups.setter
@@ -283,6 +287,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         core = self.core = OptimizerCore(type(self).__name__, chain, self.sparse_gradients)
         core.state, core.groups = StateMap(rest.pop("state")), rest.pop("param_groups")
         core.group_scalars, core.modes.training = rest.pop("_progress"), rest.pop("_training", True)
+        core.options = schema.given_again(core.name, core.groups)
         super().__setstate__(rest)
 
     def __repr__(self) -> str:

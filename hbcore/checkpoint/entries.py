@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hbcore import registry
 from hbcore.checkpoint.migrations import Migration, path
-from hbcore.checkpoint.schema import Record
+from hbcore.checkpoint.schema import KEPT, Record
 from hbcore.distributed.placement import is_dtensor, local, shards_of, spread_like
 from hbcore.engine.core import OptimizerCore
 from hbcore.errors import CheckpointError, HbcoreError, StateWarning
@@ -71,7 +71,8 @@ class Reader:
         if not entry:
             return {}
         loaded: dict[str, Any] = {}
-        used = {"step"}
+        kept = {name for name in entry if isinstance(name, str) and name.startswith(KEPT)}
+        used = {"step", *kept}
         step = self._step(i, entry)
         slots = self.core.chain.expected(group, param)
         for rule in dict.fromkeys(slot.rule for slot in slots):
@@ -79,7 +80,10 @@ class Reader:
             values = self._rule(i, rule, mine, entry, step, used)
             loaded.update(values)
         for name, value in entry.items():
-            if name not in used:
+            if name in kept and isinstance(value, Tensor) and value.shape == param.shape:
+                part = local(param.detach())
+                loaded[name] = torch.empty_like(part, dtype=value.dtype, requires_grad=False).copy_(local(value))
+            elif name not in used:
                 self._unexpected(i, name, value, loaded)
         if loaded or not slots:
             loaded["step"] = torch.tensor(step, dtype=torch.float32, device="cpu")

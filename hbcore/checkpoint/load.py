@@ -46,6 +46,10 @@ def put(core: OptimizerCore, content: Content) -> None:
     for group, values in zip(core.groups, content.groups, strict=True):
         group.update(values)
     core.modes.reset(all(record.training for record in content.records if record))
+    for p, entry in content.state.items():
+        if kept := {name: entry.pop(name) for name in list(entry) if str(name).startswith(schema.KEPT)}:
+            core.modes.kept[p] = {name.removeprefix(schema.KEPT): t for name, t in kept.items()}
+    core.recorded = None
     core.group_scalars[:] = [dict(record.progress) if record else {} for record in content.records]
     _place(core, content.state)
 

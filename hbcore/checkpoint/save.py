@@ -31,7 +31,18 @@ def record_of(core: OptimizerCore, g: int) -> schema.Record:
         settings.seed,
         carried,
         core.modes.training,
+        {core.name: core.options} if core.options else {},
     )
+
+
+def refresh_records(core: OptimizerCore) -> None:
+    """Bring the strings in the groups up to date, for those who save groups on their own."""
+    if core.recorded == core.modes.training:
+        return
+    for g, group in enumerate(core.groups):
+        if schema.KEY in group:
+            group[schema.KEY] = record_of(core, g).dump()
+    core.recorded = core.modes.training
 
 
 def with_hooks(optimizer: torch.optim.Optimizer, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -78,6 +89,8 @@ def whole_entry(core: OptimizerCore, group: dict[str, Any], p: Tensor, owned: Ma
         else:
             entry.update({name: spread_like(t, p) for name, t in blank_local(slot, p).items()})
     entry.update({k: v for k, v in held.items() if k not in entry})
+    if not core.modes.training:
+        entry.update({schema.KEPT + name: spread_like(t, p) for name, t in core.modes.kept.get(p, {}).items()})
     return entry
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,10 @@ FORMAT = 1
 
 KEY = "hbcore"
 """The param group entry that holds the string."""
+
+KEPT = "train."
+"""What the names of the weights to train with begin with, in the state of an optimizer whose parameters hold those to evaluate
+with: computing one set from the other is not exact in low precision."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Record:
         seed: the seed of the optimizer's random numbers.
         progress: the scalars that the group carries from step to step.
         training: for rules with two sets of weights, whether the parameters held the training weights.
+        options: the optimizer's name -> the options that its constructor was given; a load leaves them alone.
     """
 
     rules: Mapping[str, int] = field(default_factory=dict)
@@ -33,10 +38,12 @@ class Record:
     seed: int = 0
     progress: Mapping[str, float] = field(default_factory=dict)
     training: bool = True
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def dump(self) -> str:
         """Serialize to the JSON string."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        content = {k: v for k, v in asdict(self).items() if v or k != "options"}
+        return json.dumps({"format": FORMAT, **content}, sort_keys=True)
 
 
 def read(text: Any, group: int) -> Record | None:
@@ -56,6 +63,7 @@ def read(text: Any, group: int) -> Record | None:
             int(data.get("seed", 0)),
             {str(k): float(v) for k, v in data.get("progress", {}).items()},
             bool(data.get("training", True)),
+            {str(k): dict(v) for k, v in data.get("options", {}).items()},
         )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"param group {group}: its {KEY!r} entry is not hbcore's ({error}); got {text!r:.120}.") from None
@@ -64,6 +72,29 @@ def read(text: Any, group: int) -> Record | None:
             f"param group {group} has checkpoint format {format_}, but this hbcore reads only up to {FORMAT}; upgrade hbcore."
         )
     return record
+
+
+def textual(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of an optimizer's options that a string can hold: not functions, nor tensors."""
+    return {name: value for name, value in options.items() if _is_textual(value)}
+
+
+def _is_textual(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_textual, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def given_again(optimizer: str, groups: Iterable[Any]) -> dict[str, Any]:
+    """The options of the optimizer that ``groups`` come from, if it is of the same name: ``type(o)(o.param_groups)``."""
+    found: dict[str, Any] = {}
+    for i, group in enumerate(groups):
+        try:
+            record = read(group.get(KEY), i) if isinstance(group, dict) else None
+        except CheckpointError:  # the user's own entry of that name
+            continue
+        found.update(record.options.get(optimizer, {}) if record is not None else {})
+    return found
 
 
 def _no_constant(name: str) -> float:

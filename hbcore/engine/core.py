@@ -62,6 +62,8 @@ class OptimizerCore:
         groups: the param groups, the very list that the optimizer shows.
         state: parameter -> its slots.
         exposed: whether somebody outside the engine was handed state tensors, and may put other memory under them at any time.
+        options: the options that the user gave, as far as text can hold them.
+        recorded: for which of :attr:`Modes.training` the strings in the groups are current; None if they are not.
         group_scalars: what each group carries from step to step, by the group's index.
         report: how steps ran.
         modes: which weights the parameters hold.
@@ -73,6 +75,8 @@ class OptimizerCore:
         self.groups: list[Group] = []
         self.state = StateMap({})
         self.exposed = False
+        self.options: Mapping[str, Any] = {}
+        self.recorded: bool | None = None
         self.group_scalars: list[GroupScalars] = []
         self.report, self.modes = Report(), Modes()
         self.plan: StepPlan | None = None
@@ -95,7 +99,7 @@ class OptimizerCore:
     def replace_groups(self, groups: list[Group]) -> None:
         """Use another list of groups, as wrappers of optimizers assign."""
         if groups is not self.groups:
-            self.groups = groups
+            self.groups, self.recorded = groups, None
             self.invalidate()
 
     def replace_state(self, state: Mapping[Tensor, Any]) -> None:
@@ -105,10 +109,12 @@ class OptimizerCore:
             self.invalidate()
         if not state:
             self.group_scalars.clear()
+            self.recorded = None
             self.modes.reset(training=True)
 
     def scalars_of(self, g: int) -> GroupScalars:
-        """What group ``g`` carries from step to step."""
+        """What group ``g`` carries from step to step, to be read or changed."""
+        self.recorded = None
         while len(self.group_scalars) <= g:
             self.group_scalars.append({})
         return self.group_scalars[g]

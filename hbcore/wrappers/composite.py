@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from hbcore.checkpoint import load, save
+from hbcore.engine.core import Group
 from hbcore.engine.report import Report
 from hbcore.engine.step_hooks import step_outside_graphs
 from hbcore.errors import CheckpointError, OptionError
@@ -38,6 +39,17 @@ class Composite(torch.optim.Optimizer):
         defaults = [child.defaults for child in self.children]
         shared = {k: v for k, v in defaults[0].items() if all(k in d and _equal(d[k], v) for d in defaults)}
         super().__init__([group for child in self.children for group in child.param_groups], shared)
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The children's own groups, in the order in which they were added."""
+        for child in self.children:
+            save.refresh_records(child.core)
+        return self._groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        self._groups = groups
 
     @property  # type: ignore[override]
     def state(self) -> MutableMapping[Tensor, dict[str, Any]]:
@@ -192,8 +204,8 @@ class Composite(torch.optim.Optimizer):
             self.state = state.get("state", self.state)
             return
         self.children = state["children"]
-        groups = [group for child in self.children for group in child.param_groups]
-        super().__setstate__({**state, "param_groups": groups})
+        self._groups = [group for child in self.children for group in child.param_groups]
+        super().__setstate__(state)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} of\n" + "\n".join(map(repr, self.children))
