@@ -26,7 +26,7 @@ from hbcore.engine.shared_options import SharedOptions
 from hbcore.engine.step_hooks import observed, step_outside_graphs
 from hbcore.errors import ParameterTypeError, RuleError
 from hbcore.rules.transform import Transform
-from hbcore.state.slots import StateMap, compact
+from hbcore.state.slots import StateMap, compacted
 
 
 class Optimizer(SharedOptions, torch.optim.Optimizer):
@@ -229,6 +229,8 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         super().add_param_group(group)
         added = self.param_groups[-1]
         added["hbcore"] = save.record_of(core, index).dump()
+        if any(map(weight_modes.has_modes, chain.every(added))):
+            added[save.MODE] = core.modes.training
         narrow(core, added["params"])
         core.invalidate()
 
@@ -274,7 +276,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
             "_training": core.modes.training,
             "_structure": (core.settings, core.chain.defaults, core.chain.hyper),
             "defaults": self.defaults,
-            "state": {p: {k: compact(v) for k, v in s.items()} for p, s in core.state.items()},
+            "state": {p: compacted(s) for p, s in core.state.items()},
             "param_groups": core.groups,
         }
 

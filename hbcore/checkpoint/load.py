@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hbcore.checkpoint import schema
+from hbcore.checkpoint import save, schema
 from hbcore.checkpoint.entries import Reader
 from hbcore.distributed.placement import is_dtensor, local
 from hbcore.engine.core import OptimizerCore
@@ -22,11 +22,12 @@ from hbcore.errors import CheckpointError, HyperparameterError
 
 
 class Content(NamedTuple):
-    """Validated checkpoint content for an optimizer: group entries, records and each parameter's state."""
+    """Validated checkpoint content for an optimizer: group entries, records, each parameter's state, and the user's own."""
 
     groups: list[dict[str, Any]]
     records: list[schema.Record | None]
     state: dict[Tensor, dict[str, Any]]
+    own: dict[Any, Any]
 
 
 @contextmanager
@@ -52,11 +53,14 @@ def put(core: OptimizerCore, content: Content) -> None:
     core.recorded = None
     core.group_scalars[:] = [dict(record.progress) if record else {} for record in content.records]
     _place(core, content.state)
+    for key in core.state.own():
+        del core.state[key]
+    core.state.update(content.own)
 
 
 def _place(core: OptimizerCore, state: dict[Tensor, dict[str, Any]]) -> None:
     """Copy loaded state into the existing tensors, so that captured graphs stay valid; replace those if they do not match."""
-    fits = core.plan is not None and set(state) == set(core.state) and not _primes(core)
+    fits = core.plan is not None and set(state) == set(core.state) - set(core.state.own()) and not _primes(core)
     fits = fits and all(_alike(core.state[p], entry) for p, entry in state.items())
     if not fits:
         core.state.clear()
@@ -111,12 +115,14 @@ def read(core: OptimizerCore, state_dict: Mapping[str, Any], strict: bool) -> Co
         reader = Reader(core, g, records[-1], theirs, strict)
         for i, key in enumerate(_match(core, theirs, ours, g, strict)):
             entry = None if key is None else state_dict["state"].get(key)
-            loaded = reader.read(i, entry)
+            frozen = records[-1] is not None and key in [theirs["params"][k] for k in records[-1].frozen]
+            loaded = {} if entry is None and frozen else reader.read(i, entry)
             if loaded:
                 state[ours["params"][i]] = loaded
-    if strict and (strangers := [k for k in state_dict["state"] if k not in known]):
+    own = {k: v for k, v in state_dict["state"].items() if not isinstance(k, int) and k not in known}
+    if strict and (strangers := [k for k in state_dict["state"] if k not in known and k not in own]):
         raise CheckpointError(f"{name}: the checkpoint has state for {strangers[:5]}, which is in none of its param groups.")
-    return Content(groups, records, state)
+    return Content(groups, records, state, copy.deepcopy(own))
 
 
 def _match(core: OptimizerCore, theirs: Mapping[str, Any], ours: Mapping[str, Any], g: int, strict: bool) -> list[Any]:
@@ -142,7 +148,9 @@ def _match(core: OptimizerCore, theirs: Mapping[str, Any], ours: Mapping[str, An
 
 def _numbers(core: OptimizerCore, theirs: Mapping[str, Any], ours: dict[str, Any], g: int) -> dict[str, Any]:
     """The group entries taken from the checkpoint: numbers, and entries added by schedulers or users."""
-    keep = {"params", "param_names", schema.KEY}
+    keep = {"params", schema.KEY, save.MODE}
+    if "param_names" in ours or len(theirs.get("param_names") or ()) != len(ours["params"]):
+        keep.add("param_names")  # an optimizer without names takes the checkpoint's, as in torch
     structural = {k for k in core.chain.keys if k not in core.chain.dynamic(ours)}
     values = {k: copy.deepcopy(v) for k, v in theirs.items() if k not in keep and k not in structural}
     try:

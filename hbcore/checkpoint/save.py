@@ -21,6 +21,10 @@ PLAIN = (bool, int, float, str, type(None), Tensor)
 """Types that a group entry may contain and still load with ``weights_only=True``."""
 
 
+MODE = "train_mode"
+"""The group entry of optimizers with two sets of weights that says which one the parameters hold, as schedulefree has it."""
+
+
 def record_of(core: OptimizerCore, g: int) -> schema.Record:
     """The checkpoint record of one group."""
     settings = core.settings
@@ -32,6 +36,7 @@ def record_of(core: OptimizerCore, g: int) -> schema.Record:
         carried,
         core.modes.training,
         {core.name: core.options} if core.options else {},
+        tuple(i for i, p in enumerate(core.groups[g]["params"]) if not (p.requires_grad or core.state.get(p))),
     )
 
 
@@ -42,6 +47,8 @@ def refresh_records(core: OptimizerCore) -> None:
     for g, group in enumerate(core.groups):
         if schema.KEY in group:
             group[schema.KEY] = record_of(core, g).dump()
+        if MODE in group:
+            group[MODE] = core.modes.training
     core.recorded = core.modes.training
 
 
@@ -58,6 +65,7 @@ def with_hooks(optimizer: torch.optim.Optimizer, make: Callable[[], dict[str, An
 
 def state_dict(core: OptimizerCore) -> dict[str, Any]:
     """See :meth:`hbcore.optimizer.Optimizer.state_dict`."""
+    refresh_records(core)
     groups: list[dict[str, Any]] = []
     state: dict[Any, dict[str, Any]] = {}
     owned = owners(p for group in core.groups for p in group["params"])
@@ -71,7 +79,8 @@ def state_dict(core: OptimizerCore) -> dict[str, Any]:
             entry = whole_entry(core, group, p, owned)
             if entry:
                 state[i] = entry
-    return {"state": state, "param_groups": groups}
+    own = {key: value for key, value in core.state.own().items() if not isinstance(key, int)}  # numbers are parameters there
+    return {"state": {**state, **own}, "param_groups": groups}
 
 
 def whole_entry(core: OptimizerCore, group: dict[str, Any], p: Tensor, owned: Mapping[Tensor, int]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Record:
         seed: the seed of the optimizer's random numbers.
         progress: the scalars that the group carries from step to step.
         training: for rules with two sets of weights, whether the parameters held the training weights.
+        frozen: the indices, in the group, of parameters that were not trained and have no state.
         options: the optimizer's name -> the options that its constructor was given; a load leaves them alone.
     """
 
@@ -39,10 +40,11 @@ class Record:
     progress: Mapping[str, float] = field(default_factory=dict)
     training: bool = True
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    frozen: tuple[int, ...] = ()
 
     def dump(self) -> str:
         """Serialize to the JSON string."""
-        content = {k: v for k, v in asdict(self).items() if v or k != "options"}
+        content = {k: v for k, v in asdict(self).items() if v or k not in ("options", "frozen")}
         return json.dumps({"format": FORMAT, **content}, sort_keys=True)
 
 
@@ -64,6 +66,7 @@ def read(text: Any, group: int) -> Record | None:
             {str(k): float(v) for k, v in data.get("progress", {}).items()},
             bool(data.get("training", True)),
             {str(k): dict(v) for k, v in data.get("options", {}).items()},
+            tuple(map(int, data.get("frozen", ()))),
         )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"param group {group}: its {KEY!r} entry is not hbcore's ({error}); got {text!r:.120}.") from None

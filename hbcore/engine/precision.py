@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -29,7 +30,12 @@ def autocast_off() -> Iterator[None]:
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Products of float32 matrices in float32, whatever precision the model asked torch for: TF32 would spoil a basis."""
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch 2.9's fp32_precision was set, and the two do not mix
+        with _ieee_products():
+            yield
+        return
     if before == "highest":
         yield
         return
@@ -38,3 +44,17 @@ def exact_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
+    """The same in terms of ``fp32_precision``."""
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

@@ -77,7 +77,7 @@ class Slots(dict[Any, Any]):
 
 
 class StateMap(dict[Tensor, Slots]):
-    """Parameter -> its :class:`Slots`, created on first access as in ``defaultdict(dict)``."""
+    """Parameter -> its :class:`Slots`, created on first access as in ``defaultdict(dict)``; and entries of the user's own."""
 
     param = None  # its own writes concern all parameters
 
@@ -91,6 +91,9 @@ class StateMap(dict[Tensor, Slots]):
         return self[param]
 
     def __setitem__(self, param: Tensor, slots: Mapping[str, Any]) -> None:
+        if not isinstance(param, Tensor):  # the user's own entry
+            super().__setitem__(param, slots)
+            return
         self.revision.written(param)
         super().__setitem__(param, Slots(self.revision, param, slots))
 
@@ -106,6 +109,11 @@ class StateMap(dict[Tensor, Slots]):
     def _put(self, param: Tensor, slots: Mapping[str, Any]) -> Slots:
         self[param] = slots
         return self[param]
+
+    def own(self) -> dict[Any, Any]:
+        """The user's entries, whose keys are no parameters."""
+        keys: list[Any] = list(self)
+        return {key: self[key] for key in keys if not isinstance(key, Tensor)}
 
     def __delitem__(self, param: Tensor) -> None:
         self.revision.written(param)
@@ -123,3 +131,8 @@ def compact(value: Any) -> Any:
     """A copy of ``value`` if it is a tensor that views part of a larger storage; otherwise ``value``."""
     shares = isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.numel() * value.element_size()
     return value.clone() if shares else value
+
+
+def compacted(slots: Any) -> Any:
+    """A parameter's state with :func:`compact` tensors, as a plain dict; the user's own entries as they are."""
+    return {k: compact(v) for k, v in slots.items()} if isinstance(slots, Slots) else slots

@@ -61,6 +61,8 @@ class Composite(torch.optim.Optimizer):
         for child in self.children:
             params = (p for group in child.param_groups for p in group["params"])
             child.state = {p: content[p] for p in params if p in content}
+        keys: list[Any] = list(content)
+        self.children[0].state.update({key: content[key] for key in keys if not isinstance(key, Tensor)})
 
     @property
     def report(self) -> Report:
@@ -155,8 +157,10 @@ class Composite(torch.optim.Optimizer):
         self._hand_down()
         state: dict[int, Any] = {}
         groups: dict[int, dict[str, Any]] = {}
+        users: dict[Any, Any] = {}
         for child in self.children:
             saved = child.state_dict()
+            users.update({key: value for key, value in saved["state"].items() if not isinstance(key, int)})
             for own, group in zip(child.param_groups, saved["param_groups"], strict=True):
                 groups[id(own)] = {**group, "entries": [saved["state"].get(i) for i in group["params"]]}
         merged: list[dict[str, Any]] = []
@@ -165,7 +169,7 @@ class Composite(torch.optim.Optimizer):
             entries, start = group.pop("entries"), sum(len(done["params"]) for done in merged)
             merged.append({**group, "params": list(range(start, start + len(entries)))})
             state.update({start + i: entry for i, entry in enumerate(entries) if entry})
-        return {"state": state, "param_groups": merged}
+        return {"state": {**state, **users}, "param_groups": merged}
 
     def _parts(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Optimizer, dict[str, Any]]]:
         """Each child and its part of a state dict."""
@@ -179,7 +183,9 @@ class Composite(torch.optim.Optimizer):
             )
         listed = {key for group in saved for key in group.get("params", ())}
         strangers = {key: entry for key, entry in state.items() if key not in listed}
-        for child in self.children:
+        for i, child in enumerate(self.children):
+            if i == 1:  # the first child has the user's own entries, and raises if there are others
+                strangers = {}
             mine = {id(group) for group in child.param_groups}
             groups = [theirs for own, theirs in zip(self.param_groups, saved, strict=True) if id(own) in mine]
             keys = {key for group in groups for key in group.get("params", ())}
@@ -239,7 +245,9 @@ class States(MutableMapping[Tensor, dict[str, Any]]):
     def __repr__(self) -> str:
         return repr(dict(self))
 
-    def _owner(self, param: Tensor) -> Optimizer:
+    def _owner(self, param: Any) -> Optimizer:
+        if not isinstance(param, Tensor):  # an entry of the user's own
+            return self._children[0]
         for child in self._children:
             if param in child.state or any(p is param for group in child.param_groups for p in group["params"]):
                 return child

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +14,7 @@ from core.test_user_faults import FAMILIES, SHAPES, saved, trained
 
 import hbcore
 from hb_adam import AdamW
-from hbcore.errors import HyperparameterError, ParameterError
+from hbcore.errors import CheckpointError, HyperparameterError, OptionError, ParameterError
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -101,3 +103,89 @@ def test_a_learning_rate_of_zero_is_one_to_start_from():
     with pytest.warns(UserWarning, match="max_lr"):
         optimizer = hbcore.get("AdamC")(parameters(SHAPES), lr=0.0)
     assert optimizer.param_groups[0]["max_lr"] == 0.0025
+
+
+def is_matrix(p):
+    return p.ndim > 1
+
+
+def split(params, **options):
+    return hbcore.SplitOpt(params, [{"optimizer": "Muon", "when": is_matrix}, {"optimizer": "AdamW"}], **options)
+
+
+@pytest.mark.parametrize("make", [AdamW, split], ids=["AdamW", "SplitOpt"])
+@pytest.mark.parametrize("value", [5, {"x": 1}, "text"], ids=str)
+def test_an_entry_of_the_users_own_in_the_state_is_kept_saved_and_loaded(make, value):
+    params, others = parameters(SHAPES), parameters(SHAPES)
+    optimizer, other = make(params, lr=0.01), make(others, lr=0.01)
+    run(optimizer, params, gradients(2, SHAPES))
+    optimizer.state["mine"] = value
+    run(optimizer, params, gradients(2, SHAPES))
+    assert optimizer.state["mine"] == value
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.state["mine"] == value
+    assert pickle.loads(pickle.dumps(optimizer)).state["mine"] == value
+
+
+def test_an_optimizer_without_names_takes_those_of_the_checkpoint():
+    params = parameters(SHAPES)
+    named = AdamW([(f"layer.{i}", p) for i, p in enumerate(params)], lr=0.01)
+    run(named, params, gradients(1, SHAPES))
+    other = AdamW(parameters(SHAPES), lr=0.01)
+    other.load_state_dict(copy.deepcopy(named.state_dict()))
+    assert other.param_groups[0]["param_names"] == [f"layer.{i}" for i in range(len(params))]
+    other.load_state_dict(copy.deepcopy(named.state_dict()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_parameter_that_was_saved_frozen_starts_afresh(name):
+    params, others = parameters(SHAPES), parameters(SHAPES)
+    params[0].requires_grad_(False)
+    optimizer, other = (hbcore.get(name)(ps, lr=0.01) for ps in (params, others))
+    for grads in gradients(3, SHAPES):
+        run(optimizer, params[1:], [grads[1:]])
+    saved = copy.deepcopy(optimizer.state_dict())
+    other.load_state_dict(saved)
+    run(other, others, gradients(2, SHAPES))
+    assert all(p.isfinite().all() for p in others)
+    assert float(other.state[others[1]]["step"]) >= 4  # SOAP counts no step at its first gradient
+    del saved["state"][1]  # one that was trained is missed
+    with pytest.raises(CheckpointError, match=r"number 1 .* has no state"):
+        other.load_state_dict(saved)
+
+
+def test_a_group_says_which_weights_a_schedule_free_optimizer_holds():
+    params = parameters(SHAPES)
+    optimizer = hbcore.get("SFAdamW")(params, lr=0.01)
+    run(optimizer, params, gradients(1, SHAPES))
+    assert optimizer.param_groups[0]["train_mode"] is True
+    optimizer.eval()
+    assert optimizer.param_groups[0]["train_mode"] is False
+    assert optimizer.state_dict()["param_groups"][0]["train_mode"] is False
+    assert "train_mode" not in AdamW(parameters(SHAPES)).param_groups[0]
+
+
+def test_sam_takes_an_instance_with_its_parameters_as_heavyball_does():
+    params = parameters(SHAPES)
+    inner = AdamW(params, lr=0.01)
+    assert hbcore.get("SAMWrapper")(params, wrapped_optimizer=inner).children == [inner]
+    with pytest.raises(OptionError, match="pass it alone, or with those parameters"):
+        hbcore.get("SAMWrapper")(params[:1], wrapped_optimizer=inner)
+
+
+@pytest.mark.parametrize("name", ["Muon", "SOAP", "PSGDKron"])
+def test_torchs_new_setting_of_precision_is_left_as_it_is(name):
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has no such setting")
+    expected, before = trained(name)[1], matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        assert all(map(torch.equal, trained(name)[1], expected))
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_beta_none_is_the_default():
+    assert hbcore.get("PSGDKron")(parameters(SHAPES), beta=None).param_groups[0]["beta"] == 0.9

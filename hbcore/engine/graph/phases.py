@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from hbcore.engine.graph.program import CARRIED, NOISE, REDUCERS, Phase, Program, Reduction
+from hbcore.engine.graph.program import CARRIED, NOISE, REDUCERS, Phase, Program, Reduction, module_of
 from hbcore.errors import TraceError
 from hbcore.rules.transform import Domain
 
@@ -102,7 +102,7 @@ def _host(graph: fx.Graph, live: Iterable[fx.Node], hoisted: Sequence[fx.Node], 
                 copies[n].target, copies[n].args = torch.ops.aten.full.default, ([], n.args[0])
             copies[n].kwargs = {k: v for k, v in n.kwargs.items() if k != "device"}  # Program.scalars sets it
     host.output(tuple(copies[n] for n in hoisted))
-    return fx.GraphModule(torch.nn.Module(), host)
+    return module_of(host)
 
 
 def _plan(
@@ -166,7 +166,7 @@ def _phase(
             outputs[i] = graph.call_function(torch.ops.aten.clone.default, (copies[n],))
     graph.output(tuple(outputs))
     phase = Phase(
-        graph=fx.GraphModule(torch.nn.Module(), graph),
+        graph=module_of(graph),
         tensors=tuple(tensors.values()),
         scalars=tuple(scalars[n] for n in given if n in scalars),
         sums=tuple(summed[n] for n in given if n in summed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -140,3 +141,13 @@ class Program:
     @cached_property
     def _python(self) -> Numbers | None:
         return as_python(self.host)
+
+
+def module_of(graph: fx.Graph) -> fx.GraphModule:
+    """The graph as a module. torch keeps each module's source for tracebacks, for ever; this one's is let go."""
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    name = module.forward.__code__.co_filename
+    linecache.cache.pop(name, None)
+    sources: dict[str, str] = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
+    sources.pop(name, None)
+    return module

@@ -120,14 +120,25 @@ class SAMWrapper(Composite):
 
 def _built(params: Any, wrapped: str | type[Optimizer] | Optimizer, options: dict[str, Any]) -> Optimizer:
     if isinstance(wrapped, Optimizer):
-        if params is not None or options:
-            raise OptionError("SAMWrapper: an optimizer instance has its parameters and options already; pass it alone.")
+        own = {p for group in wrapped.param_groups for p in group["params"]}
+        given = None if params is None else {p for group in _groups(params) for p in group["params"]}
+        if options or (given is not None and given != own):
+            raise OptionError(
+                "SAMWrapper: an optimizer instance has its own options and parameters; pass it alone, or with those parameters."
+            )
         return wrapped
     cls: Any = hbcore.get(wrapped) if isinstance(wrapped, str) else wrapped
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise OptionError(f"SAMWrapper: {wrapped!r} is not an hbcore optimizer; pass a class, a name or an instance.")
     optimizer: Optimizer = cls(params, **options)
     return optimizer
+
+
+def _groups(params: Any) -> list[dict[str, Any]]:
+    """Any valid ``params`` argument as groups of bare tensors."""
+    members = list(params)
+    groups = members if members and isinstance(members[0], dict) else [{"params": members}]
+    return [{"params": [p[1] if isinstance(p, tuple) else p for p in group["params"]]} for group in groups]
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -191,7 +191,7 @@ class PSGDKron(Optimizer):
 
     Args:
         lr: learning rate.
-        beta: decay of the momentum, in [0, 1).
+        beta: decay of the momentum, in [0, 1); None for the default.
         betas: another spelling; its first number overrides ``beta``, the others are ignored.
         preconditioner_update_probability: refreshes per step, in [0, 1]; None for :func:`update_probability`.
         max_size_triangular: larger dimensions get a diagonal factor.
@@ -248,7 +248,8 @@ class PSGDKron(Optimizer):
             if (value := h.pop(option)) != only:
                 raise OptionError(f"{type(self).__name__}: {option}={value!r} is not supported yet; leave it at {only!r}.")
         betas = h.pop("betas")
-        return h if betas is None else {**h, "beta": betas[0]}
+        beta = h["beta"] if betas is None else betas[0]
+        return {**h, "beta": 0.9 if beta is None else beta}
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:
