@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from core.rules import matrix, moment, optimizer_with, parameter, rule
+from core.rules import matrix, moment, optimizer_with, parameter, rule, stepped
 
 from hbcore.api import Block, Domain, Parallel, Route, Slot, Transform, hyper, is_matrix, zeros
 from hbcore.errors import RuleError
@@ -171,6 +171,13 @@ def test_slots_are_asked_with_the_shape_that_the_documentation_promises(make):
     loaded = optimizer_with(lambda h: (made(h.beta),))(params, ecc="bf16+8")
     loaded.load_state_dict(optimizer.state_dict())
     assert {*asked} == {(4, 3, 2) if make is rule else (4, 6)}
+
+
+@pytest.mark.parametrize("name", ["my rule", "1", "a-b", "ä.b", "x\ny"])
+def test_a_rule_may_be_called_anything(name):
+    made = rule(lambda self, u, s, c: (u / c.norm(u), {"m": s["m"]}), name=name, domain=Domain.TENSOR)
+    optimizer = stepped(made, parameter(3), compile="triton")
+    assert (optimizer.report.backend, optimizer.report.reasons) == ("triton", [])
 
 
 def test_two_rules_may_not_have_one_slot_of_a_block():
