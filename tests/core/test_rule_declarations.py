@@ -8,6 +8,7 @@ import pytest
 import torch
 from core.rules import matrix, moment, optimizer_with, parameter, rule, stepped
 
+import hbcore.api
 from hbcore.api import Block, Domain, Parallel, Route, Slot, Transform, hyper, is_matrix, zeros
 from hbcore.errors import RuleError
 
@@ -183,3 +184,10 @@ def test_a_rule_may_be_called_anything(name):
 def test_two_rules_may_not_have_one_slot_of_a_block():
     with pytest.raises(RuleError, match="both claim the slot 'm'"):
         optimizer_with(lambda h: (ok(h.beta), matrix()(h.beta)))([parameter(3, 2)])
+
+
+def test_the_stages_of_the_api_are_those_of_the_engine():
+    from hbcore.rules.stages import ORDER
+
+    assert hbcore.api.STAGES == ORDER
+    assert {hbcore.api.StateCodec, hbcore.api.Migration, hbcore.api.DecayWeights}
