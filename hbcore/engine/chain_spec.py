@@ -14,7 +14,7 @@ from hbcore.engine.options import Settings
 from hbcore.engine.shared_options import SCHEDULED
 from hbcore.errors import HyperparameterError, ParameterError, RuleError
 from hbcore.rules import palm, route
-from hbcore.rules.contract import slot_names, title, transforms_of
+from hbcore.rules.contract import scalar_names, slot_names, title, transforms_of
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.expected import Logical, expected
 
@@ -165,7 +165,7 @@ def check_slots(chain: ChainSpec, group: Group) -> None:
             if t.domain == Domain.MATRIX and p.is_complex():
                 continue  # :meth:`ChainSpec.refuse_complex` says so
             names = slot_names(t, seen(p))
-            for name in names:
+            for name in (*names, *scalar_names(t)):
                 if name in owners:
                     raise RuleError(f"{owners[name]!r} and {t.name!r} both claim the slot {name!r}; rename one of them.")
                 owners[name] = t.name

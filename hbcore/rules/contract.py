@@ -97,6 +97,21 @@ def blocks_of(t: Transform, shape: torch.Size) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
+def scalar_names(t: Transform) -> set[str]:
+    """The names of the numbers that a group carries for a rule.
+
+    Raises:
+        RuleError: ``scalars`` did not return a dict of numbers by name.
+    """
+    scalars: Any = t.scalars()
+    if not isinstance(scalars, Mapping) or not all(isinstance(v, (Real, Tensor)) for v in scalars.values()):
+        what = kind(scalars) if not isinstance(scalars, Mapping) else f"the values {[*scalars.values()]}"
+        raise RuleError(f"{title(t, 'scalars')} returned {what}; return a dict of numbers by name: {{'weight_sum': 0.0}}.")
+    for name in scalars:
+        _check_text(t, name, "scalars")
+    return {*scalars}
+
+
 class Slots(dict[str, Tensor]):
     """A rule's state, by slot."""
 
@@ -144,6 +159,8 @@ def checked(t: Transform, returned: Any, update: Tensor, state: Mapping[str, Ten
             f"{title(t)} returned an update of shape {tuple(new_update.shape)} where it was given {_shape(update)}; an update "
             "keeps its shape."
         )
+    if new_update.is_complex() and not update.is_complex():
+        raise RuleError(f"{title(t)} returned a complex update; take its real part, or what else is meant.")
     check_state(t, new, state, whole)
     return new_update, new
 
@@ -157,6 +174,8 @@ def check_state(t: Transform, new: Any, state: Mapping[str, Tensor], whole: bool
             raise RuleError(unknown_slot(t, name, state, "returned"))
         if not isinstance(value, Tensor):
             raise RuleError(f"{title(t, method)} returned {kind(value)} for the slot {name!r}; return a tensor.")
+        if value.is_complex() and not state[name].is_complex():
+            raise RuleError(f"{title(t, method)} returned a complex value for the slot {name!r}; slots are real.")
         if value.shape != state[name].shape:
             raise RuleError(
                 f"{title(t, method)} returned shape {tuple(value.shape)} for the slot {name!r}, whose shape is "
@@ -187,6 +206,7 @@ def _check_rule(t: Any, where: str) -> None:
             for each in branch:
                 _check_rule(each, where)
         return
+    _check_methods(t)
     for each in _within(t):
         _check_rule(each, where)
 
@@ -198,16 +218,33 @@ def _within(t: Transform) -> Iterator[Transform]:
 
 
 def _check_name(t: Transform, name: Any) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r"[^\W\d][\w.]*", name):
-        raise RuleError(
-            f"{title(t, 'slots')}: {name!r} is not the name of a slot; names are made of letters, digits, underscores and "
-            "dots, as in 'exp_avg'."
-        )
+    _check_text(t, name, "slots")
     if name in RESERVED or name.startswith(PREFIXES):
         raise RuleError(
             f"{title(t, 'slots')}: a slot cannot be called {name!r}; the engine uses {', '.join(RESERVED)}, and names that "
             f"begin with {', '.join(PREFIXES)}, itself. Rename it."
         )
+
+
+def _check_text(t: Transform, name: Any, method: str) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[^\W\d][\w.]*", name):
+        raise RuleError(
+            f"{title(t, method)}: {name!r} is not the name of a {method[:-1]}; names are made of letters, digits, underscores "
+            "and dots, as in 'exp_avg'."
+        )
+
+
+def _check_methods(t: Transform) -> None:
+    """Check that a rule defines what it announces, and a matrix rule's answers that need no parameter."""
+    where, cls = f"rule {t.name!r} ({type(t).__name__})", type(t)
+    if cls.update is Transform.update and cls.update_stacks is Transform.update_stacks:
+        raise RuleError(f"{where} does not define update(u, s, c).")
+    if t.primes and (t.domain != Domain.MATRIX or cls.prime is Transform.prime):
+        raise RuleError(f"{where} has primes = True, which is for rules of Domain.MATRIX that define prime(u, s, c).")
+    if t.domain == Domain.MATRIX:
+        rate: Any = t.rate(1)
+        if not isinstance(rate, Real) or not 0 <= float(rate) <= 1:
+            raise RuleError(f"{title(t, 'rate')} returned {rate!r} for step 1; return a number in [0, 1].")
 
 
 def _check_slot(t: Transform, name: str, slot: Slot, param: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hbcore.errors import RuleError
 from hbcore.rules.declared import check_branch
 from hbcore.rules.transform import Bounds, Transform
 
@@ -38,6 +39,10 @@ class Route(Transform):
     def __post_init__(self) -> None:
         check_branch("Route", self.then, Transform)
         check_branch("Route", self.otherwise, Transform)
+        if not callable(self.when):
+            raise RuleError(
+                f"the condition of a Route is {self.when!r}; pass a module-level function of a parameter: is_matrix."
+            )
         super().__post_init__()
 
     def hypers(self) -> Iterator[tuple[str, Any, Bounds]]:

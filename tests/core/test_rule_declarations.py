@@ -51,6 +51,7 @@ def test_a_class_may_have_a_stage_that_is_computed_and_methods_of_its_own():
         at: str = "apply"
         name = "computed"
         owns_apply = True
+        update = Proper.update
 
         @property
         def stage(self):
@@ -98,6 +99,13 @@ CHAINS = {
     "a rule without a name in a branch": (lambda h: (Route(is_matrix, (), (rule(name="")(h.beta),)),), "has no name"),
     "a branch of Parallel that is one rule": (lambda h: (Parallel((ok(h.beta), ())),), "branch of Parallel is a ToyRule"),
     "a class in a branch of Parallel": (lambda h: (Parallel(((ok,), ())),), "class ToyRule is in a branch of Parallel"),
+    "a condition that is none": (lambda h: (Route(True, (ok(h.beta),)),), "condition of a Route is True.*is_matrix"),
+    "no update": (lambda h: (rule(Transform.update)(h.beta),), r"'toy' .ToyRule.*does not define update\(u, s, c\)"),
+    "no update of matrices": (lambda h: (matrix(Transform.update)(h.beta),), r"does not define update\(u, s, c\)"),
+    "priming by elements": (lambda h: (rule(primes=True)(h.beta),), "primes = True.*Domain.MATRIX"),
+    "priming undefined": (lambda h: (matrix(primes=True)(h.beta),), r"primes = True.*prime\(u, s, c\)"),
+    "a rate above 1": (lambda h: (matrix(rate=lambda self, k: 2)(h.beta),), r"'toy'.*rate\) returned 2.*\[0, 1\]"),
+    "no rate": (lambda h: (matrix(rate=lambda self, k: None)(h.beta),), r"rate\) returned None"),
     "an entry that does not exist": (lambda h: (ok(h.betta),), "h.betta does not exist.*beta.*lr"),
 }
 
@@ -107,7 +115,7 @@ def test_a_chain_that_is_no_chain_is_refused_when_the_optimizer_is_built(case):
     chain, words = CHAINS[case]
     with pytest.raises((RuleError, AttributeError), match=words) as caught:
         optimizer_with(chain)([parameter(3, 2)])
-    if "branch" not in case and "no dataclass" not in case:
+    if not {"branch", "dataclass", "condition", "update", "priming"} & {*case.replace(",", "").split()}:
         assert f"{__file__}:" in str(caught.value)
 
 
@@ -145,6 +153,10 @@ SLOTS = {
         for kind in (rule, matrix)
     },
     "a name that is no text": (rule(slots=named(0)), "0 is not the name"),
+    "scalars in a list": (rule(scalars=lambda self: ["w"]), "scalars.* returned a list.*dict of numbers"),
+    "no scalars": (matrix(scalars=lambda self: None), "scalars.* returned None"),
+    "scalars in text": (rule(scalars=lambda self: {"w": "x"}), r"scalars.* returned the values \['x'\]"),
+    "a scalar's name": (rule(scalars=lambda self: {"my w": 1.0}), "'my w' is not the name of a scalar"),
 }
 
 
@@ -184,6 +196,8 @@ def test_a_rule_may_be_called_anything(name):
 def test_two_rules_may_not_have_one_slot_of_a_block():
     with pytest.raises(RuleError, match="both claim the slot 'm'"):
         optimizer_with(lambda h: (ok(h.beta), matrix()(h.beta)))([parameter(3, 2)])
+    with pytest.raises(RuleError, match="both claim the slot 'm'"):
+        optimizer_with(lambda h: (rule(scalars=lambda self: {"m": 1.0})(h.beta),))([parameter(3)])
 
 
 def test_the_stages_of_the_api_are_those_of_the_engine():

@@ -11,6 +11,7 @@ from core.kit import same
 from core.rules import matrix, optimizer_with, parameter, rule, stepped
 
 from hbcore.api import Parallel, graft
+from hbcore.engine.graph.purity import Purity
 from hbcore.errors import FallbackWarning, RuleError
 
 
@@ -124,6 +125,8 @@ RETURNS = {
     "a wider slot": (lambda self, u, s, c: (u, {"m": s["m"].unsqueeze(0)}), r"for the slot 'm', whose shape"),
     "one number": (lambda self, u, s, c: (c.step, {"m": s["m"]}), r"an update of shape \(\).*keeps its shape"),
     "a wider update": (lambda self, u, s, c: (u.unsqueeze(0), {"m": s["m"]}), r"an update of shape \(1, .*keeps its shape"),
+    "a complex update": (lambda self, u, s, c: (u * 1j, {"m": s["m"]}), r"returned a complex update"),
+    "a complex slot": (lambda self, u, s, c: (u, {"m": u * 1j}), r"returned a complex value for the slot 'm'"),
     "another slot's name": (lambda self, u, s, c: (u * s["mm"], {"m": s["m"]}), r"reads 'mm'.*\['m'\]"),
 }
 
@@ -168,6 +171,8 @@ MATRICES = {
     "by a function": (matrix(lambda self, u, s, c: (torch.where(c.grad > 0, u, 0), {})), r"reads c\.grad"),
     "in a function": (matrix(lambda self, u, s, c: (torch.maximum(u, c.grad), {})), r"reads c\.grad"),
     "beside what is declared": (matrix(lambda self, u, s, c: (u + c.grad, {}), needs=frozenset({"param"})), "'grad', 'param'"),
+    "a dtype in text": (matrix(working_dtype=lambda self, p: "bfloat16"), r"working_dtype.* returned 'bfloat16'"),
+    "a dtype of whole numbers": (matrix(working_dtype=lambda self, p: torch.int32), r"working_dtype.* returned torch.int32"),
     "an inner rule": (
         matrix(lambda self, u, s, c: c.apply(rule(lambda self, u, s, c: u)(0.5), u, s)), "returned a Tensor; return the update",
     ),
@@ -193,6 +198,17 @@ def reading_a_constant(self, u, s, c):
 
 def drawing(self, u, s, c):
     return u + torch.randn_like(u), {"m": s["m"]}
+
+
+@pytest.mark.filterwarnings("ignore::hbcore.errors.FallbackWarning")
+@pytest.mark.parametrize("kind", ["not traced", "matrix"])
+def test_only_the_first_run_is_watched(kind, monkeypatch):
+    make, _ = KINDS[kind]
+    optimizer = stepped(make(lambda self, u, s, c: (u, {"m": s["m"]})), p := parameter(4, 3), steps=1)
+    monkeypatch.setattr(Purity, "__enter__", lambda self: pytest.fail("a steady step is watched"))
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert float(optimizer.state[p]["step"]) == 2
 
 
 UNFUSABLE = {

@@ -12,7 +12,8 @@ from torch import Tensor
 from hbcore.engine.chain_spec import seen
 from hbcore.engine.graph.scalar_inputs import numbers
 from hbcore.engine.graph.segment_spec import SegmentSpec
-from hbcore.rules.contract import slots_of
+from hbcore.errors import RuleError
+from hbcore.rules.contract import slots_of, title
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Domain, Slot, Transform
 
@@ -73,4 +74,7 @@ def _slots(t: Transform, p: Tensor) -> tuple[tuple[str, Slot], ...]:
 
 def _feeds(rule: Transform, p: Tensor, promote: bool) -> tuple[tuple[str, torch.dtype], ...]:
     dtype = compute_dtype(p.dtype)
-    return (("update", dtype if promote else rule.working_dtype(p)), *((name, dtype) for name in sorted(rule.needs)))
+    works_in: Any = rule.working_dtype(p)
+    if not isinstance(works_in, torch.dtype) or not works_in.is_floating_point:
+        raise RuleError(f"{title(rule, 'working_dtype')} returned {works_in!r}; return a floating dtype, as torch.bfloat16.")
+    return (("update", dtype if promote else works_in), *((name, dtype) for name in sorted(rule.needs)))
