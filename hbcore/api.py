@@ -19,10 +19,12 @@ from hbcore.registry.spec import CodecSpec as CodecSpec
 from hbcore.registry.spec import OptimizerSpec as OptimizerSpec
 
 if TYPE_CHECKING:
+    from hbcore.checkpoint.migrations import Migration as Migration
     from hbcore.engine.shared_options import Options as Options
     from hbcore.errors import HyperparameterError as HyperparameterError
     from hbcore.errors import OptionError as OptionError
     from hbcore.optimizer import Optimizer as Optimizer
+    from hbcore.rules.domain import Domain as Domain
     from hbcore.rules.moments import CorrectedDecay as CorrectedDecay
     from hbcore.rules.moments import Momentum as Momentum
     from hbcore.rules.moments import ScaleByAdam as ScaleByAdam
@@ -40,8 +42,8 @@ if TYPE_CHECKING:
     from hbcore.rules.route import Route as Route
     from hbcore.rules.route import is_matrix as is_matrix
     from hbcore.rules.stages import CoupleDecay as CoupleDecay
+    from hbcore.rules.stages import DecayWeights as DecayWeights
     from hbcore.rules.transform import Context as Context
-    from hbcore.rules.transform import Domain as Domain
     from hbcore.rules.transform import Role as Role
     from hbcore.rules.transform import Slot as Slot
     from hbcore.rules.transform import State as State
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from hbcore.rules.transform import zeros as zeros
     from hbcore.rules.views import Block as Block
     from hbcore.rules.views import matrix_view as matrix_view
+    from hbcore.state.codec import StateCodec as StateCodec
     from hbcore.warn import warn_at_caller as warn_at_caller
     from hbcore.wrappers.composite import Composite as Composite
 
@@ -59,8 +62,10 @@ _HOMES = {
     "Context": "hbcore.rules.transform:Context",
     "CorrectedDecay": "hbcore.rules.moments:CorrectedDecay",
     "CoupleDecay": "hbcore.rules.stages:CoupleDecay",
-    "Domain": "hbcore.rules.transform:Domain",
+    "DecayWeights": "hbcore.rules.stages:DecayWeights",
+    "Domain": "hbcore.rules.domain:Domain",
     "HyperparameterError": "hbcore.errors:HyperparameterError",
+    "Migration": "hbcore.checkpoint.migrations:Migration",
     "Momentum": "hbcore.rules.moments:Momentum",
     "Optimizer": "hbcore.optimizer:Optimizer",
     "OptionError": "hbcore.errors:OptionError",
@@ -68,12 +73,14 @@ _HOMES = {
     "Parallel": "hbcore.rules.parallel:Parallel",
     "Role": "hbcore.rules.transform:Role",
     "Route": "hbcore.rules.route:Route",
+    "STAGES": "hbcore.rules.domain:ORDER",
     "Scalar": "hbcore.rules.numerics:Scalar",
     "ScaleByAdEMAMix": "hbcore.rules.moments:ScaleByAdEMAMix",
     "ScaleByAdam": "hbcore.rules.moments:ScaleByAdam",
     "ScaleByLaProp": "hbcore.rules.moments:ScaleByLaProp",
     "ScaleByNAdam": "hbcore.rules.moments:ScaleByNAdam",
     "Slot": "hbcore.rules.transform:Slot",
+    "StateCodec": "hbcore.state.codec:StateCodec",
     "State": "hbcore.rules.transform:State",
     "Transform": "hbcore.rules.transform:Transform",
     "compute_dtype": "hbcore.rules.numerics:compute_dtype",

@@ -29,7 +29,7 @@ class ParameterTypeError(ParameterError, TypeError):
 
 
 class RuleError(HbcoreError, ValueError):
-    """A chain is inconsistent, for example two transforms claim the same slot."""
+    """A rule breaks the protocol, or a chain is inconsistent: two transforms claim one slot, a rule mutates its arguments."""
 
 
 class SparseGradientError(ParameterError, RuntimeError):
@@ -69,7 +69,7 @@ class HbcoreWarning(UserWarning):
 
 
 class FallbackWarning(HbcoreWarning):
-    """The requested backend is unavailable; the next one runs, with the same results."""
+    """The requested backend is unavailable, and the next one runs with the same results; or a rule cannot be fused."""
 
 
 class PluginWarning(HbcoreWarning):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hbcore.distributed.placement import local
-from hbcore.engine.graph.segment_spec import SegmentSpec, fixed, length_of
+from hbcore.engine.graph.segment_spec import Hypers, SegmentSpec, fixed, length_of
 from hbcore.engine.options import Settings
 from hbcore.engine.shared_options import SCHEDULED
-from hbcore.errors import HyperparameterError, ParameterError
+from hbcore.errors import HyperparameterError, ParameterError, RuleError
 from hbcore.rules import palm, route
+from hbcore.rules.contract import scalar_names, slot_names, title, transforms_of
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.expected import Logical, expected
 
@@ -48,16 +48,16 @@ class ChainSpec:
 
     def forked(self, group: Group) -> tuple[Transform, ...]:
         """The group's chain, its forks unresolved. Its numbers are the defaults: whatever a scheduler wrote, it has a chain."""
-        return self._stages(self._usual(group))
+        return self._stages(self.usual(group))
 
     def chain(self, group: Group, p: Tensor) -> tuple[Transform, ...]:
         """The chain of one parameter of the group, with default numbers."""
-        return self(SimpleNamespace(**self._usual(group)), route.branches(self.forked(group), p))
+        return self(Hypers(**self.usual(group)), route.branches(self.forked(group), p))
 
     def bound(self, group: Group, p: Tensor) -> tuple[Transform, ...]:
         """The chain of one parameter with the group's present numbers as tensors, as rules have them."""
         values = {k: _tensors(group[k]) if k in self.hyper and group[k] is not None else group[k] for k in self.keys}
-        return self(SimpleNamespace(**values), route.branches(self.forked(group), p))
+        return self(Hypers(**values), route.branches(self.forked(group), p))
 
     def every(self, group: Group) -> tuple[Transform, ...]:
         """What some parameter of the group may meet."""
@@ -83,8 +83,7 @@ class ChainSpec:
 
     def expected(self, group: Group, p: Tensor) -> list[Logical]:
         """The slots of one parameter of the group."""
-        seen = local(p.detach()) if p.is_complex() else p
-        return expected(self.chain(group, p), seen, self.settings.codec, self.settings.param_codec)
+        return expected(self.chain(group, p), seen(p), self.settings.codec, self.settings.param_codec)
 
     def dynamic(self, group: Group) -> dict[str, int | None]:
         """The entries that may change every step, and how many numbers each is; None for a plain number."""
@@ -110,16 +109,19 @@ class ChainSpec:
         """Check a new group, and note which of its entries are hyperparameters.
 
         Raises:
-            HyperparameterError: as :meth:`check` does.
+            HyperparameterError, RuleError: as :meth:`check` does.
+            RuleError: a rule's slots do not fit the group's parameters, or each other.
         """
         declared = {name for t in self.check(group, where) for name, _, _ in t.hypers()}
         self.hyper |= (declared | {*SCHEDULED}) & set(self.keys)
+        check_slots(self, group)
 
     def check(self, group: Group, where: str) -> tuple[Transform, ...]:
         """Check a group's numbers; return its chain with them, forks unresolved.
 
         Raises:
             HyperparameterError: one is outside its bounds, or not a number; the message begins with ``where``.
+            RuleError: the class's ``chain`` returned something else than rules that are fit to run.
         """
         for key in self.keys:
             value = group[key]
@@ -130,17 +132,54 @@ class ChainSpec:
         except HyperparameterError as error:
             raise HyperparameterError(f"{where}: {error}") from None
 
-    def _usual(self, group: Group) -> dict[str, Any]:
+    def usual(self, group: Group) -> dict[str, Any]:
         """The group's entries, with the defaults for its numbers."""
         fixed = {k for k, v in self.defaults.items() if v is None} | set(self.keys) - self.hyper
         return {k: group[k] if k in fixed or group[k] is None else self.defaults[k] for k in self.keys}
 
     def _stages(self, values: Mapping[str, Any]) -> tuple[Transform, ...]:
-        h = SimpleNamespace(**values)
-        rule = self.rule(h)
+        h = Hypers(**values)
+        rule = transforms_of(self.rule(h), self.rule)
         if self.settings.palm:
             palm.check(rule, h.beta2_scale)  # of the whole fork: one branch may have no second moment
         return self.settings.stages(h, rule)
+
+
+def check_slots(chain: ChainSpec, group: Group) -> None:
+    """Ask the rules of a new group for their slots, once for each kind of parameter.
+
+    Raises:
+        RuleError: a slot has a name or shape that is not supported, or two owners; blocks do not add up to their parameter; an
+            elementwise rule has other slots for one parameter than for another.
+    """
+    forked = chain.forked(group)
+    kinds: dict[tuple[tuple[bool, ...], torch.Size, torch.dtype], Tensor] = {}
+    members = [p[1] if isinstance(p, tuple) else p for p in group["params"]]  # torch takes the names off later
+    for p in (p for p in members if p.requires_grad and p.numel()):  # others may never get state, whatever their shape
+        kinds.setdefault((route.branches(forked, p), p.shape, p.dtype), p)
+    chains = {branches: chain(Hypers(**chain.usual(group)), branches) for branches in {b for b, _, _ in kinds}}
+    first: dict[tuple[int, tuple[bool, ...]], tuple[torch.Size, set[str]]] = {}
+    for (branches, shape, _), p in kinds.items():
+        owners: dict[str, str] = {}
+        for i, t in enumerate(chains[branches]):
+            if t.domain == Domain.MATRIX and p.is_complex():
+                continue  # :meth:`ChainSpec.refuse_complex` says so
+            names = slot_names(t, seen(p))
+            for name in (*names, *scalar_names(t)):
+                if name in owners:
+                    raise RuleError(f"{owners[name]!r} and {t.name!r} both claim the slot {name!r}; rename one of them.")
+                owners[name] = t.name
+            before, known = first.setdefault((i, branches), (shape, names))
+            if t.domain != Domain.MATRIX and names != known:
+                raise RuleError(
+                    f"{title(t, 'slots')} has the slots {sorted(known)} for shape {tuple(before)} and {sorted(names)} for "
+                    f"{tuple(shape)}; parameters of one chain have the same slots: use a Route to give them different rules."
+                )
+
+
+def seen(p: Tensor) -> Tensor:
+    """A parameter as rules see it: a complex one as pairs of real numbers."""
+    return local(p.detach()) if p.is_complex() else p
 
 
 def _tensors(value: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from hbcore import registry
 from hbcore.engine.backends import select as fallback
 from hbcore.engine.shared_options import OPTIONS, REMOVED, SCHEDULED
-from hbcore.errors import OptionError, RuleError
+from hbcore.errors import OptionError
 from hbcore.rules import clipping, division, roles, route, stages
 from hbcore.rules.mars import Mars
 from hbcore.rules.transform import Domain, Transform
@@ -63,7 +63,6 @@ class Settings:
             inserted += [stages.ScaleByLr(h.lr, h.warmup_steps), stages.Apply()]
         if self.use_ema:
             inserted.append(stages.ParameterEMA(h.ema_decay))
-        check_slots((*rule, *inserted))
         return stages.arrange((*rule, *inserted))
 
 
@@ -154,17 +153,6 @@ def _translate(optimizer: str, values: dict[str, Any]) -> None:
             )
     if values["compile_step"]:
         values["compile"] = "inductor"
-
-
-def check_slots(transforms: Iterable[Transform]) -> None:
-    """Raise :class:`RuleError` unless every slot has exactly one owner."""
-    owners: dict[str, str] = {}
-    blank = torch.empty(0, device="meta")
-    for t in transforms:
-        for slot in t.slots(blank):
-            if slot in owners:
-                raise RuleError(f"{owners[slot]!r} and {t.name!r} both claim the slot {slot!r}; rename one of them.")
-            owners[slot] = t.name
 
 
 def first_beta(rule: Iterable[Transform]) -> Any:

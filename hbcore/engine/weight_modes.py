@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hbcore.distributed.placement import local
+from hbcore.engine.chain_spec import seen
 from hbcore.engine.core import OptimizerCore
 from hbcore.errors import OptionError, RuleError
 from hbcore.rules.numerics import compute_dtype
@@ -115,7 +116,7 @@ def _other(core: OptimizerCore, p: Tensor, t: Transform, weights: Mapping[str, T
     codec, dtype = core.settings.codec, compute_dtype(p.dtype)
     packed = core.settings.param_codec if len(weights) > 1 else None
     tensors = {**_tensors(core, p), **weights}
-    slots = t.slots(tensors["param"])
+    slots = t.slots(seen(p))
     values = {name: codec_of(slot, codec).read(tensors, name, dtype) for name, slot in slots.items()}
     param = packed.read(tensors, "param", dtype) if packed is not None else tensors["param"].to(dtype)
     swapped, new = t.swap(param, values, training)

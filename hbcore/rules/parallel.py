@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from hbcore.errors import RuleError
+from hbcore.rules.contract import pair
+from hbcore.rules.declared import check_branch
 from hbcore.rules.route import Route
 from hbcore.rules.transform import Bounds, Context, Domain, Slot, State, Transform
 from hbcore.rules.views import Block
@@ -55,6 +57,9 @@ class Parallel(Transform):
     domain = Domain.TENSOR
 
     def __post_init__(self) -> None:
+        check_branch("Parallel", self.branches, object)
+        for branch in self.branches:
+            check_branch("Parallel", branch, Transform)
         super().__post_init__()
         inner = [t for _, t in self._inner()]
         if len(self.branches) < 2:
@@ -103,7 +108,7 @@ class Parallel(Transform):
         for i, branch in enumerate(self.branches):
             for t in branch:
                 state, stacked = Prefixed(s, f"branch{i}."), self.domain == Domain.MATRIX and t.domain != Domain.MATRIX
-                updates[i], changed = c.apply(t, updates[i], state) if stacked else t.update(updates[i], state, c)
+                updates[i], changed = c.apply(t, updates[i], state) if stacked else pair(t, t.update(updates[i], state, c))
                 new.update({f"branch{i}.{name}": value for name, value in changed.items()})
         return self.merge(updates, c), new
 

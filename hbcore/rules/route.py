@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hbcore.errors import RuleError
+from hbcore.rules.declared import check_branch
 from hbcore.rules.transform import Bounds, Transform
 
 Predicate = Callable[[Tensor], bool]
@@ -33,6 +35,15 @@ class Route(Transform):
     then: tuple[Transform, ...]
     otherwise: tuple[Transform, ...] = ()
     name = "route"
+
+    def __post_init__(self) -> None:
+        check_branch("Route", self.then, Transform)
+        check_branch("Route", self.otherwise, Transform)
+        if not callable(self.when):
+            raise RuleError(
+                f"the condition of a Route is {self.when!r}; pass a module-level function of a parameter: is_matrix."
+            )
+        super().__post_init__()
 
     def hypers(self) -> Iterator[tuple[str, Any, Bounds]]:
         for t in (*self.then, *self.otherwise):

@@ -12,22 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hbcore.rules.domain import ORDER as ORDER
 from hbcore.rules.numerics import ema
 from hbcore.rules.transform import Context, Domain, Slot, State, Transform, hyper, zeros
-
-ORDER: tuple[str, ...] = (
-    "mars",
-    "clip_gradient",
-    "couple_decay",
-    "rule",
-    "clip_update",
-    "caution",
-    "weight_decay",
-    "lr",
-    "apply",
-    "parameter_ema",
-)
-"""``codec.write`` follows ``apply``: it stores what the chain computed, and is not a transform."""
 
 
 def arrange(transforms: Iterable[Transform]) -> tuple[Transform, ...]:

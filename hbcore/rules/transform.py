@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from enum import IntEnum
 from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -18,23 +17,12 @@ import torch
 from torch import Tensor
 
 from hbcore.errors import HyperparameterError, RuleError
+from hbcore.rules.declared import check_class
+from hbcore.rules.domain import Domain as Domain
 from hbcore.rules.numerics import Scalar, compute_dtype
 from hbcore.rules.views import Block
 
 State = Mapping[str, Tensor]
-
-
-class Domain(IntEnum):
-    """The smallest part of the model that a rule must see at once."""
-
-    ELEMENTWISE = 0
-    """One element at a time: Adam, Lion, weight decay."""
-    TENSOR = 1
-    """Elementwise, plus reductions over one tensor: caution, per-tensor clipping."""
-    MATRIX = 2
-    """A whole matrix: Muon, SOAP, PSGD."""
-    MODEL = 3
-    """Reductions over the whole model, or one preconditioner for a group: global clipping, low-rank PSGD."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +154,7 @@ class Context(NamedTuple):
         return self.sum(x * x).sqrt()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Transform:
     """One pure step of a chain. Subclass it as a frozen dataclass; see :mod:`hbcore.rules.moments` for examples.
 
@@ -187,6 +175,14 @@ class Transform:
     owns_apply: ClassVar[bool] = False
     primes: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_class(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # dataclasses have constructors of their own
+        raise RuleError(f"rule {type(self).__qualname__} is not a dataclass; decorate the class with @dataclass(frozen=True).")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -214,7 +210,15 @@ class Transform:
                 yield from value.hypers()
 
     def slots(self, param: Tensor) -> dict[str, Slot]:
-        """The rule's state tensors for ``param``, by name; torch's names where torch has the same slot."""
+        """The rule's state tensors for ``param``, by name; torch's names where torch has the same slot.
+
+        Args:
+            param: a tensor of the parameter's shape, or for matrix rules of a block's; only its shape and dtype are to be read.
+                The names that an elementwise rule returns do not depend on the shape.
+
+        Names are made of letters, digits, underscores and dots; ``param``, ``grad``, ``update``, ``step`` and ``numel`` are the
+        engine's.
+        """
         return {}
 
     def joins(self, param: Tensor, step: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from hbcore.engine.backends.base import Batch, Executable
 from hbcore.engine.backends.chunking import Chunked, numbers
 from hbcore.engine.graph.program import Phase, Program, as_scalars, direct_reduce
-from hbcore.engine.graph.segment_spec import SegmentSpec
+from hbcore.engine.graph.purity import Purity
+from hbcore.engine.graph.segment_spec import Reduce, SegmentSpec
 
 SLICE = 262144
 """Elements of a large CPU tensor per call, so that temporaries stay in the cache and memory use is bounded."""
@@ -90,7 +91,7 @@ class DirectExecutable:
     """Calls a segment that could not be traced, one parameter at a time. Correct on whole tensors, never fused."""
 
     def __init__(self, spec: SegmentSpec) -> None:
-        self.spec, self.compiles = spec, 0
+        self.spec, self.compiles, self._ran = spec, 0, False
 
     def prepare(self, batch: Batch) -> None:
         """Nothing to prepare."""
@@ -103,9 +104,21 @@ class DirectExecutable:
         for i, row in enumerate(batch.rows):
             tensors = columns_at(batch, i)
             scalars = dict(zip(self.spec.scalar_names, rows[row], strict=True))
-            results = self.spec.update(tensors, scalars, batch.numel(i), direct_reduce)
+            update = self.spec.update if self._ran else self._watched
+            results = update(tensors, scalars, batch.numel(i), direct_reduce)
             given = {id(t) for t in tensors.values()}  # clone results that are another stored tensor before it is overwritten
             results = {name: value.clone() if id(value) in given else value for name, value in results.items()}
             for name, value in results.items():
                 tensors[name].copy_(value)
+        self._ran = True
         return 0
+
+    def _watched(
+        self, tensors: dict[str, Tensor], scalars: dict[str, Tensor], numel: Tensor, reduce: Reduce
+    ) -> dict[str, Tensor]:
+        """The first run, in which a rule that writes to its arguments is stopped."""
+        purity = Purity()
+        for tensor in (*tensors.values(), *scalars.values(), numel):
+            purity.add(tensor)
+        with purity:
+            return self.spec.update(tensors, scalars, numel, reduce, purity.give)

@@ -50,8 +50,8 @@ def compile_first(backends: list[Backend], program: Program, batch: Batch, repor
     raise CompileError("no backends left to try")
 
 
-def fell_back(report: Report, reason: str) -> None:
-    """Record a reason in the report and warn about it, once per optimizer."""
+def fell_back(report: Report, reason: str, meaning: str = "with the same results") -> None:
+    """Record a reason in the report and warn about it and what it means, once per optimizer."""
     if reason not in report.reasons:
         report.reasons.append(reason)
-        warn_at_caller(f"{reason}, with the same results.", FallbackWarning)
+        warn_at_caller(f"{reason}, {meaning}.", FallbackWarning)

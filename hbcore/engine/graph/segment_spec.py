@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -13,15 +13,30 @@ import torch
 from torch import Tensor
 
 from hbcore.engine.graph.program import CARRIED, NOISE, STACK
+from hbcore.engine.graph.where import where
+from hbcore.errors import RuleError
+from hbcore.rules.contract import Slots, checked, slots_of, title
 from hbcore.rules.division import Divide
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Context, Domain, Slot, Transform
 from hbcore.state.codec import StateCodec, codec_of, narrowed
 
+
+class Hypers(SimpleNamespace):
+    """A group's entries as ``chain(h)`` reads them."""
+
+    def __getattr__(self, name: str) -> Any:  # only for names that are none of them
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(f"{where()}: h.{name} does not exist; the group has {', '.join(sorted(vars(self)))}.")
+
+
 Chain = Callable[[SimpleNamespace, tuple[bool, ...], Any], tuple[Transform, ...]]
 """A group's hyperparameters, the branch taken at each fork, and the step -> the transforms, arranged."""
 Reduce = Callable[[Tensor, str, Domain, str], Tensor]
 """``reduce(x, "sum" | "amax", domain, rule)``: the only way for a rule to see more than one element."""
+Give = Callable[[Transform, Iterable[Any]], None]
+"""``give(rule, tensors)``: told what each rule is given before it runs."""
 
 
 def length_of(value: Any) -> int | None:
@@ -61,6 +76,7 @@ class SegmentSpec:
         span: indices of the segment's first transform and of the one after its last; None for the end of the chain.
         takes: dtype of the update from the matrix rule before this segment; None if the segment starts from the gradient.
         feeds: inputs of the matrix rule after this segment, with dtypes: ``(("update", bfloat16), ...)``.
+        slots: each transform's slots, without shapes, for the whole chain; None to ask the transforms.
     """
 
     chain: Chain
@@ -77,6 +93,7 @@ class SegmentSpec:
     span: tuple[int, int | None] = (0, None)
     takes: torch.dtype | None = None
     feeds: tuple[tuple[str, torch.dtype], ...] = ()
+    slots: tuple[tuple[tuple[str, Slot], ...], ...] | None = None
 
     def fits(self, group: Mapping[str, Any]) -> bool:
         """Whether the group still has this spec's structure; its numbers may differ."""
@@ -111,14 +128,19 @@ class SegmentSpec:
         values = dict(self.static)
         for key, n in self.dynamic:
             values[key] = scalars[key] if n is None else tuple(scalars[f"{key}.{i}"] for i in range(n))
-        return self.chain(SimpleNamespace(**values), self.branches, scalars["step"])
+        return self.chain(Hypers(**values), self.branches, scalars["step"])
 
     def transforms(self, scalars: Mapping[str, Any]) -> tuple[Transform, ...]:
         """The transforms of this segment."""
         return self.whole_chain(scalars)[self.span[0] : self.span[1]]
 
     def update(
-        self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Tensor], numel: Tensor, reduce: Reduce
+        self,
+        tensors: Mapping[str, Tensor],
+        scalars: Mapping[str, Tensor],
+        numel: Tensor,
+        reduce: Reduce,
+        give: Give | None = None,
     ) -> dict[str, Tensor]:
         """Run the chain on one parameter and return the new value of every stored tensor. Pure.
 
@@ -127,6 +149,10 @@ class SegmentSpec:
             scalars: a 0-d float64 tensor per entry of :attr:`scalar_names`.
             numel: the number of elements of the full tensor, 0-d float64.
             reduce: the reduction over a tensor or the model.
+            give: told what each rule is given.
+
+        Raises:
+            RuleError: a rule returned something else than its update and its slots.
         """
         dtype = compute_dtype(tensors["param"].dtype)
         grad = tensors["grad"].to(dtype)
@@ -137,17 +163,20 @@ class SegmentSpec:
         packed = self.param_codec if self.narrows(tensors["param"].dtype) else None
         param = packed.read(tensors, "param", dtype) if packed else tensors["param"].to(dtype)
         stored, update = {}, grad if self.takes is None else tensors["update"].to(dtype)
-        for t in self.transforms(scalars):
-            slots = t.slots(tensors["param"])
-            state = {name: codec_of(slot, self.codec).read(tensors, name, dtype) for name, slot in slots.items()}
-            state.update({name: scalars[CARRIED + name] for name in t.scalars()})
-            update, new = t.update(update, state, self._context(t, param, grad, scalars, numel, reduce))
+        for t, slots in self._with_slots(scalars, tensors["param"]):
+            stored_as = {name: codec_of(slot, self.codec) for name, slot in slots.items()}
+            state = Slots(t, {name: codec.read(tensors, name, dtype) for name, codec in stored_as.items()})
+            carried = t.scalars()
+            state.update({name: scalars[CARRIED + name] for name in carried})
+            context = self._context(t, param, grad, scalars, numel, reduce)
+            if give is not None:
+                give(t, (update, *state.values(), *context))
+            update, new = checked(t, t.update(update, state, context), update, state)
             for name, value in new.items():
-                if name in t.scalars():
+                if name in carried:
                     stored[CARRIED + name] = value
                 else:
-                    codec = codec_of(slots[name], self.codec)
-                    stored.update(codec.write(tensors, name, value, tensors.get(NOISE + name)))
+                    stored.update(stored_as[name].write(tensors, name, value, tensors.get(NOISE + name)))
         if self.feeds:
             made = {"update": update, "grad": grad, "param": param}
             return {**stored, **{STACK + name: made[name].to(d) for name, d in self.feeds}}
@@ -158,6 +187,12 @@ class SegmentSpec:
             skip = scalars["found_inf"] > 0
             stored = {name: torch.where(skip, tensors[name], value) for name, value in stored.items()}
         return stored
+
+    def _with_slots(self, scalars: Mapping[str, Any], param: Tensor) -> Iterable[tuple[Transform, Mapping[str, Slot]]]:
+        """The transforms of this segment, and what slots they have."""
+        if self.slots is None:
+            return ((t, slots_of(t, param)) for t in self.transforms(scalars))
+        return zip(self.transforms(scalars), map(dict, self.slots[self.span[0] : self.span[1]]), strict=True)
 
     def narrows(self, dtype: torch.dtype) -> bool:
         """Whether parameters of ``dtype`` use :attr:`param_codec`: its ``param`` part has that dtype."""
@@ -187,6 +222,11 @@ class SegmentSpec:
     def _context(
         self, t: Transform, param: Tensor, grad: Tensor, scalars: Mapping[str, Tensor], numel: Tensor, reduce: Reduce
     ) -> Context:
+        def unavailable(*_: Any) -> Any:
+            raise RuleError(
+                f"{title(t)} calls c.probe, c.noise or c.apply, which are for matrix rules; declare `domain = Domain.MATRIX`."
+            )
+
         return Context(
             param=param,
             grad=grad,
@@ -195,4 +235,7 @@ class SegmentSpec:
             sum=lambda x: reduce(x, "sum", t.domain, t.name),
             amax=lambda x: reduce(x, "amax", t.domain, t.name),
             numel=scalars["model_numel"] if t.domain == Domain.MODEL else numel,
+            probe=unavailable,
+            noise=unavailable,
+            apply=unavailable,
         )

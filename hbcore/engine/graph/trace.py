@@ -10,9 +10,8 @@ difference between the graphs is a length that leaked into the rule, which is an
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -20,13 +19,14 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_map
 
-from hbcore.engine.graph import segment_spec as spec_module
 from hbcore.engine.graph.phases import split
 from hbcore.engine.graph.program import REDUCERS, Program
+from hbcore.engine.graph.purity import impure, written
 from hbcore.engine.graph.segment_spec import SegmentSpec
-from hbcore.errors import TraceError
-from hbcore.rules import transform as transform_module
-from hbcore.rules.transform import Domain
+from hbcore.engine.graph.where import where
+from hbcore.errors import RuleError, TraceError
+from hbcore.rules.contract import tensors_in
+from hbcore.rules.transform import Domain, Transform
 
 Kind = Literal["host", "scalar", "element"]
 LENGTHS = (7, 5_000_011)
@@ -60,24 +60,32 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []  # ids are only unique while the tensor lives
         self._known: dict[Any, Tensor] = {}
+        self._given: set[int] = set()
+        self._title = "the chain"
 
     def placeholder(self, name: str, value: Tensor, kind: Kind) -> Tensor:
         """Declare a graph input; its original name is stored in ``node.meta["input"]``."""
         node = self.graph.placeholder(name.replace(".", "_").replace("#", "_"))
         node.meta.update(input=name)
+        self._given.add(id(value))
         return self._remember(value, node, kind)
+
+    def give(self, t: Transform, tensors: Iterable[Any]) -> None:
+        """From here on ``t`` runs, which is given ``tensors`` and must not write to them."""
+        self._title = f"rule {t.name!r} ({type(t).__name__})"
+        self._given.update(id(x) for x in (*tensors_in(t), *tensors))
 
     def reduce(self, x: Tensor, how: str, domain: Domain, rule: str) -> Tensor:
         """Record a reduction requested through the context."""
         if domain < Domain.TENSOR:
-            raise TraceError(
-                f"{where()}: c.{how} (or c.mean, c.norm) in a rule whose domain is ELEMENTWISE; declare "
-                "`domain = Domain.TENSOR`, or Domain.MODEL to reduce over the whole model."
+            raise self._error(
+                f"calls c.{how} (or c.mean, c.norm), and its domain is ELEMENTWISE; declare `domain = Domain.TENSOR`, or "
+                "Domain.MODEL to reduce over the whole model."
             )
         key = (how, id(x), domain)
         if key not in self._known:
             node = self.graph.call_function(REDUCERS[how], (self._nodes[id(x)], int(domain)))
-            stem = f"{rule}_{how}"  # numbered within the rule: segments with other rules must agree on the name
+            stem = identifier(f"{rule}_{how}")  # numbered within the rule: segments with other rules must agree on the name
             node.meta["reduction"] = f"{stem}{sum(n.meta.get('reduction', '').startswith(stem) for n in self.graph.nodes)}"
             self._known[key] = self._remember(torch.empty((), dtype=x.dtype, device="meta"), node, "scalar")
         return self._known[key]
@@ -94,13 +102,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0]
         if func is torch.ops.aten.empty.memory_format:  # only the reductions above create these; each is a distinct value
             return func(*args, **kwargs)
-        self._refuse(func, args)
+        self._refuse(func, args, kwargs)
         key = (func, *self._key(args), *self._key(tuple(sorted(kwargs.items()))))
         if key in self._known:  # the same call twice is the same value: rules are pure
             return self._known[key]
         value = func(*args, **kwargs)
         if not isinstance(value, Tensor) or tuple(value.shape) not in {(), (self.length,)}:
-            raise TraceError(f"{where()}: {func} is not elementwise; a rule must treat each element independently.")
+            raise self._error(f"calls {func}, which is not elementwise; a rule must treat each element independently.")
         kind: Kind = "element" if value.ndim else "host"
         if kind == "host" and tree_any(lambda a: isinstance(a, Tensor) and self._kind(a) != "host", (args, kwargs)):
             kind = "scalar"
@@ -128,40 +136,46 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._nodes[id(a)]
         if a.ndim == 0 and a.device.type != "meta":
             return a.item()  # a constant such as torch.tensor(0.5)
-        raise TraceError(f"{where()}: a tensor from outside the rule; rules may only read their arguments.")
+        raise self._error("reads a tensor from outside the rule; rules may only read their arguments.")
 
     def _key(self, a: Any) -> tuple[Any, ...]:
         self._alive.extend(x for x in a if isinstance(x, Tensor))
         return tuple(id(x) if isinstance(x, Tensor) else (type(x), repr(x)) for x in a)
 
-    def _refuse(self, func: Any, args: Any) -> None:
+    def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
         if func in REDUCTIONS and tree_any(lambda a: isinstance(a, Tensor) and a.ndim > 0, args):
-            raise TraceError(
-                f"{where()}: {func} reduces a tensor without the engine, which is wrong on shards; "
-                "use c.sum, c.mean, c.norm or c.amax."
+            raise self._error(
+                f"calls {func}, which reduces a tensor without the engine and is wrong on shards; use c.sum, c.mean, c.norm or "
+                "c.amax."
             )
         if func is torch.ops.aten._local_scalar_dense.default:
             node = self._nodes.get(id(args[0]))
             what = repr(node.meta["input"]) if node is not None and "input" in node.meta else "a tensor"
-            raise TraceError(
-                f"{where()}: {what} is turned into a Python number (an `if`, float(), max() or math function); "
-                "hyperparameters are tensors inside a rule: use torch.where, torch.maximum or tensor methods."
+            raise self._error(
+                f"turns {what} into a Python number (an `if`, float(), max() or math function); hyperparameters are tensors "
+                "inside a rule: use torch.where, torch.maximum or tensor methods."
             )
-        if func is torch.ops.aten.lift_fresh.default:
-            return
         if func._schema.is_mutable:
-            raise TraceError(f"{where()}: {func} mutates its argument; rules are pure, use the out-of-place form.")
+            if any(id(t) in self._given for t in written(func, args, kwargs)):
+                raise RuleError(impure(func, self._title))
+            raise self._error(f"calls {func}, which writes to a tensor; use the out-of-place form.")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise self._error(
+                f"calls {func}, which draws from torch's global generator; only matrix rules have random numbers."
+            )
         if torch.Tag.pointwise not in func.tags and func not in HARMLESS:
-            raise TraceError(f"{where()}: {func} is not elementwise; a rule must treat each element independently.")
+            raise self._error(f"calls {func}, which is not elementwise; a rule must treat each element independently.")
+        if tree_any(lambda a: isinstance(a, Tensor) and a.ndim > 0 and a.device.type != "meta", (args, kwargs)):
+            raise self._error("reads a tensor from outside the rule; rules may only read their arguments.")
+
+    def _error(self, what: str) -> TraceError:
+        return TraceError(f"{where()}: {self._title} {what}")
 
 
-def where() -> str:
-    """``file:line`` of the innermost frame in a rule, for error messages."""
-    frame = sys._getframe(1)
-    skip = (f"{torch.__path__[0]}{os.sep}", __file__, spec_module.__file__, transform_module.__file__)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(skip):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+def identifier(text: str) -> str:
+    """``text`` as a name in generated sources: rules are called what their authors like."""
+    name = re.sub(r"\W", lambda other: f"_{ord(other[0]):x}_", text)
+    return f"_{name}" if name[0].isdigit() else name
 
 
 def record(spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], length: int) -> tuple[fx.Graph, dict[str, fx.Node]]:
@@ -175,7 +189,7 @@ def record(spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], length: int) ->
         }
         numel = recorder.placeholder("numel", torch.empty((), dtype=torch.float64, device=meta), "scalar")
         with recorder:
-            results = spec.update(tensors, scalars, numel, recorder.reduce)
+            results = spec.update(tensors, scalars, numel, recorder.reduce, recorder.give)
     return recorder.graph, {name: recorder.node(value) for name, value in results.items()}
 
 

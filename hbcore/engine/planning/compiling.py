@@ -10,8 +10,11 @@ from hbcore.engine.graph.scalar_inputs import capturing
 from hbcore.engine.graph.trace import trace
 from hbcore.engine.planning.operations import reductions
 from hbcore.engine.planning.segments import Segment, SegmentBatch
-from hbcore.errors import CompileError, TraceError
+from hbcore.errors import CompileError, RuleError, TraceError
 from hbcore.rules.transform import Domain
+
+SLOWER = "which is slower, and not supported on sharded parameters"
+"""What running one parameter at a time means. It promises no results: no other way to run such a rule exists."""
 
 
 class Compiler:
@@ -30,6 +33,8 @@ class Compiler:
 
         Raises:
             TraceError: it cannot be traced, and running it parameter by parameter would be wrong.
+            RuleError: it writes to what it was given, or returns something else than an update and its slots; or it cannot be
+                traced, and its parameters are sharded.
         """
         if segment.program is not None or segment.executable is not None:
             return
@@ -37,10 +42,13 @@ class Compiler:
             segment.program = trace(segment.key.spec, segment.dtypes, " -> ".join(t.name for t in segment.transforms))
             self._report.programs += 1
         except TraceError as error:
-            sharded = segment.key.shards is not None and any(t.domain == Domain.TENSOR for t in segment.transforms)
-            if sharded or any(t.domain == Domain.MODEL or t.scalars() for t in segment.transforms):
-                raise  # one part at a time sees neither the tensor nor the model, nor carries what all of them share
-            fell_back(self._report, f"the chain cannot be fused: {error} It runs one parameter at a time")
+            if segment.key.shards is not None:
+                raise RuleError(
+                    f"{error} A rule that cannot be fused is not supported on sharded parameters, of which a rank sees a part."
+                ) from error
+            if any(t.domain == Domain.MODEL or t.scalars() for t in segment.transforms):
+                raise  # one parameter at a time sees no model, nor carries what all of them share
+            fell_back(self._report, f"the chain cannot be fused: {error} It runs one parameter at a time", SLOWER)
             segment.executable, segment.backend = DirectExecutable(segment.key.spec), "eager"
 
     def prepare(self, batch: SegmentBatch) -> bool:

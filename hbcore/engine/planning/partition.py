@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbcore.engine.chain_spec import seen
 from hbcore.engine.graph.scalar_inputs import numbers
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.errors import RuleError
+from hbcore.rules.contract import slots_of, title
 from hbcore.rules.numerics import compute_dtype
-from hbcore.rules.transform import Domain, Transform
+from hbcore.rules.transform import Domain, Slot, Transform
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def partition(spec: SegmentSpec, group: Mapping[str, Any], p: Tensor, promote: b
     spec = replace(spec, carried=tuple(carried))
     transforms = spec.whole_chain(example(spec, group))
     rules = tuple(i for i, t in enumerate(transforms) if t.domain == Domain.MATRIX)
+    spec = replace(spec, slots=tuple(_slots(t, p) for t in transforms))
     segments: list[SegmentSpec] = []
     takes: torch.dtype | None = None
     start = 0
@@ -62,8 +65,16 @@ def example(spec: SegmentSpec, group: Mapping[str, Any]) -> dict[str, float]:
     return dict(zip(spec.scalar_names, [*values, *[1.0] * 4], strict=False))
 
 
+def _slots(t: Transform, p: Tensor) -> tuple[tuple[str, Slot], ...]:
+    """What segments need to know of a rule's slots, which it is asked with the parameter's own shape."""
+    if t.domain == Domain.MATRIX:
+        return ()
+    return tuple((name, Slot(torch.Size(), exact=slot.exact)) for name, slot in slots_of(t, seen(p)).items())
+
+
 def _feeds(rule: Transform, p: Tensor, promote: bool) -> tuple[tuple[str, torch.dtype], ...]:
-    if unknown := rule.needs - {"grad", "param"}:
-        raise RuleError(f"rule {rule.name!r} has needs = {sorted(unknown)}; a matrix rule may need 'grad' and 'param'.")
     dtype = compute_dtype(p.dtype)
-    return (("update", dtype if promote else rule.working_dtype(p)), *((name, dtype) for name in sorted(rule.needs)))
+    works_in: Any = rule.working_dtype(p)
+    if not isinstance(works_in, torch.dtype) or not works_in.is_floating_point:
+        raise RuleError(f"{title(rule, 'working_dtype')} returned {works_in!r}; return a floating dtype, as torch.bfloat16.")
+    return (("update", dtype if promote else works_in), *((name, dtype) for name in sorted(rule.needs)))

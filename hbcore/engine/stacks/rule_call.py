@@ -10,14 +10,21 @@ import torch
 from torch import Tensor
 
 from hbcore.engine.graph.program import CARRIED
+from hbcore.engine.graph.purity import Purity
 from hbcore.engine.precision import exact_products
-from hbcore.engine.stacks.stack import Stack, StackKey
+from hbcore.engine.stacks.absent import Absent
+from hbcore.engine.stacks.stack import Stack
+from hbcore.engine.stacks.stack_state import Rows, StackState, WatchedState
 from hbcore.errors import RuleError
+from hbcore.rules.contract import check_state, checked, title, unknown_slot
+from hbcore.rules.declared import kind
 from hbcore.rules.noise import bits, noise_key, normal, uniform
-from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.palm import RisingDecay
-from hbcore.rules.transform import Context, Slot, State, Transform
+from hbcore.rules.transform import Context, State, Transform
 from hbcore.state.codec import codec_of
+
+MISSING = object()
+"""In place of a result that a rule did not return."""
 
 
 class Part(NamedTuple):
@@ -61,6 +68,7 @@ class RuleCall:
         self.carried = {name: self._scalars[CARRIED + name] for name in self.rule.scalars()}
         self.step, self.refresh = 0, True
         self._arguments = [Arguments(self, part) for part in parts]
+        self._checked = all(part.stack.checked for part in parts)
 
     @property
     def step_tensor(self) -> Tensor:
@@ -80,14 +88,52 @@ class RuleCall:
         carried: dict[str, float] = {}
         arguments = self._arguments
         with exact_products():
-            if self.priming:
-                for each in arguments:
-                    carried.update(each.keep(self.rule.prime(*each.given())))
-                return carried
+            if self.priming or not self._checked:
+                return self._run_checked()
             results = self.rule.update_stacks([each.given() for each in arguments])
             # a result that is computed only when it is asked for is written before the next one takes memory
             for each, (update, new) in zip(arguments, results, strict=True):
                 carried.update(each.keep(new, update))
+        return carried
+
+    def _run_checked(self) -> dict[str, float]:
+        """The same for a rule's first run on its stacks, and for priming: the rule must be pure and return what it may.
+
+        Raises:
+            RuleError: it writes to what it was given, or returns something else than an update and its slots.
+        """
+        carried: dict[str, float] = {}
+        purity = Purity()
+        given = [each.watched(purity) for each in self._arguments]
+        if self.priming:
+            for each, arguments in zip(self._arguments, given, strict=True):
+                with purity:
+                    new = self.rule.prime(*arguments)
+                check_state(self.rule, new, each.shapes(), False, "prime")
+                carried.update(each.keep(new))
+            return carried
+        with purity:
+            made = self.rule.update_stacks(given)
+        if not isinstance(made, Iterable):
+            raise RuleError(f"{title(self.rule, 'update_stacks')} returned {kind(made)}; return a result for each stack.")
+        results, count = iter(made), 0
+        for each, arguments in zip(self._arguments, given, strict=True):
+            with purity:  # a result may be computed only now
+                result = next(results, MISSING)
+            if result is MISSING:
+                break
+            update, new = checked(self.rule, result, arguments[0], each.shapes(), whole=False)
+            carried.update(each.keep(new, update))
+            purity.take_back()
+            count += 1
+        if count < len(given) or next(results, MISSING) is not MISSING:
+            raise RuleError(
+                f"{title(self.rule, 'update_stacks')} returned {'more' if count == len(given) else count} results for "
+                f"{len(given)} stacks; return one for each."
+            )
+        self._checked = True
+        for each in self._arguments:
+            each.stack.checked = True
         return carried
 
     def _built(self) -> Transform:
@@ -118,16 +164,15 @@ class Arguments:
     def __init__(self, call: RuleCall, part: Part) -> None:
         self._call, self._part = call, part
         stack, rows = part.stack, part.rows
+        self.stack = stack
         self._stored: Mapping[str, Tensor] = stack.stored if rows is None else Rows(stack.stored, rows)
         self._state = StackState(self._stored, stack.slots, stack.key, call.carried)
-        absent: Any = Absent(call.rule.name)
-        self._absent = absent
+        self._absent: dict[str, Any] = {name: Absent(call.rule, name) for name in ("param", "grad")}
         self._dims = tuple(range(1, len(stack.key.shape) + 1))
         self._numel = torch.tensor(float(torch.Size(stack.key.shape).numel()), dtype=torch.float64, device="cpu")
         self._draws = 0
         self._context = Context(
-            param=absent,
-            grad=absent,
+            **self._absent,
             step=call.step_tensor,
             divide=call.spec.divide,
             sum=self._sum,
@@ -143,9 +188,27 @@ class Arguments:
         inputs = stack.inputs if rows is None else {name: t[rows] for name, t in stack.inputs.items()}
         self._draws = 0
         context = self._context._replace(
-            param=inputs.get("param", self._absent), grad=inputs.get("grad", self._absent), refresh=self._call.refresh
+            param=inputs.get("param", self._absent["param"]),
+            grad=inputs.get("grad", self._absent["grad"]),
+            refresh=self._call.refresh,
         )
         return inputs["update"], self._state, context._replace(apply=lambda inner, u, s: inner.update(u, s, context))
+
+    def watched(self, purity: Purity) -> tuple[Tensor, State, Context]:
+        """The same for a rule whose writes ``purity`` watches, and what its inner rules return."""
+        update, state, context = self.given()
+        purity.give(self._call.rule, (update, *self.stack.stored.values(), *context))
+
+        def apply(inner: Transform, u: Tensor, s: State) -> tuple[Tensor, dict[str, Tensor]]:
+            return checked(inner, inner.update(u, s, context), u, s, whole=False)
+
+        return update, WatchedState(self._call.rule, state, purity), context._replace(apply=apply)
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Tensors of the shapes of the rows' slots, and of what the group carries; without memory."""
+        rows = len(self._part.names)
+        slots = {n: torch.empty((rows, *slot.shape), device="meta") for n, slot in self._part.stack.slots.items()}
+        return {**slots, **self._call.carried}
 
     def keep(self, new: Mapping[str, Tensor], update: Tensor | None = None) -> dict[str, float]:
         """Write what the rule returned to the stack; return what the group carries."""
@@ -166,7 +229,7 @@ class Arguments:
     def _write(self, name: str, value: Tensor) -> None:
         stack, call = self._part.stack, self._call
         if name not in stack.slots:
-            raise RuleError(f"rule {call.rule.name!r} returned {name!r}, which is not one of its slots {sorted(stack.slots)}.")
+            raise RuleError(unknown_slot(call.rule, name, stack.slots, "returned"))
         slot, spec = stack.slots[name], call.spec
         noise = None
         if spec.stochastic and not slot.exact and spec.codec.rounds:
@@ -195,53 +258,6 @@ class Arguments:
 
     def _amax(self, x: Tensor) -> Tensor:
         return x.amax(self._dims, keepdim=True) if self._dims else x
-
-
-class Rows(Mapping[str, Tensor]):
-    """Some rows of stored tensors, copied when they are asked for: a rule reads one stack's state after the other's."""
-
-    def __init__(self, whole: Mapping[str, Tensor], rows: Tensor) -> None:
-        self._whole, self._rows = whole, rows
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._whole[name][self._rows]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._whole)
-
-    def __len__(self) -> int:
-        return len(self._whole)
-
-
-class StackState(Mapping[str, Tensor]):
-    """A rule's slots as it sees them: decoded when they are asked for, and not before."""
-
-    def __init__(
-        self, stored: Mapping[str, Tensor], slots: Mapping[str, Slot], key: StackKey, carried: Mapping[str, Tensor]
-    ) -> None:
-        self._stored, self._slots, self._key, self._carried = stored, slots, key, carried
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._carried:
-            return self._carried[name]
-        codec = codec_of(self._slots[name], self._key.spec.codec)
-        return codec.read(self._stored, name, compute_dtype(self._key.dtype))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter((*self._slots, *self._carried))
-
-    def __len__(self) -> int:
-        return len(self._slots) + len(self._carried)
-
-
-class Absent:
-    """Stands in for a part of the context that the rule did not declare."""
-
-    def __init__(self, rule: str) -> None:
-        self._rule = rule
-
-    def __getattr__(self, name: str) -> Any:
-        raise RuleError(f"rule {self._rule!r} reads c.param or c.grad; declare needs = frozenset({{'param', 'grad'}}).")
 
 
 def _memory(tensors: Iterable[Tensor]) -> set[int]:

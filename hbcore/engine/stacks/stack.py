@@ -16,6 +16,7 @@ from torch import Tensor
 from hbcore.distributed.exchange import Transfer
 from hbcore.distributed.placement import Shards
 from hbcore.engine.graph.segment_spec import SegmentSpec
+from hbcore.rules.contract import slots_of
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Slot, Transform
 from hbcore.rules.views import Block
@@ -45,11 +46,13 @@ class Stack:
         names: what each row's random numbers are drawn by.
         inputs: what the segment before writes: ``update``, and what else the rule needs. The rule's result replaces ``update``.
         stored: the slots as the codec stores them, ``[rows, *slot.shape]`` each.
+        checked: whether the rule ran on it and was seen to be pure, and to return what it may.
     """
 
     def __init__(self, key: StackKey, rule: Transform, feeds: Mapping[str, torch.dtype], names: list[str]) -> None:
         self.key, self.names = key, names
-        self.slots = rule.slots(torch.empty(key.shape, dtype=key.dtype, device="meta"))
+        self.slots = slots_of(rule, torch.empty(key.shape, dtype=key.dtype, device="meta"))
+        self.checked = False
         rows = len(names)
         self.inputs = {n: torch.zeros(rows, *key.shape, dtype=d, device=key.device) for n, d in feeds.items()}
         self._addresses = list(map(Tensor.data_ptr, self.inputs.values()))

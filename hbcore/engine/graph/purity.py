@@ -1,0 +1,72 @@
+"""Rules are pure: on its first run, one that writes to what it was given is stopped before it does.
+
+Tracing finds such a rule, and names the line. This is for those that are not traced: matrix rules, and rules that cannot be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hbcore.engine.graph.where import where
+from hbcore.errors import RuleError
+from hbcore.rules.contract import tensors_in
+from hbcore.rules.transform import Transform
+
+
+class Purity(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses calls that write to memory which a rule was given. A rule may write to tensors that it made itself."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._title = "the chain"
+        self._given: dict[int, Tensor] = {}  # the tensors are kept: an address is only unique while its memory is in use
+        self._lent: dict[int, Tensor] = {}
+
+    def give(self, t: Transform, tensors: Iterable[Any]) -> None:
+        """From here on ``t`` runs, which is given ``tensors``."""
+        self._title = f"rule {t.name!r} ({type(t).__name__})"
+        for tensor in (*tensors_in(t), *tensors):
+            self.add(tensor)
+
+    def add(self, tensor: Any) -> None:
+        """One more tensor that the rule is given."""
+        if isinstance(tensor, Tensor):
+            self._given[tensor.untyped_storage().data_ptr()] = tensor
+
+    def lend(self, tensor: Tensor) -> None:
+        """One more tensor that the rule is given until :meth:`take_back`: its memory is not to be kept any longer."""
+        self._lent[tensor.untyped_storage().data_ptr()] = tensor
+
+    def take_back(self) -> None:
+        """The rule has no more use for what it was lent."""
+        self._lent.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in written(func, args, kwargs):
+            address = tensor.untyped_storage().data_ptr()
+            if address and (address in self._given or address in self._lent):
+                raise RuleError(impure(func, self._title))
+        return func(*args, **kwargs)
+
+
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors that a call writes to."""
+    if func._schema.is_mutable:
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = kwargs.get(argument.name) if argument.kwarg_only or i >= len(args) else args[i]
+                yield from (t for t in tree_leaves(value) if isinstance(t, Tensor))
+
+
+def impure(func: Any, title: str) -> str:
+    """The message for a rule that writes to what it was given."""
+    return (
+        f"{where()}: {title} writes to a tensor that it was given ({func}); rules are pure: use the out-of-place form, or "
+        "clone the tensor first."
+    )
