@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from hbcore.registry.discovery import BlockedPlugin
 from hbcore.registry.hookspecs import DoctorReport
-from hbcore.registry.index import Conflict
+from hbcore.registry.index import Conflict, Shadow
 from hbcore.registry.loading import Plugin, PluginFailure
 from hbcore.registry.lookup import Registry
 from hbcore.registry.spec import Alias, CodecSpec, OptimizerInfo, OptimizerSpec
@@ -24,8 +24,10 @@ __all__ = [
     "Plugin",
     "PluginFailure",
     "Registry",
+    "Shadow",
     "block",
     "blocked",
+    "codec_info",
     "codecs",
     "conflicts",
     "create",
@@ -41,6 +43,7 @@ __all__ = [
     "preset_class",
     "refresh",
     "resolve",
+    "shadows",
     "unblock",
 ]
 
@@ -54,6 +57,7 @@ list_optimizers = default.list_optimizers
 resolve = default.resolve
 preset_class = default.preset_class
 codecs = default.codecs
+codec_info = default.codec_info
 load_codec = default.load_codec
 migrations = default.migrations
 examine = default.examine
@@ -61,6 +65,7 @@ plugins = default.plugins
 failures = default.failures
 blocked = default.blocked
 conflicts = default.conflicts
+shadows = default.shadows
 block = default.block
 unblock = default.unblock
 refresh = default.refresh

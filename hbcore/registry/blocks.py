@@ -40,6 +40,8 @@ _HOME = {
     "Parallel": ("Parallel", "hbcore.rules.parallel"),
     "Branch": ("Parallel", "hbcore.rules.parallel"),
 }
+NAMES = tuple(dict.fromkeys(name for name, _ in _HOME.values()))
+"""The current names."""
 
 
 def find(name: object) -> CoreBlock | None:

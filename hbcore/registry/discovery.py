@@ -166,7 +166,8 @@ class Discovery:
                 failures.append(found)
             else:
                 entries.append(Entry(found))
-        for entry in sorted(entries, key=lambda e: (e.distribution, e.name)):
+        # Built-in families first: no other distribution can take the name of one.
+        for entry in sorted(entries, key=lambda e: (not e.built_in, e.distribution, e.name)):
             if reason := self._reason_blocked(entry.name):
                 blocked.append(BlockedPlugin(entry.name, entry.distribution, entry.version, reason))
                 continue

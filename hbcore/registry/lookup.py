@@ -8,11 +8,11 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from hbcore.errors import AmbiguousNameError, PluginError, PluginWarning, UnknownOptimizerError
+from hbcore.errors import AmbiguousNameError, PluginError, PluginWarning, UnknownCodecError, UnknownOptimizerError
 from hbcore.registry import blocks, notices
 from hbcore.registry.discovery import BlockedPlugin, Discovery, installed
 from hbcore.registry.hookspecs import API_VERSION, Api, DoctorReport
-from hbcore.registry.index import Claim, Conflict, Index
+from hbcore.registry.index import Claim, Conflict, Index, Shadow
 from hbcore.registry.loading import Plugin, PluginFailure, import_target
 from hbcore.registry.presets import subclass
 from hbcore.registry.spec import CodecSpec, OptimizerInfo, OptimizerSpec
@@ -75,7 +75,8 @@ class Registry:
     def list_optimizers(self, pattern: str = "*", aliases: bool = False) -> list[str]:
         """The canonical names that match the glob, ignoring case, sorted; optionally with the aliases.
 
-        A short name that two plugins claim is listed as ``plugin:Name``, so every listed name can be looked up.
+        A name that means something else without its plugin, or nothing, is listed as ``plugin:Name``, so every listed name can
+        be looked up.
         """
         glob = pattern.lower()
         return [
@@ -120,10 +121,25 @@ class Registry:
         """Import and return the target of ``"codec"`` or ``"plugin:codec"``.
 
         Raises:
-            UnknownOptimizerError: no installed plugin provides it; for hb_ecc's codecs, the message has the pip command.
+            UnknownCodecError: no installed plugin provides it; for hb_ecc's codecs, the message has the pip command.
             AmbiguousNameError: two plugins provide different codecs with this name.
             PluginError: its plugin is broken.
         """
+        owner, codec = self._find_codec(name)
+        return import_target(codec.target, owner, f"codec {codec.name!r}")
+
+    def codec_info(self, name: str) -> tuple[CodecSpec, Plugin]:
+        """A codec's declaration and the plugin that provides it. Does not import its target.
+
+        Raises:
+            UnknownCodecError, AmbiguousNameError, PluginError: see :meth:`load_codec`.
+        """
+        owner, codec = self._find_codec(name)
+        return codec, owner
+
+    def _find_codec(self, name: str) -> tuple[Plugin, CodecSpec]:
+        if not isinstance(name, str):
+            raise UnknownCodecError(f"a codec's name must be a string such as 'bf16+8'; got {name!r}")
         stale = self._indexed
         index = self._ready()
         found = index.find_codec(name)
@@ -133,10 +149,9 @@ class Registry:
         if not found:
             raise notices.unknown_codec(index, name)
         if len(found) > 1:
-            owners = " and ".join(f"{owner} as '{owner.name}:{codec.name}'" for owner, codec in found)
-            raise AmbiguousNameError(f"the codec name {name!r} is claimed by {owners}; use a qualified name")
-        owner, codec = found[0]
-        return import_target(codec.target, owner, f"codec {codec.name!r}")
+            raise AmbiguousNameError(f"{Conflict.of_codecs(name, found)}; use a qualified name")
+        self._warn_of(index.codec_shadows(name))
+        return found[0]
 
     def migrations(self) -> list[object]:
         """The migrations of all plugins. A hook that raises is skipped, with a PluginWarning."""
@@ -172,8 +187,13 @@ class Registry:
         return self._index().snapshot.blocked
 
     def conflicts(self) -> list[Conflict]:
-        """The short names that several plugins claim."""
+        """The short names, of optimizers and of codecs, that are errors because several plugins claim them."""
         return self._index().conflicts()
+
+    def shadows(self) -> list[Shadow]:
+        """The claims to short names that lost: to hbcore's own families, or an alias to a canonical name."""
+        index = self._index()
+        return [*index.shadows(), *index.codec_shadows()]
 
     def block(self, name: str) -> None:
         """Block a plugin, loaded or not, until :meth:`unblock`. It need not be installed."""
@@ -215,6 +235,10 @@ class Registry:
             warn_at_caller(message, category)
             self._warned.add(key)  # after the warning: if a filter turns it into an error, the next call raises again
 
+    def _warn_of(self, shadows: Iterable[Shadow]) -> None:
+        for shadow in shadows:
+            self._warn_once(shadow, str(shadow), PluginWarning)
+
     def _find(self, name: str) -> Claim:
         if not isinstance(name, str):
             raise UnknownOptimizerError(f"an optimizer's name must be a string such as 'AdamW'; got {name!r}")
@@ -227,7 +251,8 @@ class Registry:
         if not claims:
             raise notices.unknown_optimizer(index, name)
         if len(claims) > 1:
-            raise AmbiguousNameError(f"{Conflict(name, tuple(claims))}; use a qualified name")
+            raise AmbiguousNameError(f"{Conflict.of_claims(name, claims)}; use a qualified name")
+        self._warn_of(index.shadows(name))
         return claims[0]
 
     def _target(self, claim: Claim) -> tuple[Plugin, OptimizerSpec]:
