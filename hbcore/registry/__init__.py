@@ -31,6 +31,7 @@ __all__ = [
     "codecs",
     "conflicts",
     "create",
+    "dangling",
     "default",
     "examine",
     "failures",
@@ -41,6 +42,7 @@ __all__ = [
     "migrations",
     "plugins",
     "preset_class",
+    "reason_blocked",
     "refresh",
     "resolve",
     "shadows",
@@ -65,7 +67,9 @@ plugins = default.plugins
 failures = default.failures
 blocked = default.blocked
 conflicts = default.conflicts
+dangling = default.dangling
 shadows = default.shadows
 block = default.block
 unblock = default.unblock
+reason_blocked = default.reason_blocked
 refresh = default.refresh

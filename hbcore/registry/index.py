@@ -154,6 +154,19 @@ class Index:
         found = [Conflict.of_claims(c[0].name, c) for c in claims if len(c) > 1]
         return sorted(found + [Conflict.of_codecs(c[0][1].name, c) for c in codecs if len(c) > 1], key=str)
 
+    def dangling(self, plugin: Plugin) -> list[tuple[Alias, str]]:
+        """The plugin's aliases that lead to no optimizer, each with the reason."""
+        claims = (claim for claims in self.claims.values() for claim in claims if claim.plugin is plugin)
+        return [(c.alias, self._why_dangling(c.alias)) for c in claims if c.alias and c.spec is None]
+
+    def _why_dangling(self, alias: Alias) -> str:
+        found = self.find(alias.target)
+        if not found:
+            return f"no installed plugin provides {alias.target!r}"
+        if len(found) > 1:
+            return f"{Conflict.of_claims(alias.target, found)}; its target should be one of these"
+        return f"{alias.target!r} is itself an alias"
+
     def shadows(self, name: str | None = None) -> list[Shadow]:
         """The claims that lost, to one short name (none for a qualified one) or to all."""
         keys = self.claims if name is None else [fold(name)]

@@ -80,6 +80,15 @@ class Plugin:
         """Whether it is one of the families that hbcore's repository holds."""
         return built_in(self.name, self.distribution)
 
+    def migrations(self) -> tuple[Any, ...]:
+        """What its ``hb_migrations`` returns.
+
+        Raises:
+            RegistryError: it returned None, or something that is not a list.
+            Exception: whatever the hook itself raises.
+        """
+        return _collect(self.manager, "hb_migrations", object, Api(API_VERSION, self.name))
+
     def call(self, hook: str, **arguments: object) -> list[Any]:
         """Call one hook of this plugin only. Exceptions of the implementation propagate."""
         results: list[Any] = getattr(self.manager.hook, hook)(**arguments)
@@ -202,9 +211,14 @@ def _register(manifest: Any, name: str) -> pluggy.PluginManager:
 
 def _collect(manager: pluggy.PluginManager, hook: str, kind: type[Any], api: Api) -> tuple[Any, ...]:
     items: list[Any] = []
-    for result in getattr(manager.hook, hook)(api=api):
-        if isinstance(result, kind) or not isinstance(result, Iterable):
-            raise _Refusal(f"{hook} must return a list of {kind.__name__}; it returned {result!r}")
+    listed = f"a list of {'migrations' if kind is object else kind.__name__}"
+    caller = getattr(manager.hook, hook)
+    results = caller(api=api)
+    if len(results) < len(caller.get_hookimpls()):  # pluggy leaves out None
+        raise _Refusal(f"{hook} must return {listed}; it returned None. Is a 'return' missing?")
+    for result in results:
+        if not isinstance(result, Iterable) or (kind is not object and isinstance(result, kind)):
+            raise _Refusal(f"{hook} must return {listed}; it returned {result!r}")
         items.extend(result)
     for item in items:
         if not isinstance(item, kind):

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from hbcore.errors import AmbiguousNameError, PluginError, PluginWarning, UnknownCodecError, UnknownOptimizerError
-from hbcore.registry import blocks, notices
+from hbcore.registry import blocks, hints, notices
 from hbcore.registry.discovery import BlockedPlugin, Discovery, installed
-from hbcore.registry.hookspecs import API_VERSION, Api, DoctorReport
+from hbcore.registry.hookspecs import DoctorReport
 from hbcore.registry.index import Claim, Conflict, Index, Shadow
-from hbcore.registry.loading import Plugin, PluginFailure, import_target
+from hbcore.registry.loading import Plugin, PluginFailure, import_target, one_line
 from hbcore.registry.presets import subclass
-from hbcore.registry.spec import CodecSpec, OptimizerInfo, OptimizerSpec
+from hbcore.registry.spec import Alias, CodecSpec, OptimizerInfo, OptimizerSpec, split
 from hbcore.warn import warn_at_caller
 
 if TYPE_CHECKING:
@@ -158,21 +158,28 @@ class Registry:
         found: list[object] = []
         for plugin in self._ready().snapshot.plugins:
             try:
-                for result in plugin.call("hb_migrations", api=Api(API_VERSION, plugin.name)):
-                    found.extend(result)
+                found.extend(plugin.migrations())
             except Exception as error:
-                text = f"hb_migrations of plugin {plugin} raised {error!r}; its migrations are unavailable"
+                text = f"hb_migrations of plugin {plugin} failed: {one_line(error)}; its migrations are unavailable"
                 self._warn_once((plugin.name, "migrations"), text, PluginWarning)
         return found
 
     def examine(self, plugin: Plugin) -> DoctorReport:
-        """Run one plugin's ``hb_doctor``; an exception becomes a problem in the report."""
+        """Run one plugin's ``hb_doctor``, and check its aliases; an exception becomes a problem in the report."""
         report = DoctorReport()
+        for alias, reason in self.dangling(plugin):
+            known = hints.home(split(alias.target)[1])
+            absent = known is not None and known.exact and known.plugin not in {p.name for p in self.plugins()}
+            (report.note if absent else report.problem)(f"its alias {alias.name!r} leads nowhere: {reason}")
         try:
             plugin.call("hb_doctor", report=report)
         except Exception as error:
             report.problem(f"its hb_doctor hook raised {error!r}")
         return report
+
+    def dangling(self, plugin: Plugin) -> list[tuple[Alias, str]]:
+        """The plugin's aliases that lead to no optimizer, each with the reason."""
+        return self._index().dangling(plugin)
 
     def plugins(self) -> tuple[Plugin, ...]:
         """The working plugins. Like the next three methods, this neither warns nor raises about broken ones."""
@@ -206,6 +213,10 @@ class Registry:
             RegistryError: an environment variable blocks the plugin.
         """
         self._discovery.unblock(name)
+
+    def reason_blocked(self, name: str) -> str:
+        """What blocks the plugin, a call or an environment variable; empty if nothing does. Does not scan."""
+        return self._discovery.reason_blocked(name)
 
     def refresh(self) -> None:
         """Clear the cache; the next lookup scans again and rereads the environment variables."""
