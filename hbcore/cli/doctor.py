@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hbcore import __version__
-from hbcore.cli import second_process
+from hbcore.cli import second_process, text
 
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 
@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report. Returns 1 if ``--strict`` is given and a plugin, a name or torch is broken, else 0."""
     report = examine()
-    print(json.dumps(report, indent=2, default=repr) if args.json else "\n".join(_lines(report)))
+    if args.json:
+        print(json.dumps(report, indent=2, default=repr))
+    else:
+        text.show(line for written in _lines(report) for line in _wrapped(written, text.width()))
     return 1 if args.strict and report["broken"] else 0
 
 
@@ -131,5 +134,13 @@ def _plugin_lines(plugin: dict[str, Any]) -> Iterator[str]:
     yield from (f"    problem: {problem}" for problem in plugin["problems"])
 
 
-def _indented(text: str) -> Iterator[str]:
-    return (f"    {line}" for line in text.splitlines())
+def _indented(lines: str) -> Iterator[str]:
+    return (f"    {line}" for line in lines.splitlines())
+
+
+def _wrapped(line: str, columns: int | None) -> Iterator[text.Line]:
+    """A line of the report, broken at spaces; section titles are bold."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    style = "" if indent else "bold"
+    for part in text.wrapped(line.strip(), columns, indent, indent + "  ") if columns and len(line) > columns else [line]:
+        yield [(part, style)]

@@ -1,7 +1,7 @@
 """Run by ``hbcore doctor`` in a separate process: imports what plugins declare, which may abort, hang or exit.
 
-Arguments: a file for the answers, then the questions, each ``"KIND NAME"``. Each answer is one line of JSON, written as soon as it
-is known, so that the doctor sees at which question the process ended.
+Arguments: a file for the answers, then the questions, each ``"KIND NAME"``. Each answer is one line of JSON, written as soon as
+it is known, so that the doctor sees at which question the process ended.
 """
 
 from __future__ import annotations

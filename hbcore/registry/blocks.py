@@ -44,6 +44,11 @@ NAMES = tuple(dict.fromkeys(name for name, _ in _HOME.values()))
 """The current names."""
 
 
+def aliases_of(name: str) -> list[str]:
+    """The old names of the block with this current name."""
+    return sorted(old for old, (current, _) in _HOME.items() if current == name != old)
+
+
 def find(name: object) -> CoreBlock | None:
     """The block with this current or old name, or None; case, ``-`` and ``_`` are ignored."""
     plugin, key = split(name) if isinstance(name, str) else ("", "")
