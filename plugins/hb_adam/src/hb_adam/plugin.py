@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from hbcore.api import Alias, OptimizerSpec, hookimpl
 
-API = (1, 3)
+API = (1, 4)
 
 
-def spec(name: str, module: str, summary: str, paper: str, *capabilities: str) -> OptimizerSpec:
+def spec(name: str, module: str, summary: str, paper: str, *capabilities: str, small_lr: float | None = None) -> OptimizerSpec:
     """The class ``name`` in ``hb_adam.<module>``."""
-    return OptimizerSpec(name, f"hb_adam.{module}:{name}", summary, paper, frozenset(capabilities))
+    return OptimizerSpec(name, f"hb_adam.{module}:{name}", summary, paper, frozenset(capabilities), small_lr)
 
 
 OPTIMIZERS = (
     spec("SGD", "sgd", "Stochastic gradient descent with momentum",
-         "Sutskever et al. 2013, On the importance of initialization and momentum in deep learning", "capturable"),
+         "Sutskever et al. 2013, On the importance of initialization and momentum in deep learning", "capturable",
+         small_lr=0.1),
     spec("Adam", "adam", "Adam, with a weight decay that regularises the loss",
          "Kingma & Ba 2015, arXiv:1412.6980", "capturable"),
     spec("AdamW", "adamw", "Adam with decoupled weight decay",
