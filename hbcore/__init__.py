@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         SparseGradientError,
         StateWarning,
         TraceError,
+        UnknownCodecError,
         UnknownOptimizerError,
     )
     from hbcore.optimizer import Optimizer
@@ -63,6 +64,7 @@ __all__ = [
     "SplitOpt",
     "StateWarning",
     "TraceError",
+    "UnknownCodecError",
     "UnknownOptimizerError",
     "__version__",
     "block",

@@ -56,6 +56,10 @@ class UnknownOptimizerError(RegistryError, LookupError):
     """No installed plugin provides the name. The message suggests similar names and, for known families, a pip command."""
 
 
+class UnknownCodecError(RegistryError, LookupError):
+    """No installed plugin provides the codec. The message lists the installed ones and suggests similar names."""
+
+
 class AmbiguousNameError(RegistryError, LookupError):
     """Two plugins provide the same short name. The message names both; ``plugin:Name`` selects one."""
 

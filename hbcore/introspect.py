@@ -14,10 +14,12 @@ from hbcore.engine.backends.triton.codegen import module_source
 from hbcore.engine.graph.trace import trace
 from hbcore.engine.planning.partition import example, partition
 from hbcore.engine.shared_options import OPTIONS
+from hbcore.errors import OptionError
 from hbcore.optimizer import Optimizer
 from hbcore.rules import route
 from hbcore.state.expected import expected
 from hbcore.wrappers.composite import Composite
+from hbcore.wrappers.split import SplitOpt
 
 
 def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]:
@@ -65,13 +67,81 @@ def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]
     }
 
 
+def is_described(cls: type[Any]) -> bool:
+    """Whether :func:`describe` can tell what the class is made of: hbcore's own classes that need nothing but parameters."""
+    return issubclass(cls, (Optimizer, Composite)) and not issubclass(cls, SplitOpt)
+
+
+def outline(cls: type[Any]) -> dict[str, Any]:
+    """What :func:`describe` says, as far as it is known of any other class.
+
+    Hyperparameters are those of the signature, and state is what a step creates, if the class can be built from parameters
+    alone: torch.optim's optimizers can. ``note`` says what is not known.
+    """
+    parameters = inspect.signature(cls).parameters.values()
+    facts: dict[str, Any] = {
+        "name": cls.__name__,
+        "doc": (inspect.getdoc(cls) or "").split("\n\n")[0],
+        "hyperparameters": [
+            {"name": p.name, "bounds": "", "scheduled": False} | ({} if p.default is p.empty else {"default": p.default})
+            for p in parameters
+            if p.name != "params" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ],
+        "options": [],
+        "slots": [],
+        "bytes_per_parameter": 0.0,
+        "chain": [],
+    }
+    if issubclass(cls, SplitOpt) or not issubclass(cls, torch.optim.Optimizer):
+        return facts | {"note": "its state is that of the optimizers or rules that it is made of"}
+    try:
+        slots = _stepped(cls)
+    except Exception as error:  # somebody else's constructor and step may raise anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return facts | {"note": f"state unknown: a trial step failed with {reason}"}
+    note = "not built on hbcore's engine: no shared options, no generated kernel"
+    return facts | {"slots": slots, "bytes_per_parameter": float(sum(s["bytes_per_parameter"] for s in slots)), "note": note}
+
+
+def _stepped(cls: type[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    """The tensors that a step creates for a 32 x 32 float32 matrix."""
+    param = torch.nn.Parameter(torch.ones(32, 32, device="cpu"))
+    build: Callable[..., torch.optim.Optimizer] = cls
+    optimizer = build([param])
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    with torch.enable_grad():
+        closure()
+        optimizer.step(closure)  # type: ignore[arg-type]
+    return [
+        {
+            "name": name,
+            "transform": "",
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "bytes_per_parameter": value.dtype.itemsize * value.numel() / param.numel(),
+        }
+        for name, value in optimizer.state[param].items()
+        if isinstance(value, torch.Tensor)
+    ]
+
+
 def kernels(cls: type[Optimizer | Composite]) -> list[str]:
     """The source of the Triton kernels that an optimizer's segments become for a float32 matrix, at the class's defaults.
 
     Raises:
+        OptionError: the class is not built on hbcore's engine, or is made of other optimizers.
         TraceError: a rule broke the tracing contract.
         CompileError: an operation is outside the generator's vocabulary.
     """
+    if not issubclass(cls, (Optimizer, Composite)):
+        raise OptionError(f"--kernel: {cls.__name__} is not built on hbcore's engine, which generates no kernel for it")
+    if not is_described(cls):
+        raise OptionError(f"--kernel: {cls.__name__} is made of other optimizers; name one of them")
     build: Callable[[list[torch.nn.Parameter]], Optimizer | Composite] = cls
     param = torch.nn.Parameter(torch.zeros(8, 8, device="cpu"))
     built = build([param])

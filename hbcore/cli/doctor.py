@@ -8,16 +8,13 @@ import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from hbcore import __version__
+from hbcore.cli import second_process, text
 
-PROBE_SECONDS = 120  # the first import of torch from a cold network disk is slow
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
@@ -30,12 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report. Returns 1 if ``--strict`` is given and a plugin, a name or torch is broken, else 0."""
     report = examine()
-    print(json.dumps(report, indent=2, default=repr) if args.json else "\n".join(_lines(report)))
+    if args.json:
+        print(json.dumps(report, indent=2, default=repr))
+    else:
+        text.show(line for written in _lines(report) for line in _wrapped(written, text.width()))
     return 1 if args.strict and report["broken"] else 0
 
 
 def examine() -> dict[str, Any]:
     """The whole report as plain data; ``broken`` lists the problems that make ``--strict`` fail.
+
+    Everything that plugins declare is imported, in second processes, and manifests are watched for imports of torch.
 
     A missing GPU, C++ compiler or Triton is not a problem: the other backends give the same results.
     """
@@ -56,7 +58,7 @@ def examine() -> dict[str, Any]:
         },
     }
     broken = [f"torch does not work: {facts['torch_error']}"] if facts["torch_error"] else []
-    report |= _registry_report(broken)
+    report |= _plugins(broken, targets=not facts["torch_error"])
     report["broken"] = broken
     return report
 
@@ -75,66 +77,26 @@ def _compiler() -> str:
 
 def _probe() -> dict[str, str]:
     """Check torch and Triton in a second process, so that a crash of torch does not end this one."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, str(Path(__file__).with_name("probe.py"))]
+    printed, failure = second_process.python("probe.py")
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROBE_SECONDS)
-        facts: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+        facts: dict[str, str] = json.loads(printed.splitlines()[-1])
         return facts
-    except subprocess.TimeoutExpired:
-        reason = f"the import took more than {PROBE_SECONDS} s"
     except (IndexError, ValueError):
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        reason = f"the process that imported it exited with status {done.returncode}: {last}"
-    except OSError as error:
-        reason = f"cannot start a second process: {error}"
+        reason = f"the process that imported it {failure or 'printed nothing'}"
     return {"torch": "", "torch_error": reason, "gpu": "unknown", "triton": "unknown"}
 
 
-def _registry_report(broken: list[str]) -> dict[str, Any]:
-    """Plugins, conflicts and blocked plugins; appends their problems to ``broken``."""
-    empty: dict[str, Any] = {"plugins": [], "conflicts": [], "blocked": []}
+def _plugins(broken: list[str], targets: bool) -> dict[str, Any]:
+    """Plugins, conflicts, shadows and blocked plugins; appends their problems to ``broken``."""
+    empty: dict[str, Any] = {"plugins": [], "conflicts": [], "shadows": [], "blocked": []}
     try:
-        from hbcore import registry
+        from hbcore.cli import plugin_report
     except Exception as error:  # pluggy missing or damaged
         broken.append(f"cannot import hbcore's registry: {type(error).__name__}: {error}")
         return empty | {"registry_error": traceback.format_exc()}
-    plugins: list[dict[str, Any]] = []
-    for plugin in registry.plugins():
-        health = registry.examine(plugin)
-        broken += [f"plugin {plugin}: {problem}" for problem in health.problems]
-        plugins.append(
-            {
-                "name": plugin.name,
-                "status": "problem" if health.problems else "ok",
-                "distribution": plugin.distribution,
-                "version": plugin.version,
-                "location": plugin.location,
-                "optimizers": len(plugin.optimizers),
-                "aliases": len(plugin.aliases),
-                "codecs": len(plugin.codecs),
-                "notes": health.notes,
-                "problems": health.problems,
-            }
-        )
-    for failure in registry.failures():
-        broken.append(f"plugin {failure.entry} ({failure.distribution} {failure.version}): {failure.cause}")
-        plugins.append(
-            {
-                "name": failure.entry,
-                "status": "disabled",
-                "distribution": failure.distribution,
-                "version": failure.version,
-                "location": failure.location,
-                "phase": failure.phase,
-                "cause": failure.cause,
-                "traceback": failure.traceback,
-            }
-        )
-    conflicts = [str(conflict) for conflict in registry.conflicts()]
-    broken += conflicts
-    blocked = [{"name": b.name, "distribution": b.distribution, "reason": b.reason} for b in registry.blocked()]
-    return {"plugins": plugins, "conflicts": conflicts, "blocked": blocked}
+    report, problems = plugin_report.examine(targets)
+    broken += problems
+    return report
 
 
 def _lines(report: dict[str, Any]) -> Iterator[str]:
@@ -151,6 +113,9 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     if report["conflicts"]:
         yield "conflicts:"
         yield from (f"  {conflict}" for conflict in report["conflicts"])
+    if report["shadows"]:
+        yield "names that lost to others:"
+        yield from (f"  {shadow}" for shadow in report["shadows"])
     if report["blocked"]:
         yield "blocked:"
         yield from (f"  {b['name']} ({b['distribution']}), by {b['reason']}" for b in report["blocked"])
@@ -169,5 +134,13 @@ def _plugin_lines(plugin: dict[str, Any]) -> Iterator[str]:
     yield from (f"    problem: {problem}" for problem in plugin["problems"])
 
 
-def _indented(text: str) -> Iterator[str]:
-    return (f"    {line}" for line in text.splitlines())
+def _indented(lines: str) -> Iterator[str]:
+    return (f"    {line}" for line in lines.splitlines())
+
+
+def _wrapped(line: str, columns: int | None) -> Iterator[text.Line]:
+    """A line of the report, broken at spaces; section titles are bold."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    style = "" if indent else "bold"
+    for part in text.wrapped(line.strip(), columns, indent, indent + "  ") if columns and len(line) > columns else [line]:
+        yield [(part, style)]

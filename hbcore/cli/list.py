@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from hbcore import registry
+from hbcore.cli import text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +28,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=2, default=repr))
     elif rows:
-        widths = [max(len(row[column]) for row in rows) for column in ("name", "plugin")]
-        for row in rows:
-            print(f"{row['name']:<{widths[0]}}  {row['plugin']:<{widths[1]}}  {_summary(row)}".rstrip())
+        text.show(text.table(((row["name"], row["plugin"], _summary(row)) for row in rows), text.width(), indent=""))
     elif registry.plugins():
         print(f"no optimizer matches {args.pattern!r}; 'hbcore list' shows all", file=sys.stderr)
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from hbcore.registry.discovery import BlockedPlugin
 from hbcore.registry.hookspecs import DoctorReport
-from hbcore.registry.index import Conflict
+from hbcore.registry.index import Conflict, Shadow
 from hbcore.registry.loading import Plugin, PluginFailure
 from hbcore.registry.lookup import Registry
 from hbcore.registry.spec import Alias, CodecSpec, OptimizerInfo, OptimizerSpec
@@ -24,11 +24,14 @@ __all__ = [
     "Plugin",
     "PluginFailure",
     "Registry",
+    "Shadow",
     "block",
     "blocked",
+    "codec_info",
     "codecs",
     "conflicts",
     "create",
+    "dangling",
     "default",
     "examine",
     "failures",
@@ -39,8 +42,10 @@ __all__ = [
     "migrations",
     "plugins",
     "preset_class",
+    "reason_blocked",
     "refresh",
     "resolve",
+    "shadows",
     "unblock",
 ]
 
@@ -54,6 +59,7 @@ list_optimizers = default.list_optimizers
 resolve = default.resolve
 preset_class = default.preset_class
 codecs = default.codecs
+codec_info = default.codec_info
 load_codec = default.load_codec
 migrations = default.migrations
 examine = default.examine
@@ -61,6 +67,9 @@ plugins = default.plugins
 failures = default.failures
 blocked = default.blocked
 conflicts = default.conflicts
+dangling = default.dangling
+shadows = default.shadows
 block = default.block
 unblock = default.unblock
+reason_blocked = default.reason_blocked
 refresh = default.refresh

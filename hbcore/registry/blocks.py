@@ -40,6 +40,13 @@ _HOME = {
     "Parallel": ("Parallel", "hbcore.rules.parallel"),
     "Branch": ("Parallel", "hbcore.rules.parallel"),
 }
+NAMES = tuple(dict.fromkeys(name for name, _ in _HOME.values()))
+"""The current names."""
+
+
+def aliases_of(name: str) -> list[str]:
+    """The old names of the block with this current name."""
+    return sorted(old for old, (current, _) in _HOME.items() if current == name != old)
 
 
 def find(name: object) -> CoreBlock | None:

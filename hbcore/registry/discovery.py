@@ -136,7 +136,7 @@ class Discovery:
             self._refuse_reentry()
             self._blocked.discard(fold(name))
             self._current = None
-            if reason := self._reason_blocked(name):
+            if reason := self.reason_blocked(name):
                 raise RegistryError(f"plugin {name!r} stays blocked by {reason}; change the variable instead")
 
     def _refuse_reentry(self) -> None:
@@ -147,7 +147,8 @@ class Discovery:
                 "may only declare data. Look up other optimizers in the target's module"
             )
 
-    def _reason_blocked(self, name: str) -> str:
+    def reason_blocked(self, name: str) -> str:
+        """What blocks the plugin, a call or an environment variable; empty if nothing does."""
         key = fold(name)
         if key in self._blocked:
             return f"hbcore.block({name!r})"
@@ -166,8 +167,9 @@ class Discovery:
                 failures.append(found)
             else:
                 entries.append(Entry(found))
-        for entry in sorted(entries, key=lambda e: (e.distribution, e.name)):
-            if reason := self._reason_blocked(entry.name):
+        # Built-in families first: no other distribution can take the name of one.
+        for entry in sorted(entries, key=lambda e: (not e.built_in, e.distribution, e.name)):
+            if reason := self.reason_blocked(entry.name):
                 blocked.append(BlockedPlugin(entry.name, entry.distribution, entry.version, reason))
                 continue
             if owner := plugins.get(fold(entry.name)):

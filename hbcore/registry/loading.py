@@ -27,6 +27,15 @@ if TYPE_CHECKING:
 Phase = Literal["metadata", "import", "api", "register", "hooks"]
 
 
+BUILT_IN = frozenset({"hb_adam", "hb_muon", "hb_psgd", "hb_soap", "hb_ecc"})
+"""The families of hbcore's repository, each in the distribution of its name."""
+
+
+def built_in(plugin: str, distribution: str) -> bool:
+    """Whether this plugin of this distribution is one of :data:`BUILT_IN`."""
+    return plugin in BUILT_IN and fold(distribution) == fold(plugin)
+
+
 @dataclass(frozen=True)
 class PluginFailure:
     """Why a plugin is disabled. Text only: a stored exception would keep the frames of its traceback alive.
@@ -65,6 +74,20 @@ class Plugin:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.distribution} {self.version})"
+
+    @property
+    def built_in(self) -> bool:
+        """Whether it is one of the families that hbcore's repository holds."""
+        return built_in(self.name, self.distribution)
+
+    def migrations(self) -> tuple[Any, ...]:
+        """What its ``hb_migrations`` returns.
+
+        Raises:
+            RegistryError: it returned None, or something that is not a list.
+            Exception: whatever the hook itself raises.
+        """
+        return _collect(self.manager, "hb_migrations", object, Api(API_VERSION, self.name))
 
     def call(self, hook: str, **arguments: object) -> list[Any]:
         """Call one hook of this plugin only. Exceptions of the implementation propagate."""
@@ -130,6 +153,7 @@ class Entry:
         self.package = point.value.partition(":")[0].partition(".")[0].strip()
         folder = point.dist.locate_file("") if point.dist is not None else "an unknown folder"
         self.location = f"{point.value} in {folder}"
+        self.built_in = built_in(self.name, self.distribution)
         self.identity = (self.distribution, self.version, point.name, point.value)
 
     def failure(self, phase: Phase, cause: str, text: str = "", provides: tuple[str, ...] = ()) -> PluginFailure:
@@ -187,9 +211,14 @@ def _register(manifest: Any, name: str) -> pluggy.PluginManager:
 
 def _collect(manager: pluggy.PluginManager, hook: str, kind: type[Any], api: Api) -> tuple[Any, ...]:
     items: list[Any] = []
-    for result in getattr(manager.hook, hook)(api=api):
-        if isinstance(result, kind) or not isinstance(result, Iterable):
-            raise _Refusal(f"{hook} must return a list of {kind.__name__}; it returned {result!r}")
+    listed = f"a list of {'migrations' if kind is object else kind.__name__}"
+    caller = getattr(manager.hook, hook)
+    results = caller(api=api)
+    if len(results) < len(caller.get_hookimpls()):  # pluggy leaves out None
+        raise _Refusal(f"{hook} must return {listed}; it returned None. Is a 'return' missing?")
+    for result in results:
+        if not isinstance(result, Iterable) or (kind is not object and isinstance(result, kind)):
+            raise _Refusal(f"{hook} must return {listed}; it returned {result!r}")
         items.extend(result)
     for item in items:
         if not isinstance(item, kind):

@@ -8,14 +8,14 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from hbcore.errors import AmbiguousNameError, PluginError, PluginWarning, UnknownOptimizerError
-from hbcore.registry import blocks, notices
+from hbcore.errors import AmbiguousNameError, PluginError, PluginWarning, UnknownCodecError, UnknownOptimizerError
+from hbcore.registry import blocks, hints, notices
 from hbcore.registry.discovery import BlockedPlugin, Discovery, installed
-from hbcore.registry.hookspecs import API_VERSION, Api, DoctorReport
-from hbcore.registry.index import Claim, Conflict, Index
-from hbcore.registry.loading import Plugin, PluginFailure, import_target
+from hbcore.registry.hookspecs import DoctorReport
+from hbcore.registry.index import Claim, Conflict, Index, Shadow
+from hbcore.registry.loading import Plugin, PluginFailure, import_target, one_line
 from hbcore.registry.presets import subclass
-from hbcore.registry.spec import CodecSpec, OptimizerInfo, OptimizerSpec
+from hbcore.registry.spec import Alias, CodecSpec, OptimizerInfo, OptimizerSpec, split
 from hbcore.warn import warn_at_caller
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ class Registry:
     def list_optimizers(self, pattern: str = "*", aliases: bool = False) -> list[str]:
         """The canonical names that match the glob, ignoring case, sorted; optionally with the aliases.
 
-        A short name that two plugins claim is listed as ``plugin:Name``, so every listed name can be looked up.
+        A name that means something else without its plugin, or nothing, is listed as ``plugin:Name``, so every listed name can
+        be looked up.
         """
         glob = pattern.lower()
         return [
@@ -120,10 +121,25 @@ class Registry:
         """Import and return the target of ``"codec"`` or ``"plugin:codec"``.
 
         Raises:
-            UnknownOptimizerError: no installed plugin provides it; for hb_ecc's codecs, the message has the pip command.
+            UnknownCodecError: no installed plugin provides it; for hb_ecc's codecs, the message has the pip command.
             AmbiguousNameError: two plugins provide different codecs with this name.
             PluginError: its plugin is broken.
         """
+        owner, codec = self._find_codec(name)
+        return import_target(codec.target, owner, f"codec {codec.name!r}")
+
+    def codec_info(self, name: str) -> tuple[CodecSpec, Plugin]:
+        """A codec's declaration and the plugin that provides it. Does not import its target.
+
+        Raises:
+            UnknownCodecError, AmbiguousNameError, PluginError: see :meth:`load_codec`.
+        """
+        owner, codec = self._find_codec(name)
+        return codec, owner
+
+    def _find_codec(self, name: str) -> tuple[Plugin, CodecSpec]:
+        if not isinstance(name, str):
+            raise UnknownCodecError(f"a codec's name must be a string such as 'bf16+8'; got {name!r}")
         stale = self._indexed
         index = self._ready()
         found = index.find_codec(name)
@@ -133,31 +149,37 @@ class Registry:
         if not found:
             raise notices.unknown_codec(index, name)
         if len(found) > 1:
-            owners = " and ".join(f"{owner} as '{owner.name}:{codec.name}'" for owner, codec in found)
-            raise AmbiguousNameError(f"the codec name {name!r} is claimed by {owners}; use a qualified name")
-        owner, codec = found[0]
-        return import_target(codec.target, owner, f"codec {codec.name!r}")
+            raise AmbiguousNameError(f"{Conflict.of_codecs(name, found)}; use a qualified name")
+        self._warn_of(index.codec_shadows(name))
+        return found[0]
 
     def migrations(self) -> list[object]:
         """The migrations of all plugins. A hook that raises is skipped, with a PluginWarning."""
         found: list[object] = []
         for plugin in self._ready().snapshot.plugins:
             try:
-                for result in plugin.call("hb_migrations", api=Api(API_VERSION, plugin.name)):
-                    found.extend(result)
+                found.extend(plugin.migrations())
             except Exception as error:
-                text = f"hb_migrations of plugin {plugin} raised {error!r}; its migrations are unavailable"
+                text = f"hb_migrations of plugin {plugin} failed: {one_line(error)}; its migrations are unavailable"
                 self._warn_once((plugin.name, "migrations"), text, PluginWarning)
         return found
 
     def examine(self, plugin: Plugin) -> DoctorReport:
-        """Run one plugin's ``hb_doctor``; an exception becomes a problem in the report."""
+        """Run one plugin's ``hb_doctor``, and check its aliases; an exception becomes a problem in the report."""
         report = DoctorReport()
+        for alias, reason in self.dangling(plugin):
+            known = hints.home(split(alias.target)[1])
+            absent = known is not None and known.exact and known.plugin not in {p.name for p in self.plugins()}
+            (report.note if absent else report.problem)(f"its alias {alias.name!r} leads nowhere: {reason}")
         try:
             plugin.call("hb_doctor", report=report)
         except Exception as error:
             report.problem(f"its hb_doctor hook raised {error!r}")
         return report
+
+    def dangling(self, plugin: Plugin) -> list[tuple[Alias, str]]:
+        """The plugin's aliases that lead to no optimizer, each with the reason."""
+        return self._index().dangling(plugin)
 
     def plugins(self) -> tuple[Plugin, ...]:
         """The working plugins. Like the next three methods, this neither warns nor raises about broken ones."""
@@ -172,8 +194,13 @@ class Registry:
         return self._index().snapshot.blocked
 
     def conflicts(self) -> list[Conflict]:
-        """The short names that several plugins claim."""
+        """The short names, of optimizers and of codecs, that are errors because several plugins claim them."""
         return self._index().conflicts()
+
+    def shadows(self) -> list[Shadow]:
+        """The claims to short names that lost: to hbcore's own families, or an alias to a canonical name."""
+        index = self._index()
+        return [*index.shadows(), *index.codec_shadows()]
 
     def block(self, name: str) -> None:
         """Block a plugin, loaded or not, until :meth:`unblock`. It need not be installed."""
@@ -186,6 +213,10 @@ class Registry:
             RegistryError: an environment variable blocks the plugin.
         """
         self._discovery.unblock(name)
+
+    def reason_blocked(self, name: str) -> str:
+        """What blocks the plugin, a call or an environment variable; empty if nothing does. Does not scan."""
+        return self._discovery.reason_blocked(name)
 
     def refresh(self) -> None:
         """Clear the cache; the next lookup scans again and rereads the environment variables."""
@@ -215,6 +246,10 @@ class Registry:
             warn_at_caller(message, category)
             self._warned.add(key)  # after the warning: if a filter turns it into an error, the next call raises again
 
+    def _warn_of(self, shadows: Iterable[Shadow]) -> None:
+        for shadow in shadows:
+            self._warn_once(shadow, str(shadow), PluginWarning)
+
     def _find(self, name: str) -> Claim:
         if not isinstance(name, str):
             raise UnknownOptimizerError(f"an optimizer's name must be a string such as 'AdamW'; got {name!r}")
@@ -227,7 +262,8 @@ class Registry:
         if not claims:
             raise notices.unknown_optimizer(index, name)
         if len(claims) > 1:
-            raise AmbiguousNameError(f"{Conflict(name, tuple(claims))}; use a qualified name")
+            raise AmbiguousNameError(f"{Conflict.of_claims(name, claims)}; use a qualified name")
+        self._warn_of(index.shadows(name))
         return claims[0]
 
     def _target(self, claim: Claim) -> tuple[Plugin, OptimizerSpec]:

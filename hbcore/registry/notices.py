@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 
-from hbcore.errors import PluginError, RegistryError, UnknownOptimizerError
+from hbcore.errors import PluginError, RegistryError, UnknownCodecError, UnknownOptimizerError
+from hbcore.registry import blocks, hints
 from hbcore.registry.discovery import BlockedPlugin, Snapshot
+from hbcore.registry.hints import Home, pip_line
 from hbcore.registry.index import Index
-from hbcore.registry.loading import PluginFailure
+from hbcore.registry.loading import Plugin, PluginFailure
 from hbcore.registry.spec import Alias, fold, split
-
-_FAMILIES = {
-    "hb_adam": "SGD Adam AdamW UnscaledAdamW NAdam RMSprop ADOPT AdEMAMix AdamC LaProp SignLaProp SUDSAdamW SFAdamW "
-    "MSAMLaProp SAMWrapper Adams Adafactor SparseAdam Lion",
-    "hb_muon": "Muon MuonAdamW MuonLaProp HyperBallAdamW OrthoLaProp LaPropOrtho Scion",
-    "hb_soap": "SOAP SOAPNAdam SOAPAdEMAMix SOLP SFSOAP KLSOAP KLShampoo",
-    "hb_psgd": "PSGD PSGDKron PSGDPRO QSGD LATHER PSGDLRA",
-}
-# Optimizer -> plugin known to provide it. Only for the pip hint: lookups do not use this table.
-KNOWN = {name: plugin for plugin, names in _FAMILIES.items() for name in names.split()}
-KNOWN_CODECS = {name: "hb_ecc" for name in ("bf16+8", "bf16+16", "fp16+8", "fp16+16", "int8")}
-
-_FOLDED = {fold(name): plugin for name, plugin in KNOWN.items()}
-# HeavyBall's old names prefix the optimizer's name with these words: PaLMForeachSFAdamW, NewtonHybrid2PSGDKron.
-_OLD_PREFIXES = re.compile("(?:foreach|cached|delayed|newton|hybrid2|pure|palm|precondschedule|sf(?=palm))*")
-
-
-def family(key: str) -> str:
-    """The plugin known to provide the folded name, or the empty string."""
-    return _FOLDED.get(key) or _FOLDED.get(_OLD_PREFIXES.sub("", key, count=1), "")
-
-
-def pip_line(plugin: str) -> str:
-    """The command that installs the plugin."""
-    return f"pip install {plugin}"
-
-
-def suggestions(name: str, known: Iterable[str]) -> str:
-    """``"Did you mean AdamW? "`` or the empty string; optimizers that are not installed come with their pip command."""
-    spelled = {fold(other): f"{other} ({pip_line(plugin)})" for other, plugin in KNOWN.items()}
-    spelled.update((fold(other), other) for other in known)
-    close = difflib.get_close_matches(fold(name.rpartition(":")[2]), spelled, n=3, cutoff=0.7)
-    return f"Did you mean {', '.join(spelled[key] for key in close)}? " if close else ""
 
 
 def failure_text(failure: PluginFailure) -> str:
@@ -68,23 +35,11 @@ def cause_of(failure: PluginFailure) -> RegistryError | None:
 def unknown_optimizer(index: Index, name: str) -> RegistryError:
     """The error for an unknown name: its plugin is broken, blocked or not installed, or the name is misspelled."""
     prefix, key = split(name)
-    provider = family(key)
-    if absent := _unusable(index.snapshot, repr(name), prefix or fold(provider), key):
+    home = hints.home(key)
+    provider = prefix or (fold(home.plugin) if home else "")
+    if absent := _unusable(index.snapshot, repr(name), provider, UnknownOptimizerError, key):
         return absent
-    present = {fold(plugin.name): plugin for plugin in index.snapshot.plugins}
-    if prefix in present:
-        message = f"Plugin {present[prefix]} provides no optimizer {name.rpartition(':')[2]!r}. "
-    else:
-        message = f"No installed plugin provides the optimizer {name!r}. "
-        wanted = provider or next((known for known in _FAMILIES if fold(known) == prefix), "")
-        if wanted and fold(wanted) not in present:
-            return UnknownOptimizerError(f"{message}It comes with {wanted}: {pip_line(wanted)}")
-        if provider:  # the family is installed: suggesting the name itself would not help
-            return UnknownOptimizerError(
-                f"{message}It belongs to {wanted}, but {present[fold(wanted)]} does not provide it yet; "
-                f"a newer version may: pip install --upgrade {wanted}. 'hbcore list' shows every name"
-            )
-    message += suggestions(name, index.names(aliases=True))
+    message = f"{_lacking(index.snapshot, name, 'optimizer')} {_whereabouts(index, name, home)}"
     if broken := ", ".join(failure.entry for failure in index.snapshot.failures):
         message += f"It may belong to a disabled plugin ({broken}; see 'hbcore doctor'). "
     return UnknownOptimizerError(f"{message}'hbcore list' shows every name")
@@ -93,16 +48,69 @@ def unknown_optimizer(index: Index, name: str) -> RegistryError:
 def unknown_codec(index: Index, name: str) -> RegistryError:
     """The error for an unknown codec."""
     prefix, _, short = name.rpartition(":")
-    provider = KNOWN_CODECS.get(short.casefold(), "")
-    if absent := _unusable(index.snapshot, f"codec {name!r}", fold(prefix or provider)):
+    home = hints.codec_home(short)
+    if absent := _unusable(index.snapshot, f"codec {name!r}", fold(prefix or (home.plugin if home else "")), UnknownCodecError):
         return absent
-    present = {plugin.name for plugin in index.snapshot.plugins}
-    hint = f"It comes with {provider}: {pip_line(provider)}. " if provider and provider not in present else ""
-    known = ", ".join(sorted(codec.name for plugin in index.snapshot.plugins for codec in plugin.codecs)) or "none"
-    return UnknownOptimizerError(f"No installed plugin provides the codec {name!r}. {hint}Installed codecs: {known}")
+    known = sorted(codec.name for plugin in index.snapshot.plugins for codec in plugin.codecs)
+    if elsewhere := [f"{owner.name}:{codec.name}" for owner, codec in index.find_codec(short)]:
+        hint = f"{short!r} exists as {' and '.join(map(repr, elsewhere))}. "
+    else:
+        hint = _from_home(_present(index.snapshot), home) or hints.suggestions(short, known)
+    message = f"{_lacking(index.snapshot, name, 'codec')} {hint}Installed codecs: {', '.join(known) or 'none'}"
+    return UnknownCodecError(message)
 
 
-def _unusable(snapshot: Snapshot, what: str, plugin: str, key: str = "") -> RegistryError | None:
+def _present(snapshot: Snapshot) -> dict[str, Plugin]:
+    return {fold(plugin.name): plugin for plugin in snapshot.plugins}
+
+
+def _lacking(snapshot: Snapshot, name: str, kind: str) -> str:
+    """One sentence: who lacks the name."""
+    prefix, _, short = name.rpartition(":")
+    present = _present(snapshot)
+    if not fold(short):
+        return f"{name!r} names no {kind}." if not prefix else f"{name!r} names no {kind}: nothing follows the colon."
+    if not prefix:
+        return f"No installed plugin provides the {kind} {name!r}."
+    if plugin := present.get(fold(prefix)):
+        return f"Plugin {plugin} provides no {kind} {short!r}."
+    if fold(prefix) == "hbcore":
+        return f"hbcore itself provides no {kind} {short!r}, only {' and '.join(blocks.NAMES)}."
+    return f"No plugin named {prefix!r} is installed."
+
+
+def _whereabouts(index: Index, name: str, home: Home | None) -> str:
+    """Where to find an optimizer, or what is spelled like it; empty if nothing is known."""
+    prefix, _, short = name.rpartition(":")
+    present = _present(index.snapshot)
+    if prefix and short and (elsewhere := [claim.qualified for claim in index.find(short)]):
+        return f"{short!r} exists as {' and '.join(map(repr, elsewhere))}. "
+    if short and (codecs := index.find_codec(short)):
+        return f"It is a codec of {codecs[0][0]}: pass ecc={codecs[0][1].name!r} to an optimizer. "
+    if known := _from_home(present, home):
+        return known
+    absent = [family for family in hints.FAMILIES if fold(family) not in present]
+    if near := hints.suggestions(short, index.names(aliases=True), absent):
+        return near
+    if family := next((family for family in absent if fold(family) == fold(prefix)), ""):
+        return f"{family} has no such optimizer either; it has {', '.join(hints.FAMILIES[family])}. "
+    return ""
+
+
+def _from_home(present: Mapping[str, Plugin], home: Home | None) -> str:
+    """How to get a name that one of hbcore's families holds, or the nearest thing to a name of HeavyBall's."""
+    if home is None:
+        return ""
+    installed = present.get(fold(home.plugin))
+    if not home.exact:
+        of = home.plugin if installed else f"{home.plugin}: {pip_line(home.plugin)}"
+        return f"The nearest relative that hbcore has is {home.name} ({of}). "
+    if installed is None:
+        return f"{home.name} comes with {home.plugin}: {pip_line(home.plugin)}. "
+    return f"{home.name} comes with a newer version of {installed}: pip install --upgrade {home.plugin}. "
+
+
+def _unusable(snapshot: Snapshot, what: str, plugin: str, unknown: type[RegistryError], key: str = "") -> RegistryError | None:
     """The error if a name is missing only because its plugin is broken or blocked."""
     for failure in snapshot.failures:
         if fold(failure.entry) == plugin or (key and key in map(fold, failure.provides)):
@@ -111,7 +119,7 @@ def _unusable(snapshot: Snapshot, what: str, plugin: str, key: str = "") -> Regi
             return error
     for blocked in snapshot.blocked:
         if fold(blocked.name) == plugin:
-            return UnknownOptimizerError(f"{what} is unavailable: {blocked_text(blocked)}; unblock it first")
+            return unknown(f"{what} is unavailable: {blocked_text(blocked)}; unblock it first")
     return None
 
 

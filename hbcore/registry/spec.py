@@ -7,6 +7,7 @@ enforced.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,9 +61,12 @@ class OptimizerSpec:
             ``"random"``: draws random numbers, seeded by the option ``seed``;
             ``"matrix"``: works on whole matrices rather than elementwise;
             ``"sparse"``: accepts only sparse gradients.
+        small_lr: the learning rate for models of up to a few million parameters, if it is not the default of ``lr``:
+            what ``hbcore compare`` uses where none is given.
 
     Raises:
-        RegistryError: the name is not an identifier, the target is not ``module:attribute``, or a capability is unknown.
+        RegistryError: the name is not an identifier, the target is not ``module:attribute``, a capability is unknown, or
+            ``small_lr`` is not a positive number.
     """
 
     name: str
@@ -70,6 +74,7 @@ class OptimizerSpec:
     summary: str
     paper: str = ""
     capabilities: frozenset[str] = frozenset()
+    small_lr: float | None = None
 
     def __post_init__(self) -> None:
         _check_name("optimizer", self.name)
@@ -82,6 +87,9 @@ class OptimizerSpec:
                 f"{', '.join(sorted(CAPABILITIES))}"
             )
         object.__setattr__(self, "capabilities", frozenset(self.capabilities))
+        lr: object = self.small_lr
+        if lr is not None and not (isinstance(lr, (int, float)) and 0 < lr < math.inf):
+            raise RegistryError(f"small_lr of {self.name!r} must be a positive number or None; got {lr!r}")
 
 
 @dataclass(frozen=True)

@@ -273,22 +273,6 @@ def test_any_class_can_be_named() -> None:
         find("Adamantium")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["AdamW", "--dtypes", "fp8"], "--dtypes: expected some of fp32, bf16, bf16\\+fp32state, got fp8"),
-        (["AdamW", "--dtypes", "none"], "got none"),
-        (["AdamW", "--shapes", "none"], "no shape set"),
-        (["AdamW", "--device", "abacus"], "--device abacus"),
-        (["AdamW", "AdamW"], "used twice"),
-        (["AdamW", "--out", "/dev/null/x"], "--out /dev/null/x"),
-    ],
-)
-def test_unusable_arguments(words: list[str], message: str) -> None:
-    with pytest.raises((OptionError, UnknownOptimizerError), match=message):
-        bench.run(parse(*words))
-
-
 def test_state_is_counted_by_storage() -> None:
     class Quantised:
         def __init__(self) -> None:

@@ -127,7 +127,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--help")
     shown = capsys.readouterr().out
-    assert all("--" + name.replace("_", "-") in shown for name in (*command._OPTIONS, "optimizer_args"))
+    assert all("--" + name.replace("_", "-") in shown for name in (*command._OPTIONS, *command._SWITCHES, "optimizer_args"))
     with pytest.raises(SystemExit):
         parse("SGD", "--steps", "0")
     assert "must be at least 1" in capsys.readouterr().err
@@ -160,7 +160,7 @@ def test_a_comparison_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
     assert "AdamW  step  4/40  train loss" in output
-    assert output.count("*") == 1
+    assert output.count("*") == 2 and "* marks the lowest" in output
 
 
 def test_a_run_repeats(tmp_path: Path) -> None:

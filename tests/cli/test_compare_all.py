@@ -21,7 +21,19 @@ that averages. SGD's own, which sums, is ten times as long."""
 @pytest.mark.timeout(3000)
 def test_every_optimizer_beats_untuned_sgd(tmp_path):
     names = [n for n in hbcore.list_optimizers() if "sparse" not in hbcore.info(n).spec.capabilities]
-    command = [sys.executable, "-m", "hbcore", "compare", *names, "averaged=SGD", "--steps", str(STEPS), "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "hbcore",
+        "compare",
+        *names,
+        "averaged=SGD",
+        "--default-lr",
+        "--steps",
+        str(STEPS),
+        "--out",
+        str(tmp_path),
+    ]
     command += ["--optimizer-args", "averaged:dampening=0.9"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from hbcore.cli.compare import data, plot, progress, report, train
+from hbcore.cli.compare import data, progress, report, train
 from hbcore.cli.compare.model import GPTConfig, build_model
 from hbcore.cli.compare.options import Entry, parse_entries, parse_value
 from hbcore.cli.compare.record import Average, Run, Step, Validation
@@ -167,10 +167,22 @@ def test_summary_leaves_the_first_step_to_its_own_figure() -> None:
 
 def test_table_marks_the_best_complete_run() -> None:
     runs = [record("a", 5.0, 3.0), record("b", 5.0, 2.5), record("c", 5.0, 2.0, status="partial"), Run("d", "d")]
+    runs[1].lr = 0.02
     lines = report.table(runs).splitlines()
-    assert [line.split()[:2] for line in lines[2:]] == [["a", "3.0000"], ["b", "2.5000*"], ["c", "2.0000"], ["d", "-"]]
+    figures = [["a", "-", "3.0000"], ["b", "0.02", "2.5000*"], ["c", "-", "2.0000"], ["d", "-", "-"]]
+    assert [line.split()[:3] for line in lines[2:6]] == figures
     assert lines[4].endswith("partial, step 2")
+    assert lines[6:] == ["", "val loss: nats per byte, lower is better; * marks the lowest"]
     assert "*" not in report.table(runs[:1])
+
+
+def test_a_narrow_table_leaves_out_the_last_figures_and_says_so() -> None:
+    runs = [record("PSGDKron", 5.0, 3.0), record("b", 5.0, 2.0, status="diverged")]
+    wide, narrow = report.table(runs).splitlines(), report.table(runs, 60).splitlines()
+    assert max(map(len, wide)) > 60 >= max(map(len, narrow))
+    assert narrow[0].split()[:4] == wide[0].split()[:4] == ["optimizer", "lr", "val", "loss"]
+    assert narrow[3].endswith("diverged, step 2")
+    assert narrow[-2:] == ["no room for state B/param, ms/iteration, first step,", "  backend: see compare.json"]
 
 
 def test_json_has_no_nan() -> None:
@@ -180,20 +192,6 @@ def test_json_has_no_nan() -> None:
     assert entry["kwargs"] == {"clip": None, "betas": [0.9, 0.99], "dtype": "torch.bfloat16"}
     assert entry["train"]["loss"] == [5.0, None]
     json.dumps(entry, allow_nan=False)
-
-
-def test_curves_have_no_lag_and_skip_nan() -> None:
-    line = [float(i) for i in range(90)]
-    assert plot.smoothed(line)[:80] == line[:80]
-    assert plot.smoothed([1.0, float("nan"), 3.0]) == [1.0, 2.0, 3.0]
-
-
-def test_picture_of_many_and_of_odd_runs(tmp_path: Path) -> None:
-    runs = [record(f"run {i}", 5.0, 4.0, 3.0) for i in range(9)]
-    runs += [record("nan", float("nan"), float("nan"), status="diverged"), Run("empty", "SGD", status="partial")]
-    for name, shown in (("many", runs), ("none", [])):
-        plot.draw(shown, "title", "subtitle", tmp_path / name)
-        assert (tmp_path / name).stat().st_size > 10_000
 
 
 def test_average_starts_at_its_first_value() -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from hbcore.cli import doctor
+from hbcore.cli import doctor, second_process
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAD = "from hbcore.api import Alias, OptimizerSpec, hookimpl\nAPI = (1, 0)\n"
+HEAD = "from hbcore.api import Alias, CodecSpec, OptimizerSpec, hookimpl\nAPI = (1, 0)\n"
+RULES = "class Same: pass\n"
+REAL = "import torch\nclass Same(torch.optim.Optimizer): pass\n"
 CLAIM = "@hookimpl\ndef hb_optimizers(api): return [OptimizerSpec('Same', f'{api.plugin}.rules:Same', '')]\n"
 HEALTHY_TORCH = "__version__ = '9.9'\nclass cuda:\n    is_available = staticmethod(lambda: False)\n"
 
@@ -26,9 +28,10 @@ class Place:
         self.path = path
         self.names: list[str] = []
 
-    def plugin(self, name: str, manifest: str) -> None:
+    def plugin(self, name: str, manifest: str, rules: str = RULES) -> None:
         self.names.append(name)
         (self.path / name).mkdir()
+        (self.path / name / "rules.py").write_text(rules)
         (self.path / name / "__init__.py").write_text(manifest)
         info = self.path / f"{name}-3.1.dist-info"
         info.mkdir()
@@ -96,6 +99,131 @@ def test_broken_conflicting_and_blocked_plugins_are_all_reported(place: Place) -
         assert said in done.stdout
 
 
+def hook(name: str, returns: str) -> str:
+    return f"@hookimpl\ndef {name}(api): return {returns}\n"
+
+
+CODEC = "class Q:\n    name = rounds = parts = read = write = 'q'\n"
+FAULTS: dict[str, tuple[str, str, str]] = {
+    "a target's module is missing": (
+        HEAD + hook("hb_optimizers", "[OptimizerSpec('A', 'hb_x.gone:A', '')]"),
+        RULES,
+        "optimizer 'A' of plugin hb_x (hb_x 3.1) does not load from 'hb_x.gone:A': ModuleNotFoundError: No module named",
+    ),
+    "a target's attribute is missing": (HEAD + CLAIM, "", "AttributeError: module 'hb_x.rules' has no attribute 'Same'"),
+    "a target's module raises": (HEAD + CLAIM, "1 / 0", "does not load from 'hb_x.rules:Same': ZeroDivisionError"),
+    "a target's module ends the process": (
+        HEAD + CLAIM,
+        "import os; os.abort()",
+        "optimizer hb_x:Same: the process that imported it exited with status -6",
+    ),
+    "a target is no class": (HEAD + CLAIM, "Same = 3", "the target 'hb_x.rules:Same' must be a class; it is 3"),
+    "a target is no optimizer": (
+        HEAD + CLAIM,
+        "import torch\nclass Same: pass",
+        "hb_x:Same: hb_x.rules.Same is not a subclass of torch.optim.Optimizer",
+    ),
+    "an alias' target is missing": (
+        HEAD + CLAIM + hook("hb_aliases", "[Alias('Old', 'Smae')]"),
+        RULES,
+        "its alias 'Old' leads nowhere: no installed plugin provides 'Smae'",
+    ),
+    "an alias' target is an alias": (
+        HEAD + CLAIM + hook("hb_aliases", "[Alias('Old', 'Same'), Alias('Older', 'Old')]"),
+        RULES,
+        "its alias 'Older' leads nowhere: 'Old' is itself an alias",
+    ),
+    "a class does not take its alias' preset": (
+        HEAD + CLAIM + hook("hb_aliases", "[Alias('Old', 'Same', {'nope': 1})]"),
+        "class Same:\n    def __init__(self, params): pass",
+        "alias 'Old' of plugin hb_x (hb_x 3.1): its preset sets 'nope', which Same does not take",
+    ),
+    "a codec's target is missing": (
+        HEAD + hook("hb_codecs", "[CodecSpec('q', 'hb_x.rules:Q', '')]"),
+        RULES,
+        "codec 'q' of plugin hb_x (hb_x 3.1) does not load from 'hb_x.rules:Q': AttributeError",
+    ),
+    "a codec lacks a method": (
+        HEAD + hook("hb_codecs", "[CodecSpec('q', 'hb_x.rules:Q', '')]"),
+        CODEC.replace(" = write", ""),
+        "codec hb_x:q: Q lacks write",
+    ),
+    "a codec has another name": (
+        HEAD + hook("hb_codecs", "[CodecSpec('q4', 'hb_x.rules:Q', '')]"),
+        CODEC,
+        "codec hb_x:q4: Q.name is 'q'; checkpoints would not find it",
+    ),
+    "two plugins have a codec of one name": (
+        HEAD + hook("hb_codecs", "[CodecSpec('p', 'hb_x.rules:Q', '')]"),
+        CODEC.replace("'q'", "'p'"),
+        "the codec name 'p' is claimed by hb_other (hb_other 3.1) as 'hb_other:p' and hb_x (hb_x 3.1) as 'hb_x:p'",
+    ),
+    "a hook returns None": (
+        HEAD + hook("hb_optimizers", "None"),
+        RULES,
+        "hb_optimizers must return a list of OptimizerSpec; it returned None. Is a 'return' missing?",
+    ),
+    "a hook for checkpoints returns None": (
+        HEAD + CLAIM + hook("hb_migrations", "None"),
+        RULES,
+        "hb_migrations must return a list of migrations; it returned None",
+    ),
+    "a hook for checkpoints raises": (
+        HEAD + CLAIM + hook("hb_migrations", "1 / 0"),
+        RULES,
+        "migrations hb_x: ZeroDivisionError",
+    ),
+    "the manifest imports torch": (
+        "import torch\n" + HEAD + CLAIM,
+        REAL,
+        "hb_x/__init__.py, line 1), which makes 'hbcore list'",
+    ),
+    "a hook of the manifest imports torch": (
+        HEAD + hook("hb_optimizers", "[OptimizerSpec('Same', 'hb_x.rules:Same', str(__import__('torch')))]"),
+        REAL,
+        "its manifest imports torch (",
+    ),
+    "the manifest ends the process": (
+        "import os; os.abort()",
+        RULES,
+        "manifest hb_x: the process that imported it exited with status -6",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_plugins_fault_is_found_and_strict_fails(place: Place, fault: str) -> None:
+    manifest, rules, said = FAULTS[fault]
+    (place.path / "torch.py").write_text(HEALTHY_TORCH + "class optim:\n    class Optimizer: pass\n")
+    place.plugin("hb_x", manifest, rules)
+    other = hook("hb_codecs", "[CodecSpec('p', 'hb_other.rules:Q', '')]")
+    place.plugin("hb_other", HEAD + other, CODEC.replace("'q'", "'p'"))
+    report = place.report()
+    assert len(report["broken"]) == 1 and said in report["broken"][0], report["broken"]
+    assert report["plugins"][0]["name"] == "hb_other" and report["plugins"][0]["status"] == "ok"
+
+
+def test_an_alias_for_a_family_that_is_not_installed_is_only_noted(place: Place) -> None:
+    place.plugin("hb_x", HEAD + CLAIM + hook("hb_aliases", "[Alias('OldSoap', 'hb_soap:SOAP')]"))
+    report = place.report()
+    assert report["broken"] == []
+    assert report["plugins"][0]["notes"] == ["its alias 'OldSoap' leads nowhere: no installed plugin provides 'hb_soap:SOAP'"]
+
+
+def test_a_name_that_loses_to_a_family_is_reported_and_not_broken(place: Place) -> None:
+    place.plugin("hb_adam", HEAD + CLAIM)
+    place.plugin("hb_x", HEAD + CLAIM)
+    done = place.doctor("--strict")
+    assert done.returncode == 0, done.stdout
+    assert "names that lost to others:\n  the name 'Same' means 'hb_adam:Same'" in done.stdout
+
+
+def test_targets_are_not_imported_where_torch_does_not_work(place: Place) -> None:
+    (place.path / "torch.py").write_text("raise OSError('no libcudart')")
+    place.plugin("hb_a", HEAD + CLAIM, "import torch")
+    assert [text.partition(":")[0] for text in place.report()["broken"]] == ["torch does not work"]
+
+
 @pytest.mark.parametrize(
     ("code", "said"),
     [
@@ -124,7 +252,7 @@ def test_without_pluggy_the_rest_is_still_reported(place: Place) -> None:
 def test_a_torch_that_hangs_is_given_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     (place.path / "torch.py").write_text("import time; time.sleep(60)")
     monkeypatch.syspath_prepend(place.path)
-    monkeypatch.setattr(doctor, "PROBE_SECONDS", 1)
+    monkeypatch.setattr(second_process, "SECONDS", 1)
     assert "more than 1 s" in doctor._probe()["torch_error"]
 
 

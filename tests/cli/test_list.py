@@ -104,7 +104,7 @@ assert main(["list"]) == 0
 print(sorted(name for name in sys.modules if name.partition(".")[0] == "torch" or name.startswith("hbcore.cli.")))
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines()[-1] == "['hbcore.cli.list', 'hbcore.cli.main']"
+    assert done.stdout.splitlines()[-1] == "['hbcore.cli.list', 'hbcore.cli.main', 'hbcore.cli.text']"
 
 
 def test_it_answers_at_once(environment: dict[str, str]) -> None:

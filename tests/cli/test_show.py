@@ -58,6 +58,8 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("info", "resolve"):
         monkeypatch.setattr(registry, name, getattr(made, name))
     monkeypatch.setattr(introspect, "describe", describe)
+    monkeypatch.setattr(introspect, "is_described", lambda cls: True)
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 def test_the_text_has_every_fact(plugin: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +115,7 @@ def test_a_name_is_required() -> None:
 def test_the_engines_own_description_has_what_show_prints() -> None:
     engine = pytest.importorskip("hbcore.introspect")
     from hbcore.api import Optimizer
-    from hbcore.cli.show import _text
+    from hbcore.cli.show import _lines
     from hbcore.rules.moments import ScaleByAdam
 
     class Tiny(Optimizer):
@@ -129,7 +131,8 @@ def test_the_engines_own_description_has_what_show_prints() -> None:
     facts = engine.describe(Tiny)
     assert facts.keys() == describe(Shown).keys()
     origin = dict.fromkeys(("summary", "plugin", "distribution", "version", "target", "paper", "signature"), "")
-    text = _text(facts | origin | {"aliases": [], "capabilities": []})
+    lines = _lines(facts | origin | {"aliases": [], "capabilities": []}, None)
+    text = "\n".join("".join(piece for piece, _ in line) for line in lines)
     assert "betas" in text and "exp_avg_sq  float32, 4 B  of adam" in text and "state (8 bytes per parameter)" in text
 
 

@@ -48,6 +48,7 @@ def test_nothing_is_scanned_before_the_first_lookup() -> None:
         ("def hb_optimizers(api): return []", "register", "lacks the @hookimpl decorator"),
         (RAISING, "hooks", "RuntimeError: boom"),
         ("@hookimpl\ndef hb_optimizers(api): return 3", "hooks", "must return a list of OptimizerSpec"),
+        ("@hookimpl\ndef hb_optimizers(api): []", "hooks", "list of OptimizerSpec; it returned None. Is a 'return' missing?"),
         ("@hookimpl\ndef hb_optimizers(api): return OptimizerSpec('A', 'm:C', '')", "hooks", "must return a list"),
         ("@hookimpl\ndef hb_aliases(api): return ['Old']", "hooks", "found 'Old'"),
         ("@hookimpl\ndef hb_aliases(api): return [Alias('O_ld', 'A'), Alias('Old', 'B')]", "hooks", "two meanings"),
@@ -80,7 +81,7 @@ def test_an_api_mismatch_runs_no_hook(site: Any) -> None:
 
 
 def test_an_older_minor_version_would_be_accepted(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hbcore.registry.loading.API_VERSION", (1, 3))
+    monkeypatch.setattr("hbcore.registry.loading.API_VERSION", (1, 4))
     site.offer("hb_good", "Good")
     assert site.registry().list_optimizers() == ["Good"]
 
@@ -288,7 +289,7 @@ def test_migrations_and_doctor_hooks_are_guarded(site: Any) -> None:
     )
     site.install("hb_n", "@hookimpl\ndef hb_migrations(api): return ['step']\n")
     registry = site.registry()
-    with pytest.warns(PluginWarning, match=r"hb_m \(hb_m 1.0\) raised RuntimeError"):
+    with pytest.warns(PluginWarning, match=r"hb_m \(hb_m 1.0\) failed: RuntimeError: boom; its"):
         assert registry.migrations() == ["step"]
     report = registry.examine(registry.plugins()[0])
     assert report.notes == ["fine"]

@@ -35,15 +35,6 @@ def test_two_plugins_that_claim_a_name_are_both_named_and_others_work(site: Any)
     assert [conflict.name for conflict in registry.conflicts()] == ["Same"]
 
 
-def test_an_alias_that_takes_another_plugins_name_is_a_clash(site: Any) -> None:
-    site.offer("hb_x", "Base")
-    site.offer("hb_y", "Rival", aliases="[Alias('base', 'Rival')]")
-    registry = site.registry()
-    with pytest.raises(AmbiguousNameError, match=r"hb_x:Base.*hb_y:base"):
-        registry.get("Base")
-    assert len(registry.conflicts()) == 1
-
-
 def test_the_same_meaning_twice_is_no_clash(site: Any) -> None:
     site.offer("hb_x", "Base", aliases="[Alias('PalmForEachX', 'Base'), Alias('PaLMForeachX', 'Base')]")
     site.offer("hb_y", aliases="[Alias('palm_foreach_x', 'hb_x:Base')]")
@@ -140,29 +131,6 @@ def test_an_alias_of_an_alias_is_refused(site: Any) -> None:
         site.registry().get("Two")
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("Bsae", r"Did you mean Base\? "),
-        ("hb_x:Bsae", r"Plugin hb_x \(hb_x 1\.0\) provides no optimizer 'Bsae'\. Did you mean Base\?"),
-        ("SOAP", "It comes with hb_soap: pip install hb_soap"),
-        ("hb_soap:Anything", "It comes with hb_soap: pip install hb_soap"),
-        ("PrecondScheduleSFPaLMSOAP", "pip install hb_soap"),
-        ("NewtonHybrid2PSGDKron", "pip install hb_psgd"),
-        ("ForeachPurePSGD", "pip install hb_psgd"),
-        ("PaLMForeachSFAdamW", "pip install hb_adam"),
-        ("PSGDKorn", r"Did you mean PSGDKron \(pip install hb_psgd\)"),
-        ("Zzz", "'Zzz'. 'hbcore list' shows every name"),
-        ("", "hbcore list"),
-        (3, "a string such as 'AdamW'; got 3"),
-    ],
-)
-def test_unknown_names_get_a_remedy(site: Any, name: str, said: str) -> None:
-    site.offer("hb_x", "Base")
-    with pytest.raises(UnknownOptimizerError, match=said):
-        site.registry().get(name)
-
-
 def test_unknown_names_do_not_claim_a_family_by_accident(site: Any) -> None:
     with pytest.raises(UnknownOptimizerError) as caught:
         site.registry().get("QuantumSGDFlow")
@@ -223,37 +191,3 @@ def test_info_gathers_spec_origin_and_aliases_and_warns_of_nothing(site: Any) ->
     assert info.aliases == ("FlagBase", "OldBase")
     assert of_alias.spec is info.spec and of_alias.alias is not None and of_alias.alias.name == "FlagBase"
     assert registry.info("Other").aliases == ()
-
-
-CODECS = "@hookimpl\ndef hb_codecs(api): return [{}]\n"
-
-
-def test_codecs_are_listed_and_imported_by_name(site: Any) -> None:
-    specs = "CodecSpec('int8', 'hb_c.rules:Int8', ''), CodecSpec('bf16+8', 'hb_c.rules:B', '')"
-    site.install("hb_c", CODECS.format(specs), rules="class B: pass\nInt8 = 'any object'")
-    registry = site.registry()
-    assert [codec.name for codec in registry.codecs()] == ["bf16+8", "int8"]
-    assert registry.load_codec("BF16+8").__name__ == "B"
-    assert registry.load_codec("hb_c:int8") == "any object"
-    with pytest.raises(UnknownOptimizerError, match=r"codec 'fp8'\. Installed codecs: bf16\+8, int8"):
-        registry.load_codec("fp8")
-
-
-@pytest.mark.parametrize("name", ["bf16+8", "bf16+16", "fp16+8", "fp16+16", "int8"])
-def test_a_known_codec_that_is_not_installed_gives_the_pip_line(site: Any, name: str) -> None:
-    with pytest.raises(UnknownOptimizerError, match="pip install hb_ecc"):
-        site.registry().load_codec(name)
-
-
-def test_codec_trouble_is_told_apart(site: Any) -> None:
-    site.install("hb_c", CODECS.format("CodecSpec('q', 'hb_c.rules:Q', '')"), rules="1 / 0")
-    site.install("hb_d", CODECS.format("CodecSpec('q', 'hb_d.rules:Q', '')"))
-    registry = site.registry()
-    with pytest.raises(AmbiguousNameError, match=r"'hb_c:q' and .*'hb_d:q'"):
-        registry.load_codec("q")
-    with pytest.raises(PluginError, match="ZeroDivisionError"):
-        registry.load_codec("hb_c:q")
-    registry.block("hb_ecc")
-    site.install("hb_ecc", CODECS.format("CodecSpec('int8', 'hb_ecc.rules:Q', '')"))
-    with pytest.raises(UnknownOptimizerError, match="blocked by"):
-        registry.load_codec("int8")

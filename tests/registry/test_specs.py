@@ -36,6 +36,13 @@ def test_capabilities_become_a_frozenset_and_a_bare_string_is_refused() -> None:
         OptimizerSpec("A", "m:C", "", capabilities="fast")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("lr", [0, -0.1, float("inf"), float("nan"), "0.1"])
+def test_a_learning_rate_for_small_models_is_a_positive_number(lr: object) -> None:
+    assert OptimizerSpec("A", "m:C", "", small_lr=0.02).small_lr == 0.02
+    with pytest.raises(RegistryError, match="small_lr of 'A' must be a positive number"):
+        OptimizerSpec("A", "m:C", "", small_lr=lr)  # type: ignore[arg-type]
+
+
 def test_an_alias_is_hashable_read_only_and_picklable_whatever_its_preset_holds() -> None:
     values = {"betas": [0.9, 0.99]}
     alias = Alias("Old", "AdamW", values)

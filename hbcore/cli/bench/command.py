@@ -16,7 +16,7 @@ import torch
 from hbcore.cli.bench import report
 from hbcore.cli.bench.accuracy import LARGEST, check
 from hbcore.cli.bench.ceilings import measure_ceilings
-from hbcore.cli.bench.contenders import PRECISIONS, Contender, Precision, from_entries
+from hbcore.cli.bench.contenders import PRECISIONS, Contender, Precision, from_entries, try_out
 from hbcore.cli.bench.first_step import measure_first_step
 from hbcore.cli.bench.measure import Bench, Pace
 from hbcore.cli.bench.peers import find_peers
@@ -89,17 +89,15 @@ def _prepare(args: argparse.Namespace) -> Job:
     device = _device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    if args.core is not None:
-        if not hasattr(os, "sched_setaffinity"):
-            raise OptionError("--core needs an operating system that can pin processes, such as Linux; omit it.")
-        os.sched_setaffinity(0, {args.core})
     names = [*(DEFAULT_SHAPES if args.shapes is None and not args.model else args.shapes or ()), *args.model]
     if not names:
         raise OptionError("--shapes: no shape set to measure")
     unknown = [name for name in args.dtypes if name not in PRECISIONS]
     if unknown or not args.dtypes:
         raise OptionError(f"--dtypes: expected some of {', '.join(PRECISIONS)}, got {', '.join(unknown) or 'none'}")
+    precisions = [PRECISIONS[name] for name in args.dtypes]
     ours = from_entries(parse_entries(args.optimizers, args.optimizer_args), args.compile)
+    try_out(ours, precisions)
     peers, notes = find_peers(args.peers, ours)
     sets = {name: shapes_of(name) for name in names}
     out = Path(args.out)
@@ -107,10 +105,23 @@ def _prepare(args: argparse.Namespace) -> Job:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OptionError(f"--out {args.out}: {error.strerror or error}") from error
+    _pin(args.core)
     pace = Pace(args.windows, args.steps, args.warmup, args.singles)
     if args.quick:
         pace = Pace(min(args.windows, 2), min(args.steps, 2), 1, min(args.singles, 3))
-    return Job(ours, peers, notes, sets, [PRECISIONS[name] for name in args.dtypes], device, pace, out)
+    return Job(ours, peers, notes, sets, precisions, device, pace, out)
+
+
+def _pin(core: int | None) -> None:
+    """Pin the process to a core. Raises OptionError if there is no such core."""
+    if core is None:
+        return
+    if not hasattr(os, "sched_setaffinity"):
+        raise OptionError("--core needs an operating system that can pin processes, such as Linux; omit it.")
+    usable = sorted(os.sched_getaffinity(0))
+    if core not in usable:
+        raise OptionError(f"--core {core}: this process may use the cores {', '.join(map(str, usable))}")
+    os.sched_setaffinity(0, {core})
 
 
 def _device(text: str | None) -> torch.device:

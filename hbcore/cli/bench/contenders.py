@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from hbcore.cli.compare.options import Entry
-from hbcore.errors import OptionError, UnknownOptimizerError
+from hbcore.errors import HbcoreError, OptionError, UnknownOptimizerError
 
 
 class Precision(NamedTuple):
@@ -86,18 +86,46 @@ def find(name: str) -> type[Any]:
 
     Raises:
         RegistryError: it is neither registered nor importable.
+        OptionError: what is found is no optimizer class.
     """
     import hbcore  # imported here, so that timing in a fresh process includes discovery
 
     try:
-        return hbcore.get(name)
+        found: Any = hbcore.get(name)
     except (UnknownOptimizerError, ModuleNotFoundError) as unknown:  # a bare checkout may lack the registry's dependencies
         if ":" not in name:
             raise
         try:
-            return imported(name)
+            found = imported(name)
         except (ImportError, AttributeError) as error:
             raise UnknownOptimizerError(f"{name!r} is neither registered nor importable: {error}") from unknown
+    import torch
+
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        kind = "class" if isinstance(found, type) else type(found).__name__
+        raise OptionError(f"{name!r} is a {kind}, not a subclass of torch.optim.Optimizer")
+    return found
+
+
+def try_out(contenders: Iterable[Contender], precisions: Iterable[Precision]) -> None:
+    """Build every contender once on one small matrix, so that wrong arguments are found before the first measurement.
+
+    Raises:
+        OptionError: a constructor rejects its arguments, or the optimizer needs a closure, which a benchmark has not.
+    """
+    import torch
+
+    for precision in precisions:
+        for one in contenders:
+            cls = one.load()
+            param = torch.nn.Parameter(torch.zeros(8, 8, dtype=getattr(torch, precision.param)))
+            try:
+                made = cls([("layer.0", param)], **one.arguments(cls, precision))
+            except Exception as error:  # a plugin's constructor may raise anything; the user gets one line
+                said = str(error) if isinstance(error, HbcoreError) else f"{type(error).__name__}: {error}"
+                raise OptionError(f"{one.label}: {said}") from error
+            if getattr(made, "requires_closure", False):
+                raise OptionError(f"{one.label}: its steps need a closure that computes the loss; a benchmark has no loss")
 
 
 def from_entries(entries: Iterable[Entry], backends: Sequence[str]) -> list[Contender]:

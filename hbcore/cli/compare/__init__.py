@@ -5,6 +5,7 @@ This module contains only the command line and does not import torch, so that ``
 - ``options.py``  command-line words -> entries (label, name, keyword arguments)
 - ``data.py``     real text that every machine has: the standard library of the running Python
 - ``model.py``    a byte-level GPT
+- ``rates.py``    learning rates: declared for small models, or tuned
 - ``train.py``    the training loop shared by all optimizers, and its timing
 - ``record.py``   the record of one run: plain lists of numbers
 - ``progress.py`` the live display
@@ -25,11 +26,15 @@ __all__ = ["add_arguments", "run"]
 _DESCRIPTION = """\
 Train a small byte-level GPT once per optimizer, with the same initial weights and batches; print a table and write
 compare.png and compare.json. The text is the source of Python's standard library: nothing is downloaded.
+
+The learning rate of a run is the one that you give; else the one that the optimizer's plugin declares for small models, for
+the nano and small models; else the class' default. The table shows it, and --tune looks for a better one.
 """
 _EPILOG = """\
 examples:
   hbcore compare AdamW SGD
   hbcore compare AdamW SGD --optimizer-args AdamW:betas=0.9,0.95 SGD:lr=0.03
+  hbcore compare AdamW Lion --tune 3
   hbcore compare slow=AdamW fast=AdamW --optimizer-args fast:lr=0.01
 """
 
@@ -42,6 +47,15 @@ def _positive(text: str) -> int:
     return value
 
 
+def _several(text: str) -> int:
+    """An argparse type: an integer of at least 2."""
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {value}")
+    return value
+
+
+_several.__name__ = "integer"
 _positive.__name__ = "positive integer"  # argparse names the type in "invalid ... value"
 
 
@@ -68,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=_positive, help="sequences per batch (default: 32)")
     add("--eval-every", type=_positive, metavar="STEPS", help="steps between validations (default: a tenth of --steps)")
     add("--threads", type=_positive, help="CPU threads (default: torch's choice)")
+    add(
+        "--default-lr",
+        action="store_true",
+        help="use each class' own default lr, not the one its plugin declares for small models",
+    )
+    add("--tune", type=_several, metavar="K", help="first try K learning rates for each optimizer, in runs a quarter as long")
     add("--out", default=".", metavar="DIR", help="folder for compare.png and compare.json (default: the current one)")
 
 

@@ -7,13 +7,13 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hbcore.cli.compare import report
+from hbcore.cli import text
+from hbcore.cli.compare import rates, report
 from hbcore.cli.compare.data import load_corpus
 from hbcore.cli.compare.model import SIZES
 from hbcore.cli.compare.options import Entry, parse_entries
@@ -26,7 +26,9 @@ Resolver = Callable[[str], Callable[..., torch.optim.Optimizer]]
 
 DEFAULT_BATCH_SIZE = 32
 VALIDATIONS = 10
-_OPTIONS = ("steps", "model_size", "data", "device", "seed", "batch_size", "eval_every", "threads", "out")
+_OPTIONS = ("steps", "model_size", "data", "device", "seed", "batch_size", "eval_every", "threads", "out", "tune")
+_SWITCHES = ("default_lr",)
+SMALL = ("nano", "small")  # the models that a plugin's small_lr is meant for
 RAISED, UNUSABLE, INTERRUPTED = 1, 2, 130  # exit statuses; shells use 130 for Ctrl-C
 
 
@@ -36,17 +38,17 @@ def compare(args: argparse.Namespace, resolve: Resolver | None = None) -> int:
         entries = parse_entries(args.optimizers, args.optimizer_args)
         out = _output_folder(args.out)
         task = _prepare(args)
-        factories = _build_all(entries, resolve or _registry(), task)
+        rates = _small_rates(entries, args, known=resolve is None)
+        runs, factories = _build_all(entries, resolve or _registry(), rates, task)
     except HbcoreError as error:
         message = " ".join(str(error).split())  # on one line, whatever a plugin's message contains
         print(f"hbcore compare: error: {message}", file=sys.stderr)
         return UNUSABLE
-    runs = [Run(entry.label, entry.name, entry.kwargs) for entry in entries]
     print(f"{_title(args, task)}: {_subtitle(args, task)}", flush=True)
     task.warm_up()
-    interrupted = _train_all(runs, factories, task)
+    interrupted = _train_all(runs, factories, task, args.tune)
     runs = [run for run in runs if run.status != "pending"]  # omit runs that Ctrl-C prevented
-    print(f"\n{report.table(runs)}\n")
+    print(f"\n{report.table(runs, text.width())}\n")
     _write(runs, args, task, out)
     if interrupted:
         return INTERRUPTED
@@ -59,23 +61,23 @@ def _registry() -> Resolver:
     return hbcore.get
 
 
-def _output_folder(text: str) -> Path:
+def _output_folder(name: str) -> Path:
     """Create the folder now, so that an unwritable one is found before training rather than after it."""
-    out = Path(text)
+    out = Path(name)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionError(f"--out {text}: {error.strerror or error}") from error
+        raise OptionError(f"--out {name}: {error.strerror or error}") from error
     return out
 
 
-def _device(text: str | None) -> torch.device:
+def _device(name: str | None) -> torch.device:
     try:
-        device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()  # a well-formed name may still be a device that does not work
     except Exception as error:  # each backend raises its own type: RuntimeError, AssertionError, NotImplementedError
         reason = str(error).strip().splitlines()
-        raise OptionError(f"--device {text}: {reason[0] if reason else type(error).__name__}") from error
+        raise OptionError(f"--device {name}: {reason[0] if reason else type(error).__name__}") from error
     return device
 
 
@@ -94,7 +96,16 @@ def _prepare(args: argparse.Namespace) -> Task:
     )
 
 
-def _build_all(entries: Sequence[Entry], resolve: Resolver, task: Task) -> list[OptimizerFactory]:
+def _small_rates(entries: Sequence[Entry], args: argparse.Namespace, known: bool) -> list[float | None]:
+    """Each run's learning rate for small models, where it is known and asked for."""
+    if not known or args.default_lr or args.model_size not in SMALL:
+        return [None for _ in entries]
+    return [rates.small_lr(entry.name) for entry in entries]
+
+
+def _build_all(
+    entries: Sequence[Entry], resolve: Resolver, small_rates: Sequence[float | None], task: Task
+) -> tuple[list[Run], list[OptimizerFactory]]:
     """Resolve every name and build every optimizer once, on a throwaway model, so that typos are found before training.
 
     This also keeps the imports that torch makes for a process' first optimizer out of the first run's timing.
@@ -102,25 +113,28 @@ def _build_all(entries: Sequence[Entry], resolve: Resolver, task: Task) -> list[
     Raises:
         HbcoreError: a name is unknown, or a constructor rejects its arguments; the message names the run.
     """
+    runs: list[Run] = []
     factories: list[OptimizerFactory] = []
-    for entry in entries:
+    for entry, small in zip(entries, small_rates, strict=True):
         cls = resolve(entry.name)
-        factory = partial(cls, **entry.kwargs)
+        factory, origin = rates.with_lr(cls, entry.kwargs, small)
         try:
-            factory(task.new_model().named_parameters())
+            lr = rates.lr_of(factory(task.new_model().named_parameters()))
         except Exception as error:  # a plugin's constructor may raise anything; the user gets one line
             raise OptionError(f"{entry.label}: {type(error).__name__}: {error}") from error
+        runs.append(Run(entry.label, entry.name, entry.kwargs, lr, origin))
         factories.append(factory)
-    return factories
+    return runs, factories
 
 
-def _train_all(runs: Sequence[Run], factories: Sequence[OptimizerFactory], task: Task) -> bool:
+def _train_all(runs: Sequence[Run], factories: Sequence[OptimizerFactory], task: Task, tune: int | None) -> bool:
     """Train all runs in order; True if Ctrl-C interrupted them. An optimizer that raises fails only its own run."""
     with make_display([run.label for run in runs], task.steps, sys.stdout) as display:
         for run, factory in zip(runs, factories, strict=True):
             display.start(run.label)
             try:
-                train(factory, task, run, display.update)
+                tuned = rates.tune(factory, task, run, tune, display.say) if tune else factory
+                train(tuned, task, run, display.update)
             except KeyboardInterrupt:
                 display.finish(run)
                 return True
@@ -138,8 +152,8 @@ def _title(args: argparse.Namespace, task: Task) -> str:
 
 
 def _subtitle(args: argparse.Namespace, task: Task) -> str:
-    text = f"{task.corpus.name} ({task.corpus.num_bytes / 1e6:.1f} MB)"
-    return f"{text}, {task.steps} steps of {task.batch_size} x {task.context} bytes, seed {task.seed}, {task.device}"
+    data = f"{task.corpus.name} ({task.corpus.num_bytes / 1e6:.1f} MB)"
+    return f"{data}, {task.steps} steps of {task.batch_size} x {task.context} bytes, seed {task.seed}, {task.device}"
 
 
 def _command_line(args: argparse.Namespace) -> str:
@@ -150,6 +164,7 @@ def _command_line(args: argparse.Namespace) -> str:
     for name in _OPTIONS:
         if (value := getattr(args, name)) is not None:
             words += ["--" + name.replace("_", "-"), str(value)]
+    words += ["--" + name.replace("_", "-") for name in _SWITCHES if getattr(args, name)]
     return shlex.join(words)
 
 
@@ -157,7 +172,7 @@ def _document(runs: Sequence[Run], args: argparse.Namespace, task: Task) -> dict
     return report.document(
         runs,
         command=_command_line(args),
-        args={name: getattr(args, name) for name in ("optimizers", "optimizer_args", *_OPTIONS)},
+        args={name: getattr(args, name) for name in ("optimizers", "optimizer_args", *_OPTIONS, *_SWITCHES)},
         model={"size": args.model_size, "parameters": task.num_parameters, **vars(SIZES[args.model_size])},
         data={"name": task.corpus.name, "bytes": task.corpus.num_bytes, "sha256": task.corpus.sha256},
         environment=report.environment(task.device),

@@ -25,6 +25,9 @@ class Display(Protocol):
     def update(self, step: int, loss: float) -> None:
         """``step`` steps are done; ``loss`` is a moving average of the training loss."""
 
+    def say(self, text: str) -> None:
+        """Something to know of the current run, before it trains."""
+
     def finish(self, run: Run) -> None:
         """The current run ended; ``run.status`` says how."""
 
@@ -60,6 +63,10 @@ class PlainDisplay:
         """Print a line after each tenth of the run."""
         if step * 10 // self._steps > (step - 1) * 10 // self._steps:
             self._print(f"step {step:>{len(str(self._steps))}}/{self._steps}  train loss {loss:.4f}")
+
+    def say(self, text: str) -> None:
+        """Print it."""
+        self._print(text)
 
     def finish(self, run: Run) -> None:
         """Print how the run ended."""
@@ -100,6 +107,10 @@ class RichDisplay:
     def update(self, step: int, loss: float) -> None:
         """Advance the bar."""
         self._progress.update(self._bar, completed=step, news=f"train loss {loss:.4f}")
+
+    def say(self, text: str) -> None:
+        """Show it beside the bar."""
+        self._progress.update(self._bar, news=text)
 
     def finish(self, run: Run) -> None:
         """Stop the clock and show how the run ended."""

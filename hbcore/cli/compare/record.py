@@ -10,6 +10,10 @@ from typing import Any, Literal, NamedTuple
 Status = Literal["pending", "partial", "completed", "diverged", "failed"]
 
 
+Origin = Literal["given", "small models", "tuned", "default"]
+"""Who chose a learning rate: the command line, the plugin's ``small_lr``, ``--tune``, or the class' default."""
+
+
 class Step(NamedTuple):
     """One training step. ``loss`` and ``seconds`` (of training so far) are measured before the update."""
 
@@ -17,6 +21,13 @@ class Step(NamedTuple):
     seconds: float
     step_ms: float  # optimizer.step() alone
     iteration_ms: float  # batch, forward, backward and step
+
+
+class Trial(NamedTuple):
+    """One short run of ``--tune``: a learning rate and the validation loss that it led to; None if it diverged."""
+
+    lr: float
+    loss: float | None
 
 
 class Validation(NamedTuple):
@@ -33,11 +44,16 @@ class Run:
 
     Seconds start just before the optimizer's constructor and include compilation, but not validation: validating more often
     must not make a run look slower. Values measured together are appended together, so Ctrl-C cannot leave half of them.
+
+    ``lr`` is the first parameter group's before the first step; ``lr_from`` says who chose it, and ``trials`` how.
     """
 
     label: str
     optimizer: str
     kwargs: dict[str, Any] = field(default_factory=dict)
+    lr: float | None = None
+    lr_from: Origin = "default"
+    trials: list[Trial] = field(default_factory=list)
     status: Status = "pending"
     error: str | None = None
     steps: list[Step] = field(default_factory=list)
@@ -71,6 +87,7 @@ class Run:
         """
         later = self.steps[1:]
         return {
+            "lr": self.lr,
             "final_val_loss": self.final_val_loss,
             "final_val_step": None if self.last_validation is None else self.last_validation.step,
             "ms_per_step": statistics.median(step.step_ms for step in later) if later else None,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from hbcore.api import Alias, OptimizerSpec, hookimpl
 
-API = (1, 3)
+API = (1, 4)
 
 
-def spec(name: str, module: str, summary: str, paper: str, *capabilities: str) -> OptimizerSpec:
+def spec(name: str, module: str, summary: str, paper: str, *capabilities: str, small_lr: float | None = None) -> OptimizerSpec:
     """The class ``name`` in ``hb_adam.<module>``."""
-    return OptimizerSpec(name, f"hb_adam.{module}:{name}", summary, paper, frozenset(capabilities))
+    return OptimizerSpec(name, f"hb_adam.{module}:{name}", summary, paper, frozenset(capabilities), small_lr)
 
 
 OPTIMIZERS = (
     spec("SGD", "sgd", "Stochastic gradient descent with momentum",
-         "Sutskever et al. 2013, On the importance of initialization and momentum in deep learning", "capturable"),
+         "Sutskever et al. 2013, On the importance of initialization and momentum in deep learning", "capturable",
+         small_lr=0.1),
     spec("Adam", "adam", "Adam, with a weight decay that regularises the loss",
          "Kingma & Ba 2015, arXiv:1412.6980", "capturable"),
     spec("AdamW", "adamw", "Adam with decoupled weight decay",
@@ -38,7 +39,7 @@ OPTIMIZERS = (
     spec("SUDSAdamW", "suds", "AdamW in a basis with one axis along the gradient's direction of most variance",
          "HeavyBall, https://github.com/HomebrewML/HeavyBall", "matrix", "primes"),
     spec("SFAdamW", "schedule_free", "Schedule-free AdamW: an average of the iterates in place of a learning-rate schedule",
-         "Defazio et al. 2024, arXiv:2405.15682", "modes"),
+         "Defazio et al. 2024, arXiv:2405.15682", "modes", small_lr=0.005),
     spec("MSAMLaProp", "msam", "LaProp, with the gradient from a point further along the momentum, for flat minima",
          "Becker, Altrock & Risse 2024, arXiv:2401.12033", "capturable", "modes"),
     spec("SAMWrapper", "sam", "Any optimizer, with the gradient from the worst point nearby",
@@ -50,7 +51,7 @@ OPTIMIZERS = (
     spec("SparseAdam", "sparse_adam", "Adam in the rows that have a gradient, for large embeddings",
          "Kingma & Ba 2015, arXiv:1412.6980", "sparse"),
     spec("Lion", "lion", "The sign of a momentum",
-         "Chen et al. 2023, arXiv:2302.06675", "capturable"),
+         "Chen et al. 2023, arXiv:2302.06675", "capturable", small_lr=0.003),
 )  # fmt: skip
 """The optimizers of the Adam family."""
 

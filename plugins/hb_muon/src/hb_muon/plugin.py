@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hbcore.api import Alias, OptimizerSpec, hookimpl
 
-API = (1, 3)
+API = (1, 4)
 
 OPTIMIZERS = (
     OptimizerSpec(
@@ -13,6 +13,7 @@ OPTIMIZERS = (
         summary="Momentum, orthogonalized",
         paper="Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/",
         capabilities=frozenset({"matrix"}),
+        small_lr=0.02,
     ),
     OptimizerSpec(
         name="MuonAdamW",
@@ -20,6 +21,7 @@ OPTIMIZERS = (
         summary="Muon for hidden matrices, AdamW for embeddings, heads and vectors",
         paper="Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Loshchilov & Hutter 2019, arXiv:1711.05101",
         capabilities=frozenset({"matrix"}),
+        small_lr=0.02,
     ),
     OptimizerSpec(
         name="MuonLaProp",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hbcore.api import Alias, OptimizerSpec, hookimpl
 
-API = (1, 3)
+API = (1, 4)
 
 
 OPTIMIZERS = (
@@ -14,6 +14,7 @@ OPTIMIZERS = (
         summary="Preconditioned SGD with Kronecker factors that whiten the momentum",
         paper="Pooladzandi & Li 2024, arXiv:2402.11858; Li 2015, arXiv:1512.04202",
         capabilities=frozenset({"matrix", "random"}),
+        small_lr=0.0025,
     ),
 )
 """The optimizers of the PSGD family."""

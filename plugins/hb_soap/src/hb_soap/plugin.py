@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hbcore.api import Alias, OptimizerSpec, hookimpl
 
-API = (1, 3)
+API = (1, 4)
 
 
 OPTIMIZERS = (
@@ -14,6 +14,7 @@ OPTIMIZERS = (
         summary="Adam in the eigenbasis of Shampoo's preconditioner",
         paper="Vyas et al. 2024, arXiv:2409.11321",
         capabilities=frozenset({"matrix", "primes"}),
+        small_lr=0.005,
     ),
 )
 """The optimizers of the SOAP family."""
