@@ -28,7 +28,7 @@ MODE = "train_mode"
 def record_of(core: OptimizerCore, g: int) -> schema.Record:
     """The checkpoint record of one group."""
     settings = core.settings
-    carried = dict(core.scalars_of(g))
+    carried = dict(core.group_scalars[g]) if g < len(core.group_scalars) else {}
     return schema.Record(
         core.chain.versions(core.groups[g]),
         settings.codec.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from hbcore.errors import CheckpointError
@@ -44,7 +44,7 @@ class Record:
 
     def dump(self) -> str:
         """Serialize to the JSON string."""
-        content = {k: v for k, v in asdict(self).items() if v or k not in ("options", "frozen")}
+        content = {k: v for k, v in vars(self).items() if v or k not in ("options", "frozen")}
         return json.dumps({"format": FORMAT, **content}, sort_keys=True)
 
 

@@ -30,11 +30,16 @@ class ChainSpec:
         settings: the options.
         defaults: the group's entries and their defaults.
         hyper: which of them some transform declares with ``hyper``; :meth:`admit` adds to them.
+
+    Attributes:
+        checked: the kinds of groups whose rules were asked for their slots.
     """
 
     def __init__(self, rule: Rule, settings: Settings, defaults: Mapping[str, Any], hyper: Iterable[str] = ()) -> None:
         self.rule, self.settings, self.defaults = rule, settings, dict(defaults)
         self.keys, self.hyper = tuple(self.defaults), set(hyper)
+        self._forked: dict[tuple[Any, ...], tuple[Transform, ...]] = {}
+        self.checked: set[Any] = set()
 
     def __call__(self, h: Any, branches: tuple[bool, ...], step: Tensor | None = None) -> tuple[Transform, ...]:
         """The whole chain, for hyperparameters ``h``, of the parameters that take ``branches`` at its forks.
@@ -48,7 +53,21 @@ class ChainSpec:
 
     def forked(self, group: Group) -> tuple[Transform, ...]:
         """The group's chain, its forks unresolved. Its numbers are the defaults: whatever a scheduler wrote, it has a chain."""
-        return self._stages(self.usual(group))
+        key = self.structure(group)
+        if key is None:
+            return self._stages(self.usual(group))
+        if key not in self._forked:  # most of hundreds of groups differ in numbers alone
+            self._forked[key] = self._stages(self.usual(group))
+        return self._forked[key]
+
+    def structure(self, group: Group) -> tuple[Any, ...] | None:
+        """What groups with the same chain have in common; None if an entry has no hash."""
+        key = tuple(self.usual(group).values())
+        try:
+            hash(key)
+        except TypeError:
+            return None
+        return key
 
     def chain(self, group: Group, p: Tensor) -> tuple[Transform, ...]:
         """The chain of one parameter of the group, with default numbers."""
@@ -157,6 +176,9 @@ def check_slots(chain: ChainSpec, group: Group) -> None:
     members = [p[1] if isinstance(p, tuple) else p for p in group["params"]]  # torch takes the names off later
     for p in (p for p in members if p.requires_grad and p.numel()):  # others may never get state, whatever their shape
         kinds.setdefault((route.branches(forked, p), p.shape, p.dtype), p)
+    structure = chain.structure(group)
+    if structure is not None and (structure, *kinds) in chain.checked:
+        return
     chains = {branches: chain(Hypers(**chain.usual(group)), branches) for branches in {b for b, _, _ in kinds}}
     first: dict[tuple[int, tuple[bool, ...]], tuple[torch.Size, set[str]]] = {}
     for (branches, shape, _), p in kinds.items():
@@ -175,6 +197,8 @@ def check_slots(chain: ChainSpec, group: Group) -> None:
                     f"{title(t, 'slots')} has the slots {sorted(known)} for shape {tuple(before)} and {sorted(names)} for "
                     f"{tuple(shape)}; parameters of one chain have the same slots: use a Route to give them different rules."
                 )
+    if structure is not None:
+        chain.checked.add((structure, *kinds))
 
 
 def seen(p: Tensor) -> Tensor:

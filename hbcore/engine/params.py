@@ -28,16 +28,16 @@ def check_params(optimizer: str, params: Any, existing: Sequence[dict[str, Any]]
     groups = list(params)
     if not groups:
         raise ParameterError(f"{optimizer} got an empty parameter list; pass model.parameters(), which can be read only once.")
-    seen = {id(p): describe_param(existing, g, i) for g, o in enumerate(existing) for i, p in enumerate(o["params"])}
+    seen: dict[int, str | tuple[int, int]] = {id(p): (g, i) for g, o in enumerate(existing) for i, p in enumerate(o["params"])}
     if isinstance(groups[0], dict):
         for i, g in enumerate(groups):
             if not isinstance(g, dict):
                 raise ParameterTypeError(
                     f"{optimizer}: entry {i} of params is a {type(g).__name__} among groups; pass dicts only."
                 )
-        groups = [{**g, "params": _members(optimizer, g, len(existing) + i, seen)} for i, g in enumerate(groups)]
+        groups = [{**g, "params": _members(optimizer, g, len(existing) + i, seen, existing)} for i, g in enumerate(groups)]
     else:
-        groups = _members(optimizer, {"params": groups}, len(existing), seen)
+        groups = _members(optimizer, {"params": groups}, len(existing), seen, existing)
     return groups
 
 
@@ -58,7 +58,13 @@ def shape_of(p: Tensor) -> str:
     return "not initialized yet" if is_lazy(p) else f"shape {tuple(p.shape)}"
 
 
-def _members(optimizer: str, group: dict[str, Any], index: int, seen: dict[int, str]) -> list[Any]:
+def _members(
+    optimizer: str,
+    group: dict[str, Any],
+    index: int,
+    seen: dict[int, str | tuple[int, int]],
+    existing: Sequence[dict[str, Any]],
+) -> list[Any]:
     if "params" not in group:
         raise ParameterError(f"{optimizer}: parameter group {index} has no 'params'; it has {sorted(map(str, group))}.")
     given = group["params"]
@@ -76,7 +82,9 @@ def _members(optimizer: str, group: dict[str, Any], index: int, seen: dict[int, 
         label = f"parameter {name!r}" if name is not None else f"parameter number {i} of group {index}"
         label = f"{label}, {shape_of(p)},"
         if id(p) in seen:
-            raise ParameterError(f"{optimizer}: {label} is the same tensor as {seen[id(p)]} pass each parameter once.")
+            before = seen[id(p)]
+            other = before if isinstance(before, str) else describe_param(existing, *before)
+            raise ParameterError(f"{optimizer}: {label} is the same tensor as {other} pass each parameter once.")
         if not p.is_leaf and not p.retains_grad:
             raise ParameterError(f"{optimizer}: {label} is not a leaf; can't optimize a non-leaf Tensor. Pass the leaf.")
         if p.layout is not torch.strided or not (p.is_floating_point() or p.is_complex()):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import linecache
 import pickle
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -189,3 +191,37 @@ def test_torchs_new_setting_of_precision_is_left_as_it_is(name):
 
 def test_beta_none_is_the_default():
     assert hbcore.get("PSGDKron")(parameters(SHAPES), beta=None).param_groups[0]["beta"] == 0.9
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+def test_groups_are_added_in_a_time_that_does_not_grow_with_their_number(name):
+    """The work for one group is bounded, counted in Python calls: it used to grow with those before it."""
+
+    def calls(count):
+        groups = [{"params": [torch.nn.Parameter(torch.ones(2, 2))], "lr": 0.01 * i} for i in range(count)]
+        optimizer, counted = hbcore.get(name)(groups), 0
+
+        def count_call(frame, event, argument):
+            nonlocal counted
+            counted += event == "call"
+
+        sys.setprofile(count_call)
+        try:
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, 2))]})
+        finally:
+            sys.setprofile(None)
+        return counted
+
+    assert calls(200) < calls(20) * 1.5
+
+
+def test_optimizers_made_anew_leave_no_source_behind():
+    def make():
+        params = parameters(SHAPES)
+        run(AdamW(params, lr=0.01), params, gradients(1, SHAPES))
+
+    make()
+    before = len(linecache.cache)
+    for _ in range(5):
+        make()
+    assert len(linecache.cache) == before

@@ -27,12 +27,10 @@ def numbers(spec: SegmentSpec, group: Mapping[str, Any], carried: Mapping[str, f
     flat: list[float] = []
     for key, n in spec.dynamic:
         value = group[key]
-        if value.__class__ is float:  # nearly always
-            flat.append(value)
-        elif n is None:
-            flat.append(_number(key, value))
+        if n is None:
+            flat.append(value if value.__class__ is float else _number(key, value))
         else:
-            flat += [_number(key, v) for v in value]
+            flat += [v if v.__class__ is float else _number(key, v) for v in value]
     for name in spec.carried:
         flat.append(carried[name])
     return flat
@@ -40,7 +38,7 @@ def numbers(spec: SegmentSpec, group: Mapping[str, Any], carried: Mapping[str, f
 
 def _number(key: str, value: Any) -> float:
     """A hyperparameter as a number; text, which ``float`` would take, is an oversight that no checkpoint would load."""
-    if isinstance(value, (str, bytes)):
+    if value.__class__ in (str, bytes):
         raise HyperparameterError(f"{key}={value!r} in a param group is a {type(value).__name__}; write a number there.")
     return float(value)
 

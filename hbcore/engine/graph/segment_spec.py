@@ -103,9 +103,14 @@ class SegmentSpec:
             return False
         for key, length in self.dynamic:
             value = group[key]
-            if value.__class__ is not float and (value is None or length_of(value) != length):
+            kind = value.__class__
+            if kind is float or kind is int:  # without a call
+                present_length = None
+            elif value is None:
                 return False
-            if value.__class__ is float and length is not None:
+            else:
+                present_length = len(value) if kind is tuple else length_of(value)
+            if present_length != length:
                 return False
         return True
 
