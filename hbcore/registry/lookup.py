@@ -62,15 +62,22 @@ class Registry:
             self._warn_once((claim.plugin.name, claim.alias.name), text, FutureWarning)
         return cls
 
-    def create(self, name: str, params_or_model: Any, **options: Any) -> Any:
-        """``get(name)(params, **options)``. For a module, ``params`` are its ``named_parameters()``, so that names are kept.
+    def create(self, name: str, params: Any, *arguments: Any, **options: Any) -> Any:
+        """``get(name)(params, *arguments, **options)``.
+
+        For a module, ``params`` are its ``named_parameters()``, so that names are kept, or what the optimizer's own
+        ``params_of(module)`` makes of it.
 
         Raises:
             RegistryError: see :meth:`get`.
             HbcoreError: the constructor rejects its arguments.
         """
-        named = getattr(params_or_model, "named_parameters", None)  # duck-typed, to avoid importing torch
-        return self.get(name)(list(named()) if callable(named) else params_or_model, **options)
+        cls = self.get(name)
+        named = getattr(params, "named_parameters", None)  # duck-typed, to avoid importing torch
+        if callable(named):
+            own = getattr(cls, "params_of", None)
+            params = own(params) if callable(own) else list(named())
+        return cls(params, *arguments, **options)
 
     def list_optimizers(self, pattern: str = "*", aliases: bool = False) -> list[str]:
         """The canonical names that match the glob, ignoring case, sorted; optionally with the aliases.

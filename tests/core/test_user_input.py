@@ -204,7 +204,7 @@ def test_groups_are_added_in_a_time_that_does_not_grow_with_their_number(name):
 
         def count_call(frame, event, argument):
             nonlocal counted
-            counted += event == "call"
+            counted += event == "call" and frame.f_code.co_name != "__hash__"  # torch hashes all parameters
 
         sys.setprofile(count_call)
         try:

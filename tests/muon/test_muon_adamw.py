@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,7 @@ from reference.muon import muon
 from torch import nn
 
 import hb_muon.rules
+import hbcore
 from hb_muon import Muon, MuonAdamW
 
 SHAPES = {
@@ -111,9 +113,10 @@ def test_which_names_are_embeddings_and_last_layers(name, hidden):
     assert (name in dict(parts(MuonAdamW([(name, nn.Parameter(torch.ones(4, 3))), ("hidden", extra)])))[True]) is hidden
 
 
-def test_without_names_every_matrix_is_for_muon():
+def test_without_names_every_matrix_is_for_muon_with_a_warning():
     params = named()
-    groups = MuonAdamW(params.values()).param_groups
+    with pytest.warns(UserWarning, match=r"no names, so all 4 matrices go to Muon.*pass model\.named_parameters\(\)"):
+        groups = MuonAdamW(params.values()).param_groups
     assert [(g["use_muon"], [tuple(p.shape) for p in g["params"]]) for g in groups] == [
         (True, [(11, 6), (6, 4), (6, 4), (9, 6)]),
         (False, [(4,), ()]),
@@ -270,3 +273,23 @@ def test_names_and_defaults():
     assert (defaults["lr"], defaults["betas"], defaults["eps"], defaults["nesterov"]) == (0.0025, (0.9, 0.99), 1e-8, True)
     assert set(MuonAdamW.own) - set(Muon.own) == {"adamw_lr", "adamw_patterns"}
     assert set(Muon.own) <= set(MuonAdamW.own)
+
+
+def test_embeddings_of_a_model_are_found_whatever_their_names():
+    model = nn.ModuleDict({"tokens": nn.Embedding(7, 4), "bag": nn.EmbeddingBag(7, 4), "hidden": nn.Linear(4, 4)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = hbcore.create("MuonAdamW", model, lr=0.1)
+    assert sorted(parts(optimizer)) == [
+        (False, ["hidden.bias"]),
+        (False, ["tokens.weight", "bag.weight"]),
+        (True, ["hidden.weight"]),
+    ]
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+def test_timms_use_fallback_is_the_opposite_of_use_muon(fallback):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = MuonAdamW([{"params": [nn.Parameter(torch.ones(4, 3))], "use_fallback": fallback}])
+    assert optimizer.param_groups[0]["use_muon"] is not fallback

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hb_muon.muon import Muon
 from hb_muon.routing import members, routing
@@ -31,10 +31,12 @@ class MuonAdamW(Muon):
     it is complex.
 
     **Without names** (``model.parameters()`` instead of ``model.named_parameters()``) no pattern can match: every matrix then
-    goes to Muon, embeddings and the last layer too. ``repr`` shows which parameters go where.
+    goes to Muon, embeddings and the last layer too, with a warning. ``hbcore.create("MuonAdamW", model)`` also finds embedding
+    layers whose names match no pattern. ``repr`` shows which parameters go where.
 
     A group may have its own ``use_muon``: True sends all of its matrices to Muon, False the whole group to AdamW, regardless
-    of names. It may have its own ``adamw_lr`` and ``lr``; with ``use_muon=False`` the latter is AdamW's.
+    of names; timm's ``use_fallback`` says the opposite. It may have its own ``adamw_lr`` and ``lr``; with ``use_muon=False``
+    the latter is AdamW's.
 
     Args:
         params: named, so that ``adamw_patterns`` can match.
@@ -48,11 +50,12 @@ class MuonAdamW(Muon):
     State: ``momentum_buffer``, or ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape, and ``step``.
 
     Warns:
-        UserWarning: the patterns send every matrix to AdamW.
+        UserWarning: the patterns send every matrix to AdamW; or parameters have no names, so that every matrix goes to Muon.
     """
 
     adamw_lr: float | None = None
     adamw_patterns: Sequence[str] = ADAMW_PATTERNS
+    _unnamed = 0
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
         patterns = h.pop("adamw_patterns")
@@ -63,6 +66,22 @@ class MuonAdamW(Muon):
     def after_init(self) -> None:
         if lost := self._lost():
             warn_at_caller(lost, UserWarning)
+        if self._unnamed and self._patterns:
+            warn_at_caller(
+                f"MuonAdamW: the parameters have no names, so all {self._unnamed} matrices go to Muon, embeddings and the last "
+                "layer too; pass model.named_parameters(), call hbcore.create('MuonAdamW', model), or set use_muon per group.",
+                UserWarning,
+            )
+
+    @classmethod
+    def params_of(cls, model: nn.Module) -> list[Any]:
+        """A model's named parameters, its embedding layers' in a group of their own for AdamW, whatever their names."""
+        layers = (m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+        embeddings = {p for m in layers for p in m.parameters(recurse=False)}
+        named = list(model.named_parameters())
+        groups: list[dict[str, Any]] = [{"params": [pair for pair in named if pair[1] not in embeddings]}]
+        groups.append({"params": [pair for pair in named if pair[1] in embeddings], "use_muon": False})
+        return [group for group in groups if group["params"]]
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:
@@ -82,18 +101,19 @@ class MuonAdamW(Muon):
         """A group's matrices for Muon, and its rest; invalid groups are returned unchanged, and the base class rejects them."""
         if not isinstance(group, dict) or isinstance(group.get("params"), (type(None), set, frozenset)):
             return [group]
-        shared = {k: v for k, v in group.items() if k not in ("use_muon", "adamw_lr", "params", "param_names")}
+        shared = {k: v for k, v in group.items() if k not in ("use_muon", "use_fallback", "adamw_lr", "params", "param_names")}
         given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         if names := group.get("param_names"):
             given = list(zip(names, given, strict=True))
         if not all(isinstance(tensor_of(member), Tensor) for member in given):
             return [{**shared, "params": given}]
-        asked = group.get("use_muon")
+        asked = group.get("use_muon", None if group.get("use_fallback") is None else not group["use_fallback"])
         parts: dict[bool, list[Any]] = {True: [], False: []}
         for member in given:
             p = tensor_of(member)
             matrix = is_matrix(p) and not p.is_complex()
             parts[matrix and (not self._named(member) if asked is None else bool(asked))].append(member)
+        self._unnamed += sum(asked is None and not isinstance(member, tuple) for member in parts[True])
         # AdamW's only momentum is betas[0], which mars reads.
         rest = {**shared, "use_muon": False, "momentum": None, "params": parts[False]}
         for lr in (group.get("adamw_lr"), group.get("lr") if asked is False else None, self._adamw_lr):
@@ -127,7 +147,8 @@ class MuonAdamW(Muon):
         return (entry for entry in members(self.param_groups) if is_matrix(entry[2]))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_adamw_lr": self._adamw_lr, "_patterns": self._patterns}
+        own = {"_adamw_lr": self._adamw_lr, "_patterns": self._patterns, "_unnamed": self._unnamed}
+        return {**super().__getstate__(), **own}
 
     def _routing(self) -> str:
         return routing(self.param_groups, lambda group, _: group["use_muon"], "Muon", "AdamW")
