@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import hbcore
+from hbcore.api import Domain, Route, Slot, Transform, ema, is_matrix, matrix_view
 
 SHAPES = {"wide": (18, 64), "row": (1, 64), "bias": (18,), "tall": (64, 5), "square": (16, 16), "odd": (3, 7)}
 """Shards that are uneven, and empty on the second rank."""
@@ -30,6 +32,46 @@ def gradient(step: int, name: str) -> Tensor:
     return torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(seed))
 
 
+@dataclass(frozen=True)
+class Average(Transform):
+    """A matrix rule with state of its own: it subtracts the average over one dimension, averaged over steps."""
+
+    dim: int = 0
+    name = "average"
+    domain = Domain.MATRIX
+
+    def blocks(self, shape: torch.Size) -> Any:
+        return matrix_view(shape)
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        return {self.name: Slot(param.mean(self.dim - 2, keepdim=True).shape)}
+
+    def update(self, u: Tensor, s: Any, c: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        mean = ema(s[self.name], u.mean(self.dim - 2, keepdim=True), 0.5)
+        return u - mean, {self.name: mean}
+
+
+@dataclass(frozen=True)
+class OtherAverage(Average):
+    """A second one, with another name."""
+
+    name = "other_average"
+
+
+class TwoMatrixRules(hbcore.Optimizer):
+    """Two matrix rules in one chain; vectors have none."""
+
+    lr: float = 0.01
+
+    @staticmethod
+    def chain(h: Any) -> tuple[Transform, ...]:
+        return (Route(is_matrix, (Average(0), OtherAverage(1)), ()),)
+
+
+def class_of(name: str) -> Any:
+    return TwoMatrixRules if name == "TwoMatrixRules" else hbcore.get(name)
+
+
 def build(name: str, options: dict[str, Any], how: str, device: str = "cpu") -> tuple[Model, torch.optim.Optimizer]:
     model = Model().to(device)
     if how == "fsdp":
@@ -37,7 +79,7 @@ def build(name: str, options: dict[str, Any], how: str, device: str = "cpu") -> 
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(model, mesh=init_device_mesh(device, (dist.get_world_size(),)))
-    return model, hbcore.get(name)(model.named_parameters(), lr=0.01, **options)
+    return model, class_of(name)(model.named_parameters(), lr=0.01, **options)
 
 
 def train(model: Model, optimizer: torch.optim.Optimizer, steps: range, skip: str = "") -> None:
@@ -76,7 +118,7 @@ def resume(rank: int, name: str, options: dict[str, Any]) -> tuple[dict[str, Ten
     train(straight, optimizer, range(6))
     first, before = build(name, options, "fsdp")
     train(first, before, range(3))
-    after = hbcore.get(name)(first.named_parameters(), lr=0.5, **options)
+    after = class_of(name)(first.named_parameters(), lr=0.5, **options)
     after.load_state_dict(before.state_dict())
     train(first, after, range(3, 6))
     keys = sum(len(entry) for entry in after.state_dict()["state"].values())
@@ -114,7 +156,7 @@ def ddp(rank: int, name: str, options: dict[str, Any]) -> bytes:
     """Train a DDP model, each rank on data of its own; return the parameters' bits."""
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)))
-    optimizer = hbcore.get(name)(model.parameters(), lr=0.01, **options)
+    optimizer = class_of(name)(model.parameters(), lr=0.01, **options)
     torch.manual_seed(rank)  # whatever draws from the global generator now differs between the ranks
     for _ in range(5):
         x = torch.randn(8, 6)

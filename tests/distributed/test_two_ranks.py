@@ -20,6 +20,7 @@ CASES = {
     "PSGDKron": ("PSGDKron", {}),
     "SFAdamW": ("SFAdamW", {"weight_decay": 0.1}),
     "MSAMLaProp": ("MSAMLaProp", {"sam_step_size": 1.0, "weight_decay": 0.1}),
+    "TwoMatrixRules": ("TwoMatrixRules", {}),
     "Adams": ("Adams", {"weight_decay": 0.5}),
 }
 
@@ -32,7 +33,7 @@ def test_fully_sharded_parameters_follow_one_process(case):
         assert distance([result[k] for k in alone], list(alone.values())) < 1e-6
 
 
-@pytest.mark.parametrize("case", ["AdamW-ecc", "SOAP", "PSGDKron", "SFAdamW"])
+@pytest.mark.parametrize("case", ["AdamW-ecc", "SOAP", "PSGDKron", "SFAdamW", "TwoMatrixRules"])
 def test_a_state_dict_on_two_ranks_resumes_exactly(case):
     name, options = CASES[case]
     for straight, resumed, keys in on_ranks(2, jobs.resume, name, options):
