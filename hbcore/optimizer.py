@@ -228,7 +228,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         chain.refuse_complex({**group, "params": members}, f"{name}, parameter group {index}")
         super().add_param_group(group)
         added = self.param_groups[-1]
-        added["hbcore"] = save.record_of(core, index).dump()
+        added["hbcore"] = save.record_of(core, index, live=True).dump()
         if any(map(weight_modes.has_modes, chain.every(added))):
             added[save.MODE] = core.modes.training
         narrow(core, added["params"])

@@ -25,8 +25,11 @@ MODE = "train_mode"
 """The group entry of optimizers with two sets of weights that says which one the parameters hold, as schedulefree has it."""
 
 
-def record_of(core: OptimizerCore, g: int) -> schema.Record:
-    """The checkpoint record of one group."""
+def record_of(core: OptimizerCore, g: int, live: bool = False) -> schema.Record:
+    """The record of one group: for a checkpoint, or ``live``, for the group itself, with the options of the optimizer.
+
+    A checkpoint has no options: it is the same whatever backend wrote it, and a load leaves them alone.
+    """
     settings = core.settings
     carried = dict(core.group_scalars[g]) if g < len(core.group_scalars) else {}
     return schema.Record(
@@ -35,7 +38,7 @@ def record_of(core: OptimizerCore, g: int) -> schema.Record:
         settings.seed,
         carried,
         core.modes.training,
-        {core.name: core.options} if core.options else {},
+        {core.name: core.options} if live and core.options else {},
         tuple(i for i, p in enumerate(core.groups[g]["params"]) if not (p.requires_grad or core.state.get(p))),
     )
 
@@ -46,7 +49,7 @@ def refresh_records(core: OptimizerCore) -> None:
         return
     for g, group in enumerate(core.groups):
         if schema.KEY in group:
-            group[schema.KEY] = record_of(core, g).dump()
+            group[schema.KEY] = record_of(core, g, live=True).dump()
         if MODE in group:
             group[MODE] = core.modes.training
     core.recorded = core.modes.training

@@ -31,7 +31,7 @@ class Record:
         progress: the scalars that the group carries from step to step.
         training: for rules with two sets of weights, whether the parameters held the training weights.
         frozen: the indices, in the group, of parameters that were not trained and have no state.
-        options: the optimizer's name -> the options that its constructor was given; a load leaves them alone.
+        options: in a live group, the optimizer's name -> the options that its constructor was given.
     """
 
     rules: Mapping[str, int] = field(default_factory=dict)

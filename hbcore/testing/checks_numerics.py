@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import SkipTest
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,33 @@ def without_a_compiler_the_result_is_the_same(subject: Subject) -> None:
     found = [str(w.message) for w in caught if issubclass(w.category, FallbackWarning)]
     assert len(found) == 1, f"expected one FallbackWarning without a C++ compiler, found {len(found)}: {found}"
     expect.same_trial(trial, eager, "three steps without a C++ compiler, against compile='eager'")
+
+
+def every_rule_is_fused(subject: Subject) -> None:
+    """If this fails, parameters are stepped one by one, far slower, and sharding them is an error."""
+    trial = subject.loose((6, 4), (5,), (2, 3, 2), compile="eager")
+    with expect.working("two steps"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        trial.train(2)
+    found = [reason for reason in trial.optimizer.report.reasons if "cannot be fused" in reason]
+    assert not found, f"expected every rule to be one graph, found that {'; '.join(found)}"
+
+
+def generated_kernels_agree(subject: Subject) -> None:
+    """If this fails, training on a GPU takes other steps than on a CPU. Runs where ``TRITON_INTERPRET=1`` is set."""
+    try:
+        from hbcore.engine.backends.triton.device_lib import INTERPRETED
+    except ImportError:
+        raise SkipTest("Triton is not installed") from None
+    if not INTERPRETED:
+        raise SkipTest("set TRITON_INTERPRET=1 to run kernels on the CPU")
+    eager, triton = (subject.loose((6, 4), (5,), dtype=torch.float64, compile=backend) for backend in ("eager", "triton"))
+    for trial in (eager, triton):
+        trial.train(3)
+    assert "eager" not in triton.optimizer.report.backend, (
+        f"expected kernels for every part of the step, found {triton.optimizer.report.reasons}"
+    )
+    expect.close(triton.values(), eager.values(), 1e-10, "three steps with compile='triton', against compile='eager'")
 
 
 @contextmanager
@@ -102,6 +130,8 @@ def capturable_steps_are_the_same(subject: Subject) -> None:
 
 
 CHECKS = (
+    Check(every_rule_is_fused),
+    Check(generated_kernels_agree),
     Check(without_a_compiler_the_result_is_the_same),
     Check(bfloat16_weights_follow_small_updates, excludes=frozenset({"matrix"})),
     Check(memory_is_as_described),

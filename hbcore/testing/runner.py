@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import SkipTest
@@ -33,23 +33,30 @@ class Finding:
         return f"{self.subject} fails {self.check}: {self.message}"
 
 
-def subjects(optimizer: str | type[Any]) -> list[Subject]:
-    """The variants to check: the optimizer with plain state and, if hb_ecc is installed, with compressed state.
+def subjects(optimizer: str | type[Any], ecc: Sequence[str] | None = None) -> list[Subject]:
+    """The variants to check: the optimizer with plain state, and with state that codecs compress.
 
     Args:
         optimizer: a registered name, or a class. A class has the capabilities of the registered optimizer that it is or
             derives from, if any.
+        ecc: the codecs, your own among them; by default ``bf16+8`` if hb_ecc is installed.
 
     Raises:
         RegistryError: the name is unknown or ambiguous, or its plugin is broken.
     """
     cls = registry.resolve(optimizer) if isinstance(optimizer, str) else optimizer
-    variants = [{}, {"ecc": COMPRESSED}] if COMPRESSED in [c.name for c in registry.codecs()] else [{}]
+    if ecc is None:
+        ecc = [COMPRESSED] if COMPRESSED in [c.name for c in registry.codecs()] else []
+    variants: list[dict[str, Any]] = [{}, *({"ecc": codec} for codec in ecc)]
     return [Subject(cls, _capabilities(cls), options) for options in variants]
 
 
-def check(optimizer: str | type[Any], only: Iterable[str] | None = None) -> list[Finding]:
+def check(optimizer: str | type[Any], only: Iterable[str] | None = None, ecc: Sequence[str] | None = None) -> list[Finding]:
     """Run every applicable check, or those named in ``only``, and return the failures.
+
+    Args:
+        optimizer, ecc: see :func:`subjects`.
+        only: names of checks.
 
     Raises:
         RegistryError: see :func:`subjects`.
@@ -57,20 +64,23 @@ def check(optimizer: str | type[Any], only: Iterable[str] | None = None) -> list
     """
     chosen = CHECKS if only is None else [_named(name) for name in only]
     findings = []
-    for subject in subjects(optimizer):
+    for subject in subjects(optimizer, ecc):
         for c in chosen:
             if c.applies(subject.capabilities):
                 findings += _run(c, subject)
     return findings
 
 
-def assert_conforms(optimizer: str | type[Any]) -> None:
+def assert_conforms(optimizer: str | type[Any], ecc: Sequence[str] | None = None) -> None:
     """Raise an AssertionError that lists all findings, if there are any.
+
+    Args:
+        optimizer, ecc: see :func:`subjects`.
 
     Raises:
         RegistryError: see :func:`subjects`.
     """
-    findings = check(optimizer)
+    findings = check(optimizer, ecc=ecc)
     if findings:
         raise AssertionError("\n".join([f"{len(findings)} checks failed:", *map(str, findings)]))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hb_adam import AdamW
+from hbcore.api import Transform
 from hbcore.testing import Subject
 
 KEPT: list[Any] = []
@@ -227,7 +229,22 @@ def does_not_return(self: AdamW) -> None:
 
 MODES = {"train": lambda self: None, "eval": does_not_return}
 
+
+@dataclass(frozen=True)
+class Sorted(Transform):
+    """Not elementwise, and so not to be fused."""
+
+    name = "sorted"
+
+    def update(self, u, s, c):
+        return torch.sort(u.flatten())[0].view_as(u), {}
+
+
 BROKEN: dict[str, type[Any] | Subject | tuple[type[Any], ...]] = {
+    "every_rule_is_fused": broken(chain=staticmethod(lambda h: (Sorted(),))),
+    "generated_kernels_agree": stepping(
+        lambda o: [p.add_(1e-6) for p in params(o)] if o.settings.compile == "triton" else None
+    ),
     "it_is_a_torch_optimizer": broken(__init__=lambda self, *args, **options: AdamW.__init__(self, *args, **options)),
     "bad_numbers_are_refused": built(lambda o: o.update(lr=abs(o.get("lr", 0.0025)))),
     "a_closure_is_called_and_its_loss_returned": broken(step=forgets_the_loss),

@@ -42,6 +42,7 @@ def test_an_optimizer_is_tested_plain_and_compressed_with_its_capabilities():
     assert subjects(broken())[0].capabilities == hbcore.info("AdamW").spec.capabilities
     assert subjects(type("Alone", (torch.optim.Optimizer,), {}))[0].capabilities == frozenset()
     assert str(subjects(SGD)[1]) == "SGD(ecc='bf16+8')"
+    assert [s.options for s in subjects(SGD, ecc=["bf16+16", "mine"])] == [{}, {"ecc": "bf16+16"}, {"ecc": "mine"}]
 
 
 def test_findings_name_check_optimizer_and_fault():
@@ -61,7 +62,7 @@ def test_what_raises_is_a_finding_and_the_list_of_them_an_assertion(monkeypatch)
 
     [found, _] = check(Raises, only=["every_hook_runs_once"])
     assert "RuntimeError: no room" in found.message
-    monkeypatch.setattr("hbcore.testing.runner.check", lambda optimizer: [Finding("c", "S()", "m")])
+    monkeypatch.setattr("hbcore.testing.runner.check", lambda optimizer, ecc=None: [Finding("c", "S()", "m")])
     with pytest.raises(AssertionError, match=r"1 checks failed:\nS\(\) fails c: m"):
         assert_conforms("AdamW")
 
