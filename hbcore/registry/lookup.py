@@ -63,10 +63,7 @@ class Registry:
         return cls
 
     def create(self, name: str, params: Any, *arguments: Any, **options: Any) -> Any:
-        """``get(name)(params, *arguments, **options)``.
-
-        For a module, ``params`` are its ``named_parameters()``, so that names are kept, or what the optimizer's own
-        ``params_of(module)`` makes of it.
+        """``get(name)(params, ...)``; of a module, ``params`` are its ``named_parameters()``, or ``cls.params_of(module)``.
 
         Raises:
             RegistryError: see :meth:`get`.

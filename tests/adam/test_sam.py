@@ -152,6 +152,6 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(OptionError, match="not an hbcore optimizer"):
         SAMWrapper(params, torch.optim.SGD)
     with pytest.raises(OptionError, match="pass it alone"):
-        SAMWrapper(params, AdamW(params))
+        SAMWrapper(params, AdamW(params), lr=0.1)
     with pytest.raises(OptionError, match="needs a closure"):
         SAMWrapper(params).step()

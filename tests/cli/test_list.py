@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -110,10 +109,16 @@ print(sorted(name for name in sys.modules if name.partition(".")[0] == "torch" o
 def test_it_answers_at_once(environment: dict[str, str]) -> None:
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = processor_seconds()
         assert hbcore(environment, "list").returncode == 0
-        times.append(time.perf_counter() - start)
+        times.append(processor_seconds() - start)
     assert min(times) < 0.4, times  # about 0.1 s here; `import torch` alone takes over a second
+
+
+def processor_seconds() -> float:
+    """What ended child processes took: not what they waited for, on a busy machine."""
+    spent = os.times()
+    return spent.children_user + spent.children_system
 
 
 def test_no_arguments_print_the_help_with_every_command(capsys: pytest.CaptureFixture[str]) -> None:
