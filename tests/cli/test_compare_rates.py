@@ -24,6 +24,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for size in ("nano", "medium"):
         monkeypatch.setitem(SIZES, size, GPTConfig(dim=16, depth=1, heads=2, context=16))
     monkeypatch.setattr(data, "VALIDATION_WINDOWS", 8)
+    monkeypatch.setenv("COLUMNS", "160")  # a narrow terminal gets fewer columns
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
