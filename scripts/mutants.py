@@ -214,7 +214,8 @@ def survey(
             survived = tests_pass(tree, arguments, limit)
             (tree / mutant.file).write_text(files[mutant.file])
             trees.put(tree)
-            print("SURVIVED" if survived else "killed  ", mutant, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{'SURVIVED' if survived else 'killed  '} {mutant}\n")  # in one piece, whatever others write
+            sys.stderr.flush()
             return survived
 
         with ThreadPoolExecutor(jobs) as pool:
