@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hbcore.errors import HyperparameterError as HyperparameterError
     from hbcore.errors import OptionError as OptionError
     from hbcore.optimizer import Optimizer as Optimizer
+    from hbcore.rules.checks import check_whole as check_whole
     from hbcore.rules.domain import Domain as Domain
     from hbcore.rules.moments import CorrectedDecay as CorrectedDecay
     from hbcore.rules.moments import Momentum as Momentum
@@ -83,6 +84,7 @@ _HOMES = {
     "StateCodec": "hbcore.state.codec:StateCodec",
     "State": "hbcore.rules.transform:State",
     "Transform": "hbcore.rules.transform:Transform",
+    "check_whole": "hbcore.rules.checks:check_whole",
     "compute_dtype": "hbcore.rules.numerics:compute_dtype",
     "debiased": "hbcore.rules.numerics:debiased",
     "debiased_second_moment": "hbcore.rules.numerics:debiased_second_moment",

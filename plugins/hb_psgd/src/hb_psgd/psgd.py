@@ -21,6 +21,7 @@ from hbcore.api import (
     Slot,
     State,
     Transform,
+    check_whole,
     debiased,
     hyper,
     matrix_view,
@@ -101,7 +102,11 @@ class PreconditionByKron(Transform):
         kron.memory_layout((), memory_save_mode=self.memory_save_mode)  # raises if the mode does not exist
         if not callable(self.preconditioner_update_probability):
             _check("preconditioner_update_probability", self.preconditioner_update_probability, low=0, high=1)
-        _check("precond_update_power_iterations", self.precond_update_power_iterations, low=1)
+        check_whole("precond_update_power_iterations", self.precond_update_power_iterations, 1)
+        check_whole("max_size_triangular", self.max_size_triangular, 0)
+        check_whole("min_ndim_triangular", self.min_ndim_triangular, 0)
+        if not isinstance(self.merge_dims, bool):
+            check_whole("merge_dims", self.merge_dims, 1)
         _check("precond_init_scale", self.precond_init_scale, low=1e-30)
         _check("precond_init_scale_power", self.precond_init_scale_power)
 
@@ -248,6 +253,8 @@ class PSGDKron(Optimizer):
             if (value := h.pop(option)) != only:
                 raise OptionError(f"{type(self).__name__}: {option}={value!r} is not supported yet; leave it at {only!r}.")
         betas = h.pop("betas")
+        if betas is not None and not betas:
+            raise HyperparameterError(f"betas={betas!r} has no number; its first is the decay of the momentum.")
         beta = h["beta"] if betas is None else betas[0]
         return {**h, "beta": 0.9 if beta is None else beta}
 

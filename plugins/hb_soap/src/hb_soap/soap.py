@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from hbcore.api import (
     Slot,
     State,
     Transform,
+    check_whole,
     ema,
     hyper,
     matrix_view,
@@ -46,7 +48,7 @@ class PreconditionBySOAP(Transform):
         shampoo_beta: :math:`\beta`.
         precondition_frequency: the number of steps from one refresh to the next, at least 1.
         max_precond_dim: larger dimensions, and those of size 1, get no factor.
-        merge_dims: join dimensions after the first while their product is at most ``max_precond_dim``.
+        merge_dims: join dimensions after the first while their product is at most ``max_precond_dim``, or at most this number.
         precondition_1d: vectors get a factor too.
         use_precond_schedule: refresh less and less often instead; with ``(a, b)`` of ``precond_scheduler``, step ``t`` has the
             rate :math:`1 / (1 + \log_{10}(t^a)^b)`.
@@ -63,7 +65,7 @@ class PreconditionBySOAP(Transform):
     shampoo_beta: float = hyper(0.95, ge=0, lt=1)
     precondition_frequency: int = 2
     max_precond_dim: int = 2048
-    merge_dims: bool = True
+    merge_dims: bool | int = True
     precondition_1d: bool = False
     use_precond_schedule: bool = False
     precond_scheduler: tuple[float, float] = (1 / 3, 9)
@@ -74,9 +76,13 @@ class PreconditionBySOAP(Transform):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("precondition_frequency", "max_precond_dim"):
-            if not getattr(self, key) >= 1:
-                raise HyperparameterError(f"{key}={getattr(self, key)!r} is below 1; pass a whole number from 1 on.")
+        check_whole("precondition_frequency", self.precondition_frequency, 1)
+        check_whole("max_precond_dim", self.max_precond_dim, 1)
+        if not isinstance(self.merge_dims, bool):
+            check_whole("merge_dims", self.merge_dims, 1)
+        pair: Any = self.precond_scheduler
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(_is_exponent, pair)):
+            raise HyperparameterError(f"precond_scheduler={pair!r} is not two finite numbers from 0 on; pass (a, b).")
         if self.split is not False:
             raise OptionError(f"split={self.split!r} is not supported yet; pass split=False.")
 
@@ -86,7 +92,7 @@ class PreconditionBySOAP(Transform):
         return (param.ndim > 1 or self.precondition_1d) and any(self._factors(shape) for shape in shapes)
 
     def blocks(self, shape: torch.Size) -> tuple[Block, ...]:
-        return matrix_view(shape, merge_dims=self.max_precond_dim if self.merge_dims else False)
+        return matrix_view(shape, merge_dims=self.max_precond_dim if self.merge_dims is True else self.merge_dims)
 
     def slots(self, param: Tensor) -> dict[str, Slot]:
         factors = self._factors(param.shape)
@@ -138,6 +144,10 @@ class PreconditionBySOAP(Transform):
         return {i: n for i, n in enumerate(shape) if 1 < n <= self.max_precond_dim}
 
 
+def _is_exponent(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and 0 <= float(value) < math.inf
+
+
 class SOAP(Optimizer):
     r"""Adam in the eigenbasis of Shampoo's preconditioner, Vyas et al. 2024 (arXiv:2409.11321), Algorithm 3.
 
@@ -156,7 +166,7 @@ class SOAP(Optimizer):
         eps: the smallest divisor, at least 0.
         precondition_frequency: the number of steps from one refresh of the bases to the next, at least 1.
         max_precond_dim: larger dimensions are not preconditioned.
-        merge_dims: join dimensions after the first while their product is at most ``max_precond_dim``.
+        merge_dims: join dimensions after the first while their product is at most ``max_precond_dim``, or this number.
         precondition_1d: precondition vectors as well.
         use_precond_schedule: refresh the bases less and less often, and ignore ``precondition_frequency``.
         precond_scheduler: ``(a, b)`` of that schedule, :math:`1 / (1 + \log_{10}(t^a)^b)` refreshes at step ``t``.
@@ -172,7 +182,7 @@ class SOAP(Optimizer):
     eps: float = 1e-8
     precondition_frequency: int = 2
     max_precond_dim: int = 2048
-    merge_dims: bool = True
+    merge_dims: bool | int = True
     precondition_1d: bool = False
     use_precond_schedule: bool = False
     precond_scheduler: tuple[float, float] = (1 / 3, 9)
