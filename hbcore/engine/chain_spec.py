@@ -11,6 +11,7 @@ from torch import Tensor
 from hbcore.distributed.placement import local
 from hbcore.engine.graph.segment_spec import Hypers, SegmentSpec, fixed, length_of
 from hbcore.engine.options import Settings
+from hbcore.engine.params import is_lazy
 from hbcore.engine.shared_options import SCHEDULED
 from hbcore.errors import HyperparameterError, ParameterError, RuleError
 from hbcore.rules import palm, route
@@ -174,7 +175,9 @@ def check_slots(chain: ChainSpec, group: Group) -> None:
     forked = chain.forked(group)
     kinds: dict[tuple[tuple[bool, ...], torch.Size, torch.dtype], Tensor] = {}
     members = [p[1] if isinstance(p, tuple) else p for p in group["params"]]  # torch takes the names off later
-    for p in (p for p in members if p.requires_grad and p.numel()):  # others may never get state, whatever their shape
+    for p in (
+        p for p in members if p.requires_grad and not is_lazy(p) and p.numel()
+    ):  # others may never get state, whatever their shape
         kinds.setdefault((route.branches(forked, p), p.shape, p.dtype), p)
     structure = chain.structure(group)
     if structure is not None and (structure, *kinds) in chain.checked:

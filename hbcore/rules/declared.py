@@ -1,10 +1,9 @@
-"""What a rule's class declares, checked when the class is made: a slip would otherwise show in a step, and name nothing."""
+"""What a rule's class declares, checked when the class or an optimizer is made: a slip would otherwise show in a step."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import Field
 from typing import Any
 
 from hbcore.errors import RuleError
@@ -28,10 +27,10 @@ ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_class(cls: type[Any]) -> None:
-    """Check the attributes that the body of a class derived from ``Transform`` sets.
+    """Check the fields of a class derived from ``Transform``; its attributes are checked in a chain, :func:`check_instance`.
 
     Raises:
-        RuleError: a field is named like a method, or a class attribute has a value that does not exist.
+        RuleError: a field or a value is named like a method.
     """
     where = f"rule {cls.__module__}.{cls.__qualname__}"
     fields = {n for n, a in inspect.get_annotations(cls).items() if "ClassVar" not in str(a)}
@@ -41,11 +40,6 @@ def check_class(cls: type[Any]) -> None:
             raise RuleError(
                 f"{where}: {name!r} is a method of every rule, and cannot be a field or a value; give the field another name."
             )
-    plain = {n: v for n, v in own.items() if n in ATTRIBUTES and n not in fields and _is_value(v)}
-    check_attributes(where, plain)
-    owns, stage = cls.owns_apply, cls.stage
-    if _is_value(owns) and _is_value(stage):
-        _check_place(where, owns, stage)
 
 
 def check_attributes(where: str, values: dict[str, Any]) -> None:
@@ -57,7 +51,7 @@ def check_attributes(where: str, values: dict[str, Any]) -> None:
 
 
 def check_instance(where: str, rule: Any) -> None:
-    """The same for a rule as it stands in a chain, whose attributes may be properties or fields.
+    """Check a rule as it stands in a chain, whose attributes may be properties or fields.
 
     Raises:
         RuleError: it has no name, its class is no dataclass of its own, or an attribute has a value that does not exist.
@@ -111,8 +105,3 @@ def _check_place(where: str, owns_apply: bool, stage: str) -> None:
             f"{where}: a rule with owns_apply = True returns the new parameter, and at the stage {stage!r} later stages such "
             "as weight decay would treat it as an update; set stage = 'apply'."
         )
-
-
-def _is_value(value: Any) -> bool:
-    """Whether a class attribute is the value itself, and not a property or a dataclass field."""
-    return not isinstance(value, Field) and not hasattr(value, "__get__")

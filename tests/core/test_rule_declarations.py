@@ -12,7 +12,7 @@ import hbcore.api
 from hbcore.api import Block, Domain, Parallel, Route, Slot, Transform, hyper, is_matrix, zeros
 from hbcore.errors import RuleError
 
-CLASSES = {
+ATTRIBUTES = {
     "a domain in text": (lambda: rule(domain="tensor"), r"domain = 'tensor'.*Domain\.TENSOR"),
     "a domain as a number": (lambda: rule(domain=1), r"domain = 1.*Domain\.TENSOR"),
     "no such stage": (lambda: rule(stage="nowhere"), "stage = 'nowhere'.*'clip_update'"),
@@ -22,6 +22,8 @@ CLASSES = {
     "a name that is no text": (lambda: rule(name=None), "name = None"),
     "a version that is no number": (lambda: rule(version="2"), "version = '2'"),
     "the parameter, before weight decay": (lambda: rule(owns_apply=True), "owns_apply.*stage = 'apply'"),
+}
+METHODS = {
     **{
         f"a field called {name}": (
             lambda name=name: rule(**{"__annotations__": {"beta": float, name: float}, name: hyper(0.1)}),
@@ -33,11 +35,18 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("case", CLASSES)
-def test_a_class_that_cannot_work_is_refused_when_it_is_made(case):
-    make, words = CLASSES[case]
+@pytest.mark.parametrize("case", METHODS)
+def test_a_field_named_like_a_method_is_refused_when_the_class_is_made(case):
+    make, words = METHODS[case]
     with pytest.raises(RuleError, match=f"ToyRule.*{words}"):
         make()
+
+
+@pytest.mark.parametrize("case", ATTRIBUTES)
+def test_an_attribute_that_cannot_work_is_refused_when_an_optimizer_is_built(case):
+    make, words = ATTRIBUTES[case]
+    with pytest.raises(RuleError, match=f"ToyRule.*{words}"):
+        optimizer_with(lambda h: (make()(),))([parameter(2)])
 
 
 def test_a_class_may_have_a_stage_that_is_computed_and_methods_of_its_own():
