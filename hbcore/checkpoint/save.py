@@ -28,9 +28,10 @@ MODE = "train_mode"
 def record_of(core: OptimizerCore, g: int, live: bool = False) -> schema.Record:
     """The record of one group: for a checkpoint, or ``live``, for the group itself, with the options of the optimizer.
 
-    A checkpoint has no options: it is the same whatever backend wrote it, and a load leaves them alone.
+    A checkpoint has no options: it is the same whatever backend wrote it, and a load leaves them alone. A live record has no
+    list of frozen parameters, because schedulers and ``zero_grad`` read the groups after every step.
     """
-    settings = core.settings
+    settings, params = core.settings, [] if live else core.groups[g]["params"]
     carried = dict(core.group_scalars[g]) if g < len(core.group_scalars) else {}
     return schema.Record(
         core.chain.versions(core.groups[g]),
@@ -39,7 +40,7 @@ def record_of(core: OptimizerCore, g: int, live: bool = False) -> schema.Record:
         carried,
         core.modes.training,
         {core.name: core.options} if live and core.options else {},
-        tuple(i for i, p in enumerate(core.groups[g]["params"]) if not (p.requires_grad or core.state.get(p))),
+        tuple(i for i, p in enumerate(params) if not (p.requires_grad or core.state.get(p))),
     )
 
 

@@ -40,6 +40,7 @@ class ChainSpec:
         self.rule, self.settings, self.defaults = rule, settings, dict(defaults)
         self.keys, self.hyper = tuple(self.defaults), set(hyper)
         self._forked: dict[tuple[Any, ...], tuple[Transform, ...]] = {}
+        self._versions: dict[tuple[Any, ...], dict[str, int]] = {}
         self.checked: set[Any] = set()
 
     def __call__(self, h: Any, branches: tuple[bool, ...], step: Tensor | None = None) -> tuple[Transform, ...]:
@@ -98,8 +99,14 @@ class ChainSpec:
 
     def versions(self, group: Group) -> dict[str, int]:
         """The group's rules by name, with their versions."""
-        packed = {"param_ecc": 1} if self.settings.param_codec is not None else {}
-        return {**packed, **{t.name: t.version for t in self.every(group)}}
+        key = self.structure(group)
+        if key is None or key not in self._versions:
+            packed = {"param_ecc": 1} if self.settings.param_codec is not None else {}
+            versions = {**packed, **{t.name: t.version for t in self.every(group)}}
+            if key is None:
+                return versions
+            self._versions[key] = versions
+        return self._versions[key]
 
     def expected(self, group: Group, p: Tensor) -> list[Logical]:
         """The slots of one parameter of the group."""

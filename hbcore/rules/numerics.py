@@ -22,8 +22,7 @@ def debiased(old: Tensor, new: Tensor, beta: Scalar, step: Tensor) -> tuple[Tens
 
     ``m = beta m + (1 - beta) x`` and ``m / (1 - beta^t)``: Kingma and Ba 2015 (arXiv:1412.6980), Algorithm 1.
     """
-    average = ema(old, new, beta)
-    return average, average * (1 / (1 - beta**step))  # the reciprocal is a scalar: elements only multiply
+    return _with_correction(ema(old, new, beta), beta, step)
 
 
 def second_moment(old: Tensor, x: Tensor, beta: Scalar) -> Tensor:
@@ -39,8 +38,11 @@ def second_moment(old: Tensor, x: Tensor, beta: Scalar) -> Tensor:
 
 def debiased_second_moment(old: Tensor, x: Tensor, beta: Scalar, step: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`second_moment`, raw and corrected for its initialisation at zero, as in :func:`debiased`."""
-    average = second_moment(old, x, beta)
-    return average, average * (1 / (1 - beta**step))
+    return _with_correction(second_moment(old, x, beta), beta, step)
+
+
+def _with_correction(average: Tensor, beta: Scalar, step: Tensor) -> tuple[Tensor, Tensor]:
+    return average, average * (1 / (1 - beta**step))  # the reciprocal is a scalar: elements only multiply
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -129,7 +129,8 @@ def test_a_chain_that_is_no_chain_is_refused_when_the_optimizer_is_built(case):
 
 
 def test_a_chain_may_be_a_list():
-    optimizer_with(lambda h: [ok(h.beta)])([parameter(2)])
+    listed, tuples = (optimizer_with(lambda h, kind=kind: kind([ok(h.beta)]))([parameter(2)]) for kind in (list, tuple))
+    assert listed.param_groups[0]["hbcore"] == tuples.param_groups[0]["hbcore"]
 
 
 def named(name, shape=None):

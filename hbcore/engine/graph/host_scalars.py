@@ -47,7 +47,7 @@ def as_python(host: fx.GraphModule) -> Numbers | None:
             if form is None:
                 return None
             names[node] = f"x{len(lines)}"
-            operands = [names[a] if isinstance(a, fx.Node) else _literal(a) for a in node.args]
+            operands = [names[a] if isinstance(a, fx.Node) else literal_of(a) for a in node.args]
             lines.append(f"    {names[node]} = {form.format(*operands)}")
     source = "\n".join(["def numbers(v):", *lines, f"    return ({result})"])
     scope: dict[str, Any] = {"math": math}
@@ -55,8 +55,8 @@ def as_python(host: fx.GraphModule) -> Numbers | None:
     return cast("Numbers", scope["numbers"])
 
 
-def _literal(value: Any) -> str:
-    """A constant of the graph in Python; ``repr`` writes ``inf`` and ``nan``, which are not names."""
+def literal_of(value: Any) -> str:
+    """A constant of the graph in generated source; ``repr`` writes ``inf`` and ``nan``, which are not names."""
     return f"float('{value}')" if isinstance(value, float) and not math.isfinite(value) else repr(value)
 
 
@@ -68,7 +68,7 @@ def _form(node: fx.Node) -> str | None:
             if len(node.args) > index and node.args[index] is not None:
                 form = f"{function}({form}, {{{index}}})"
             elif keyword is not None:
-                form = f"{function}({form}, {_literal(keyword)})" if not isinstance(keyword, fx.Node) else ""
+                form = f"{function}({form}, {literal_of(keyword)})" if not isinstance(keyword, fx.Node) else ""
         return form or None
     plain = not {k for k in node.kwargs if k not in ("dtype", "device")}
     return FORMS.get(node.target) if plain else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hbcore.engine.graph.host_scalars import literal_of
 from hbcore.errors import CompileError
 
 aten = torch.ops.aten
@@ -77,11 +77,6 @@ class Call:
 
 def _is_float(a: Any) -> bool:
     return isinstance(a, fx.Node) and bool(a.meta["dtype"].is_floating_point)
-
-
-def _plain(value: Any) -> str:
-    """A Python number as Triton source, where ``tl.full`` gives it its dtype."""
-    return f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)
 
 
 def literal(value: Any, dtype: torch.dtype) -> str:
@@ -221,7 +216,7 @@ OPERATIONS: dict[Any, Callable[[Call], str]] = {
     aten.view.dtype: _view, aten.clone.default: lambda c: c.arg(0),
     aten.zeros_like.default: lambda c: _fill(c, 0), aten.ones_like.default: lambda c: _fill(c, 1),
     aten.full_like.default: lambda c: _fill(c, c.node.args[1]),
-    aten.scalar_tensor.default: lambda c: f"tl.full([], {_plain(c.node.args[0])}, {TYPES[c.dtype]})",
+    aten.scalar_tensor.default: lambda c: f"tl.full([], {literal_of(c.node.args[0])}, {TYPES[c.dtype]})",
 }  # fmt: skip
 OPERATIONS.update(
     {
