@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hbcore import SplitOpt
 from hbcore.api import Optimizer, Transform
 
 SHAPES = ((5, 7), (13,), (2, 3, 4), (1,), ())
@@ -29,6 +30,12 @@ def combined(*axes: Iterable[Any], compiled: Sequence[tuple[Any, ...]] = ()) -> 
 def mlp(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3)).to(dtype)
+
+
+def split(model: nn.Module) -> SplitOpt:
+    """Muon for a model's matrices, schedule-free AdamW for the rest."""
+    specs = [{"optimizer": "Muon", "when": lambda p: p.ndim > 1}, {"optimizer": "SFAdamW"}]
+    return SplitOpt(model.named_parameters(), specs, lr=0.01)
 
 
 def convnet(seed: int = 0) -> nn.Sequential:

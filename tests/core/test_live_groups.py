@@ -7,18 +7,13 @@ import pickle
 
 import pytest
 import torch
-from core.kit import backward, mlp, same
+from core.kit import backward, mlp, same, split
 
 import hbcore
 from hb_adam import SGD, AdamW
 from hbcore import SplitOpt
 
 FAMILIES = ["AdamW", "SGD", "SFAdamW", "AdEMAMix", "Muon", "SOAP", "PSGDKron"]
-
-
-def split(model):
-    specs = [{"optimizer": "Muon", "when": lambda p: p.ndim > 1}, {"optimizer": "SFAdamW"}]
-    return SplitOpt(model.named_parameters(), specs, lr=0.01)
 
 
 BUILD = {name: lambda m, n=name: hbcore.get(n)(m.named_parameters(), lr=0.01) for name in FAMILIES} | {"SplitOpt": split}

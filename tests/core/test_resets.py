@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 
 import pytest
-from core.kit import backward, mlp, same
+from core.kit import backward, mlp, same, split
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import hbcore
-from hbcore import SplitOpt
 
 FAMILIES = ["AdamW", "SGD", "SFAdamW", "Muon", "SOAP", "PSGDKron", "AdEMAMix"]
-
-
-def split(model):
-    specs = [{"optimizer": "Muon", "when": lambda p: p.ndim > 1}, {"optimizer": "SFAdamW"}]
-    return SplitOpt(model.named_parameters(), specs, lr=0.01)
 
 
 BUILD = {name: lambda m, n=name: hbcore.get(n)(m.named_parameters(), lr=0.01) for name in FAMILIES} | {"SplitOpt": split}
