@@ -109,6 +109,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
     @property
     def report(self) -> Report:
         """How the last step ran, and why so."""
+        self.core.report.skipped = self.core.skipping.count
         return self.core.report
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -271,6 +272,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle carry: no plan, no compiled code, and each step counter on its own."""
         core = self.core
+        core.skipping.settle()
         return {
             "_progress": core.group_scalars,  # the keys are those of 0.1.0, whose pickles load
             "_training": core.modes.training,

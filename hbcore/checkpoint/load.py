@@ -51,6 +51,7 @@ def put(core: OptimizerCore, content: Content) -> None:
         if kept := {name: entry.pop(name) for name in list(entry) if str(name).startswith(schema.KEPT)}:
             core.modes.kept[p] = {name.removeprefix(schema.KEPT): t for name, t in kept.items()}
     core.recorded = None
+    core.skipping.settle()
     core.group_scalars[:] = [dict(record.progress) if record else {} for record in content.records]
     _place(core, content.state)
     for key in core.state.own():

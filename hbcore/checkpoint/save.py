@@ -46,6 +46,7 @@ def record_of(core: OptimizerCore, g: int, live: bool = False) -> schema.Record:
 
 def refresh_records(core: OptimizerCore) -> None:
     """Bring the strings in the groups up to date, for those who save groups on their own."""
+    settled = core.skipping.settle(wait=False)  # schedulers read the groups after every step, and should not wait for it
     if core.recorded == core.modes.training:
         return
     for g, group in enumerate(core.groups):
@@ -53,7 +54,7 @@ def refresh_records(core: OptimizerCore) -> None:
             group[schema.KEY] = record_of(core, g, live=True).dump()
         if MODE in group:
             group[MODE] = core.modes.training
-    core.recorded = core.modes.training
+    core.recorded = core.modes.training if settled else None
 
 
 def with_hooks(optimizer: torch.optim.Optimizer, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

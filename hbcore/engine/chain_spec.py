@@ -129,6 +129,7 @@ class ChainSpec:
             maximize=bool(group["maximize"]),
             param_codec=self.settings.param_codec,
             scaled=self.settings.capturable,
+            skip_nonfinite=self.settings.skip_nonfinite,
             stochastic=self.settings.stochastic_rounding,
         )
 

@@ -14,6 +14,7 @@ from hbcore.engine.group_scalars import GroupScalars
 from hbcore.engine.options import Settings
 from hbcore.engine.params import describe_param
 from hbcore.engine.report import Report
+from hbcore.engine.skipping import Skipping
 from hbcore.state.slots import StateMap
 
 Group = dict[str, Any]
@@ -66,6 +67,7 @@ class OptimizerCore:
         recorded: for which of :attr:`Modes.training` the strings in the groups are current; None if they are not.
         group_scalars: what each group carries from step to step, by the group's index.
         report: how steps ran.
+        skipping: the steps that ``skip_nonfinite=True`` skipped.
         modes: which weights the parameters hold.
         plan: what runs a step; None before the first one, and after :meth:`invalidate`.
     """
@@ -78,7 +80,7 @@ class OptimizerCore:
         self.options: Mapping[str, Any] = {}
         self.recorded: bool | None = None
         self.group_scalars: list[GroupScalars] = []
-        self.report, self.modes = Report(), Modes()
+        self.report, self.modes, self.skipping = Report(), Modes(), Skipping()
         self.plan: StepPlan | None = None
 
     @property
@@ -92,6 +94,7 @@ class OptimizerCore:
 
     def expose(self) -> StateMap:
         """The state, for somebody outside the engine."""
+        self.skipping.settle()
         self.exposed = True
         self.state.revision.lent()
         return self.state
@@ -104,6 +107,7 @@ class OptimizerCore:
 
     def replace_state(self, state: Mapping[Tensor, Any]) -> None:
         """Use another state; an empty one makes a fresh optimizer, whose groups count from the start too."""
+        self.skipping.settle()
         if state is not self.state:
             self.state = state if isinstance(state, StateMap) else StateMap(state)
             self.invalidate()

@@ -36,6 +36,7 @@ class Settings:
     palm: bool
     use_ema: bool
     clips: tuple[Transform, ...]
+    skip_nonfinite: bool
     consume_grad: bool
     multi_tensor: bool
     capturable: bool
@@ -106,6 +107,7 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
             for option, stage in (("gradient_clipping", "clip_gradient"), ("update_clipping", "clip_update"))
             if (clip := clipping.resolve(values[option], stage)) is not None
         ),
+        skip_nonfinite=bool(values["skip_nonfinite"]),
         consume_grad=bool(values["consume_grad"]),
         multi_tensor=bool(values["multi_tensor"]),
         capturable=bool(values["capturable"]),

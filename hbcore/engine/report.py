@@ -16,6 +16,7 @@ class Report:
         programs: number of chains traced so far.
         compiles: number of kernels or graphs compiled so far.
         launches: number of kernels launched by the last step; 0 if the backend does not count them.
+        skipped: number of steps that ``skip_nonfinite=True`` skipped since the optimizer was built.
     """
 
     backend: str = "none yet"
@@ -24,6 +25,7 @@ class Report:
     programs: int = 0
     compiles: int = 0
     launches: int = 0
+    skipped: int = 0
 
     def note(self, text: str) -> None:
         """Add a note once."""
@@ -32,4 +34,5 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"backend {self.backend}, {self.programs} programs, {self.compiles} compiles, {self.launches} launches"]
+        lines += [f"  {self.skipped} steps skipped: a gradient was not finite"] if self.skipped else []
         return "\n".join([*lines, *(f"  because {r}" for r in self.reasons), *(f"  note: {n}" for n in self.notes)])

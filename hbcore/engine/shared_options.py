@@ -71,6 +71,9 @@ class SharedOptions(Declared):
         default=None, doc=f"{', '.join(clipping.CLIPS)}, (name, threshold) or a function; before the rule"
     )
     update_clipping: Any = option(default=None, doc="the same, after the rule")
+    skip_nonfinite: bool = option(
+        default=False, doc="a step in which any gradient holds an inf or a NaN changes nothing; counted in optimizer.report"
+    )
     consume_grad: bool = option(default=True, doc="step() clears p.grad once it is used")
     multi_tensor: bool = option(
         default=True, doc="run many parameters together; False runs one at a time, with the same results"
@@ -129,6 +132,7 @@ class Options(TypedDict, total=False):
     ema_decay: float
     gradient_clipping: Any
     update_clipping: Any
+    skip_nonfinite: bool
     consume_grad: bool
     multi_tensor: bool
     capturable: bool

@@ -29,6 +29,7 @@ def switch(core: OptimizerCore, training: bool) -> None:
         raise RuleError("train() and eval() within ema_weights() would mix two sets of weights; call them outside.")
     if training == modes.training:
         return
+    core.skipping.settle()
     kept: dict[Tensor, dict[str, Tensor]] = {}
     for p, chain in _with_two_sets(core):
         now = _weights(core, p)
@@ -49,6 +50,7 @@ def averaged(core: OptimizerCore) -> Iterator[None]:
         raise OptionError(f"{core.name} keeps no average of the parameters; pass use_ema=True.")
     if core.modes.averaging:
         raise RuleError("the parameters hold their averages already; leave ema_weights() first.")
+    core.skipping.settle()
     before: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for group in core.groups:

@@ -80,6 +80,11 @@ class Selection:
         """Re-read the counters before the next step."""
         self._base = None
 
+    def retract(self) -> None:
+        """Take the last :meth:`advance` back."""
+        self.advance(-1)
+        self._ahead -= 2
+
     def advance(self, by: float | Tensor = 1) -> None:
         """Add ``by`` to each counter: 1, or a 0-d tensor that is 0 for a skipped step."""
         self._ahead += 1

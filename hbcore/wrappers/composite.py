@@ -13,6 +13,7 @@ from typing_extensions import Self
 from hbcore.checkpoint import load, save
 from hbcore.engine.core import Group
 from hbcore.engine.report import Report
+from hbcore.engine.skipping import nonfinite
 from hbcore.engine.step_hooks import step_outside_graphs
 from hbcore.errors import CheckpointError, OptionError
 from hbcore.optimizer import Optimizer
@@ -75,6 +76,7 @@ class Composite(torch.optim.Optimizer):
             programs=sum(r.programs for r in reports),
             compiles=sum(r.compiles for r in reports),
             launches=sum(r.launches for r in reports),
+            skipped=max(r.skipped for r in reports),
         )
 
     @torch.no_grad()
@@ -87,9 +89,18 @@ class Composite(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._hand_down()
+        self._agree_on_skipping()
         for child in self.children:
             _step_part(child)
         return loss
+
+    def _agree_on_skipping(self) -> None:
+        """A step that one child skips for its gradients is skipped by all that were built with ``skip_nonfinite=True``."""
+        skipping = [child for child in self.children if child.settings.skip_nonfinite]
+        if len(skipping) > 1:
+            found = nonfinite(p for child in skipping for group in child.core.groups for p in group["params"])
+            for child in skipping:
+                child.core.skipping.elsewhere = found
 
     def train(self, mode: bool = True) -> Self:
         """See :meth:`hbcore.optimizer.Optimizer.train`; applies to all children."""

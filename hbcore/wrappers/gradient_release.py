@@ -179,5 +179,9 @@ def _check(optimizer: Optimizer) -> None:
     seeing = [t.name for group in optimizer.param_groups for t in optimizer.core.chain.every(group) if t.domain == Domain.MODEL]
     if seeing:
         raise OptionError(f"{name}: {seeing[0]} needs the whole model, but backward has one gradient at a time.")
+    if optimizer.settings.skip_nonfinite:
+        raise OptionError(
+            f"{name}: skip_nonfinite=True needs all gradients before the first parameter moves, but backward has one at a time."
+        )
     if optimizer.settings.capturable:
         raise OptionError(f"{name}: gradient release does not support capturable=True; pass capturable=False.")

@@ -89,6 +89,21 @@ def train(model: Model, optimizer: torch.optim.Optimizer, steps: range, skip: st
         optimizer.step()
 
 
+def skip_nonfinite(rank: int, name: str, options: dict[str, Any], bad: tuple[int, ...]) -> tuple[dict[str, Tensor], int]:
+    """Train four steps, with others between them in which one element, on one rank, is NaN; the parameters and the count."""
+    model, optimizer = build(name, {**options, "skip_nonfinite": True}, "fsdp")
+    for t in range(4 + len(bad)):
+        step = 50 if t in bad else t - sum(b < t for b in bad)
+        for i, (which, p) in enumerate(model.named_parameters()):
+            grad = gradient(step, which)
+            if t in bad and i == t % 3:
+                grad.view(-1)[-1] = torch.nan  # the last rank's
+            p.grad = spread(grad, p)
+        optimizer.step()
+    report: Any = optimizer
+    return whole(model), report.report.skipped
+
+
 def spread(whole: Tensor, p: Tensor) -> Tensor:
     whole = whole.to(p.device, copy=True)
     if not hasattr(p, "device_mesh"):

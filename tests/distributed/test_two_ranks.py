@@ -33,6 +33,16 @@ def test_fully_sharded_parameters_follow_one_process(case):
         assert distance([result[k] for k in alone], list(alone.values())) < 1e-6
 
 
+@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP"])
+def test_ranks_agree_to_skip_a_step_for_what_one_of_them_sees(case):
+    name, options = CASES[case]
+    straight = on_ranks(2, jobs.skip_nonfinite, name, options, ())
+    skipping = on_ranks(2, jobs.skip_nonfinite, name, options, (1, 3))
+    for (expected, none), (result, skipped) in zip(straight, skipping, strict=True):
+        assert (none, skipped) == (0, 2)
+        assert all(torch.equal(result[k], t) for k, t in expected.items())
+
+
 @pytest.mark.parametrize("case", ["AdamW-ecc", "SOAP", "PSGDKron", "SFAdamW", "TwoMatrixRules"])
 def test_a_state_dict_on_two_ranks_resumes_exactly(case):
     name, options = CASES[case]

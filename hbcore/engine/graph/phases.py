@@ -78,6 +78,11 @@ def _varying(live: Iterable[fx.Node]) -> list[fx.Node]:
     return list(varying)
 
 
+def _is_given(node: fx.Node) -> bool:
+    """Whether a program is given this 0-d value, which is none of its own reductions."""
+    return node.op == "placeholder" and node.meta["kind"] == "scalar" and node.meta["input"] != "numel"
+
+
 def _is_reduction(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in REDUCERS.values()
 
@@ -149,6 +154,7 @@ def _phase(
             if n not in scalars and n not in summed and n not in known:
                 stack.extend(n.all_input_nodes)
     given = [n for n in live if n in wanted]
+    summed = {**summed, **{n: str(n.meta["input"]) for n in given if _is_given(n)}}
     fresh = {n: str(n.meta["input"]) for n in given if n.op == "placeholder" and n.meta["kind"] == "element"}
     tensors = {**fresh, **{n: s for n, s in known.items() if n in wanted}}
     inputs = [*tensors, *(n for n in given if n in scalars), *(n for n in given if n in summed)]

@@ -43,6 +43,10 @@ STACK = "stack."
 CARRIED = "carried."
 """Prefix of numbers that a param group carries from step to step."""
 
+NONFINITE = "skip_nonfinite_amax0"
+"""The reduction of ``skip_nonfinite=True``: above 0 if some gradient of the model holds an inf or a NaN. The first segments
+compute it; the segments after a matrix rule are given it."""
+
 
 def as_scalars(values: Sequence[float | Tensor]) -> Sequence[Tensor]:
     """Numbers as 0-d float64 tensors; tensors are returned unchanged."""
@@ -66,6 +70,7 @@ class Phase:
     """One pass over the parameters.
 
     ``graph`` takes ``tensors + scalars + sums`` (and ``numel`` last, if ``needs_numel``) and returns ``writes + reduces``.
+    ``sums`` are reductions of earlier phases, and 0-d values that the program is given.
     """
 
     graph: fx.GraphModule

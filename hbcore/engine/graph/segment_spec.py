@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbcore.engine.graph.program import CARRIED, NOISE, STACK
+from hbcore.engine.graph.program import CARRIED, NOISE, NONFINITE, STACK
 from hbcore.engine.graph.where import where
 from hbcore.errors import RuleError
 from hbcore.rules.contract import Slots, checked, slots_of, title
@@ -54,6 +55,13 @@ def fixed(value: Any) -> Any:
     return tuple(value.tolist()) if getattr(value, "ndim", 0) == 1 and hasattr(value, "tolist") else value
 
 
+def unless(skip: Tensor | None, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The new values of stored tensors, or the old ones if ``skip``; what groups carry is the host's to take back."""
+    if skip is None:
+        return dict(stored)
+    return {n: v if n.startswith(CARRIED) else torch.where(skip, tensors[n], v) for n, v in stored.items()}
+
+
 @dataclass(frozen=True)
 class SegmentSpec:
     """The static description of how a set of parameters is updated. Equal specs share one compiled program.
@@ -70,6 +78,7 @@ class SegmentSpec:
         param_codec: how parameters are stored; None stores them as they are.
         stochastic: round bfloat16 values stochastically, with noise from tensors named ``noise.<slot>``.
         scaled: gradients are multiplied by ``grad_scale`` and ``found_inf`` skips the step (torch's GradScaler protocol).
+        skip_nonfinite: a step in which a gradient of the model is not finite changes nothing.
         maximize: ascend instead of descend.
         branches: the branch taken at each fork of the chain.
         carried: names of the numbers that a group carries from step to step.
@@ -85,6 +94,7 @@ class SegmentSpec:
     divide: Divide
     codec: StateCodec
     maximize: bool = False
+    skip_nonfinite: bool = False
     param_codec: StateCodec | None = None
     scaled: bool = False
     stochastic: bool = False
@@ -150,7 +160,7 @@ class SegmentSpec:
         """Run the chain on one parameter and return the new value of every stored tensor. Pure.
 
         Args:
-            tensors: ``param``, ``grad`` and each slot's stored tensors, all of the same shape.
+            tensors: ``param``, ``grad`` and each slot's stored tensors, all of the same shape; and what :meth:`given` names.
             scalars: a 0-d float64 tensor per entry of :attr:`scalar_names`.
             numel: the number of elements of the full tensor, 0-d float64.
             reduce: the reduction over a tensor or the model.
@@ -165,6 +175,7 @@ class SegmentSpec:
             grad = grad * (1 / scalars["grad_scale"])
         if self.maximize:
             grad = -grad
+        skip = self._skip(tensors, scalars, grad, reduce)
         packed = self.param_codec if self.narrows(tensors["param"].dtype) else None
         param = packed.read(tensors, "param", dtype) if packed else tensors["param"].to(dtype)
         stored, update = {}, grad if self.takes is None else tensors["update"].to(dtype)
@@ -184,14 +195,31 @@ class SegmentSpec:
                     stored.update(stored_as[name].write(tensors, name, value, tensors.get(NOISE + name)))
         if self.feeds:
             made = {"update": update, "grad": grad, "param": param}
-            return {**stored, **{STACK + name: made[name].to(d) for name, d in self.feeds}}
+            if skip is not None:  # no rule should meet what is not finite, though nothing is kept of its results
+                made.update(update=torch.where(skip, 0.0, update), grad=torch.where(skip, 0.0, grad))
+            fed = {STACK + name: made[name].to(d) for name, d in self.feeds}
+            return {**unless(skip, tensors, stored), **fed}
         noise = tensors.get(f"{NOISE}param")
         plain = {"param": narrowed(update, tensors["param"].dtype, noise)}
         stored.update(packed.write(tensors, "param", update, noise) if packed else plain)
-        if self.scaled:
-            skip = scalars["found_inf"] > 0
-            stored = {name: torch.where(skip, tensors[name], value) for name, value in stored.items()}
-        return stored
+        return unless(skip, tensors, stored)
+
+    def given(self, param: torch.dtype) -> dict[str, torch.dtype]:
+        """The 0-d values besides scalars that a segment of parameters of this dtype is given, and their dtypes."""
+        return {NONFINITE: compute_dtype(param)} if self.skip_nonfinite and self.takes is not None else {}
+
+    def _skip(
+        self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Tensor], grad: Tensor, reduce: Reduce
+    ) -> Tensor | None:
+        """Whether the step changes nothing, 0-d bool; None if that is not asked for."""
+        skip = scalars["found_inf"] > 0 if self.scaled else None
+        if not self.skip_nonfinite:
+            return skip
+        if self.takes is None:
+            found = reduce((grad.abs() < math.inf).logical_not().to(grad.dtype), "amax", Domain.MODEL, "skip_nonfinite")
+        else:
+            found = tensors[NONFINITE]
+        return found > 0 if skip is None else skip | (found > 0)
 
     def _with_slots(self, scalars: Mapping[str, Any], param: Tensor) -> Iterable[tuple[Transform, Mapping[str, Slot]]]:
         """The transforms of this segment, and what slots they have."""

@@ -188,6 +188,8 @@ def record(spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], length: int) ->
             n: recorder.placeholder(n, torch.empty((), dtype=torch.float64, device=meta), "host") for n in spec.scalar_names
         }
         numel = recorder.placeholder("numel", torch.empty((), dtype=torch.float64, device=meta), "scalar")
+        for name, dtype in spec.given(dtypes["param"]).items():
+            tensors[name] = recorder.placeholder(name, torch.empty((), dtype=dtype, device=meta), "scalar")
         with recorder:
             results = spec.update(tensors, scalars, numel, recorder.reduce, recorder.give)
     return recorder.graph, {name: recorder.node(value) for name, value in results.items()}

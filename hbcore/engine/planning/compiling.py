@@ -8,7 +8,6 @@ from hbcore.engine.backends.select import candidates, compile_first, fell_back
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.scalar_inputs import capturing
 from hbcore.engine.graph.trace import trace
-from hbcore.engine.planning.operations import reductions
 from hbcore.engine.planning.segments import Segment, SegmentBatch
 from hbcore.errors import CompileError, RuleError, TraceError
 from hbcore.rules.transform import Domain
@@ -45,6 +44,11 @@ class Compiler:
             if segment.key.shards is not None:
                 raise RuleError(
                     f"{error} A rule that cannot be fused is not supported on sharded parameters, of which a rank sees a part."
+                ) from error
+            if self._settings.skip_nonfinite:
+                raise RuleError(
+                    f"{error} skip_nonfinite=True needs rules that can be fused: one that runs parameter by parameter would "
+                    "change some before the rest are looked at."
                 ) from error
             if any(t.domain == Domain.MODEL or t.scalars() for t in segment.transforms):
                 raise  # one parameter at a time sees no model, nor carries what all of them share
@@ -94,7 +98,13 @@ class Compiler:
             self._report.note(
                 "parameters that are not dense in memory, in the order that the rule needs, run eagerly one by one"
             )
-        if batch.shards is not None and (reductions(batch) or key.spec.stochastic):
-            # the Triton backend reduces, and draws noise, over one rank's part alone
+        if batch.shards is not None and (_sees_a_tensor(batch) or key.spec.stochastic):
+            # the Triton backend counts and reduces a tensor's elements, and draws noise, over one rank's part alone
             backends = [b for b in backends if b.name != "triton"]
         return backends
+
+
+def _sees_a_tensor(batch: SegmentBatch) -> bool:
+    """Whether a program needs to know of the whole of each tensor: its size, or something reduced over it."""
+    phases = batch.segment.program.phases if batch.segment.program else ()
+    return any(p.needs_numel or any(r.domain == Domain.TENSOR for r in p.reduces) for p in phases)

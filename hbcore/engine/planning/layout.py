@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 from operator import is_not
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hbcore.engine.core import OptimizerCore
+from hbcore.engine.graph.program import NONFINITE
 from hbcore.engine.graph.scalar_inputs import Amp, device_values, numbers
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.group_scalars import GroupScalars, advanced, carried
@@ -126,13 +128,18 @@ class Layout:
         for level in self.levels:
             level.fill(base, ahead, core.groups, carries, self._refreshes, self._coming)
         if changed:
-            self.operations = operations_of(self.batches, self.levels)
+            self.operations = operations_of(self.batches, self.levels, core.skipping)
             core.report.backend = "+".join(sorted({b.segment.backend for b in self.batches} - {""})) or core.report.backend
 
     def advance(self, amp: Amp) -> None:
         """Count the step, and keep what the groups carry to the next one."""
-        core = self.core
-        self._selection.advance(1 if amp.found_inf is None else (amp.found_inf == 0).float())
+        core, found = self.core, self.batches[0].model.get(NONFINITE) if self.batches else None
+        by = 1 if amp.found_inf is None else (amp.found_inf == 0).float()
+        if found is not None and core.settings.capturable:
+            core.skipping.add(found)
+            by = by * (found == 0).float()
+        self._selection.advance(by)
+        before = {g: dict(core.scalars_of(g)) for g in self._coming} if found is not None else {}
         for g, scalars in self._coming.items():
             core.scalars_of(g).update(scalars)
         # kernels write where autograd does not see it: a graph that saved a parameter must know that it changed
@@ -140,9 +147,21 @@ class Layout:
         for level in self.levels:
             if level.partial:
                 core.report.note("some matrices of a stack sat a step out: the others were gathered and scattered back")
-        if self.priming:
-            for m in self.members:
-                m.primed = True
+        primed = [m for m in self.members if not m.primed] if self.priming else []
+        for m in primed:
+            m.primed = True
+        if found is not None and not core.settings.capturable:
+            core.skipping.expect(found, partial(self._retract, before, primed))
+
+    def _retract(self, before: Mapping[int, GroupScalars], primed: Sequence[Member]) -> None:
+        """The step changed nothing: take back what :meth:`advance` counted."""
+        self._selection.retract()
+        for g, scalars in before.items():
+            now = self.core.scalars_of(g)
+            now.clear()
+            now.update(scalars)
+        for m in primed:
+            m.primed = False
 
     def release(self) -> None:
         """Let go of the step's gradients, and of the memory for stack inputs."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hbcore.distributed.exchange import all_reduce
-from hbcore.engine.graph.program import Reduction
+from hbcore.engine.graph.program import NONFINITE, Reduction
 from hbcore.engine.planning.segments import SegmentBatch
+from hbcore.engine.skipping import Skipping
 from hbcore.engine.stacks.level import Level
 from hbcore.rules.transform import Domain
 
@@ -24,7 +25,7 @@ NEUTRAL = {"sum": 0.0, "amax": float("-inf")}
 """What a rank without elements contributes to a reduction."""
 
 
-def operations_of(batches: Sequence[SegmentBatch], levels: Sequence[Level]) -> list[Operation]:
+def operations_of(batches: Sequence[SegmentBatch], levels: Sequence[Level], skipping: Skipping) -> list[Operation]:
     """Put every phase of every segment, and every level of matrix rules, in an order in which each finds its inputs.
 
     A phase that reads a reduction over the model waits until all segments have contributed; a level of matrix rules waits for
@@ -53,10 +54,10 @@ def operations_of(batches: Sequence[SegmentBatch], levels: Sequence[Level]) -> l
                 if r.domain == Domain.MODEL:
                     contributing[r.name].discard(b)
                     if not contributing[r.name]:
-                        operations.append(partial(_reduce_over_model, r, batches))
+                        operations.append(partial(_reduce_over_model, r, batches, skipping))
         feeding = (b for b in batches if b.segment.level == finished and b.segment.key.spec.feeds)
         if finished < len(levels) and all(done[b] == b.segment.phases for b in feeding):
-            operations.append(levels[finished].run)
+            operations.append(partial(levels[finished].run, batches[0].model))
             finished += 1
     return operations
 
@@ -83,11 +84,13 @@ def _reduce_over_ranks(batch: SegmentBatch, r: Reduction) -> int:
     return 0
 
 
-def _reduce_over_model(r: Reduction, batches: Sequence[SegmentBatch]) -> int:
+def _reduce_over_model(r: Reduction, batches: Sequence[SegmentBatch], skipping: Skipping) -> int:
     """Make one number of what every segment contributed, and give it to all of them."""
     parts: list[Tensor] = []
     for b in (b for b in batches if any(other.name == r.name for other in reductions(b))):
         own = [x.double() for x in b.sums.get(r.name, ())]
+        if r.name == NONFINITE and skipping.elsewhere is not None:
+            own.append(skipping.elsewhere.to(b.segment.key.device))
         device = b.segment.key.device
         part = _reduced(own, r.how) if own else torch.tensor(NEUTRAL[r.how], dtype=torch.float64, device=device)
         if b.shards is not None:

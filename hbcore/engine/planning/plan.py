@@ -53,6 +53,8 @@ class Plan:
         if autocasting():
             with autocast_off():
                 return self.step(amp)
+        if self.core.skipping.pending is not None:
+            self.core.skipping.settle()
         layout = self._laid_out()
         try:
             layout.fill(amp)

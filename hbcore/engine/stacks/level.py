@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hbcore.distributed.exchange import from_owners, to_owners
+from hbcore.engine.graph.program import NONFINITE
 from hbcore.engine.graph.scalar_inputs import numbers
 from hbcore.engine.group_scalars import GroupScalars
 from hbcore.engine.stacks.rule_call import Part, RuleCall
@@ -112,11 +113,15 @@ class Level:
             g = together.group
             call.fill(numbers(call.spec, groups[g], carries[g]), together.step + ahead, refreshes[g][call.rule.name])
 
-    def run(self) -> int:
-        """Bring the rules' inputs to the stacks, run the rules, and bring the results back."""
+    def run(self, model: Mapping[str, Tensor]) -> int:
+        """Bring the rules' inputs to the stacks, run the rules, and bring the results back.
+
+        Args:
+            model: the reductions over the model.
+        """
         self._traffic.scatter()
         for together, call in self._calls:
-            for name, value in call.run().items():
+            for name, value in call.run(model.get(NONFINITE)).items():
                 self._coming[together.group][name] = value
         self._traffic.gather()
         return 0

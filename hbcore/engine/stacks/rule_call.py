@@ -83,10 +83,15 @@ class RuleCall:
         if not self._bound:
             self.rule = self._built()
 
-    def run(self) -> dict[str, float]:
-        """Run the rule over its rows, in place; return the new values of what the group carries."""
+    def run(self, nonfinite: Tensor | None = None) -> dict[str, float]:
+        """Run the rule over its rows, in place; return the new values of what the group carries.
+
+        Where ``nonfinite``, 0-d, is above 0, the rows keep the state that they have.
+        """
         carried: dict[str, float] = {}
         arguments = self._arguments
+        for each in arguments:
+            each.skip = None if nonfinite is None else nonfinite.to(each.stack.key.device) > 0
         with exact_products():
             if self.priming or not self._checked:
                 return self._run_checked()
@@ -171,6 +176,7 @@ class Arguments:
         self._dims = tuple(range(1, len(stack.key.shape) + 1))
         self._numel = torch.tensor(float(torch.Size(stack.key.shape).numel()), dtype=torch.float64, device="cpu")
         self._draws = 0
+        self.skip: Tensor | None = None
         self._context = Context(
             **self._absent,
             step=call.step_tensor,
@@ -235,7 +241,8 @@ class Arguments:
         if spec.stochastic and not slot.exact and spec.codec.rounds:
             noise = bits(self._keys(f"round.{name}"), slot.shape.numel(), stack.key.device).view(-1, *slot.shape)
         for part, kept in codec_of(slot, spec.codec).write(self._stored, name, value, noise).items():
-            _put(stack.stored[part], self._part.rows, kept)
+            new = kept if self.skip is None else torch.where(self.skip, self._stored[part], kept)
+            _put(stack.stored[part], self._part.rows, new)
 
     def _keys(self, what: str) -> Tensor:
         """A key for each row, int64."""

@@ -57,7 +57,7 @@ class KernelLayout:
         """The layout shared by all phases of ``program``."""
         noise = tuple(name for name in program.dtypes if name.startswith(NOISE))
         columns = tuple(name for name in program.dtypes if name != "grad" and name not in noise)
-        reductions = tuple(r.name for p in program.phases for r in p.reduces)
+        reductions = tuple(dict.fromkeys(name for p in program.phases for name in (*p.sums, *(r.name for r in p.reduces))))
         return cls(columns, len(program.hoisted), reductions, noise)
 
     @property
@@ -139,21 +139,19 @@ class PhaseWriter:
         rest = rest[len(self.phase.scalars) :]
         for node, name in zip(rest, self.phase.sums, strict=False):
             self.names[node] = name
-            lines.append(f"    {name} = {self._reduced(name)}")
+            lines.append(f"    {name} = {self._reduced(name, node.meta['dtype'])}")
         for node in rest[len(self.phase.sums) :]:
             self.names[node] = "numel"
             lines.append("    numel = n.to(tl.float64)")
         return lines
 
-    def _reduced(self, name: str) -> str:
-        reduction = next(r for p in self.program.phases for r in p.reduces if r.name == name)
-        function = "total" if reduction.how == "sum" else "highest"
-        at = len(self.layout.columns)
-        index = self.layout.reductions.index(name)
-        value = f"{function}(partials + {index} * n_chunks, tl.load(entry + {at + 1}), tl.load(entry + {at + 2}), 512)"
-        if reduction.domain == Domain.MODEL:
-            value = f"tl.load(model + {index})"
-        return value if reduction.dtype == torch.float64 else f"{value}.to({TYPES[reduction.dtype]})"
+    def _reduced(self, name: str, dtype: torch.dtype) -> str:
+        at, index = len(self.layout.columns), self.layout.reductions.index(name)
+        value = f"tl.load(model + {index})"
+        for r in (r for r in self.program.reductions if r.name == name and r.domain != Domain.MODEL):
+            function = "total" if r.how == "sum" else "highest"
+            value = f"{function}(partials + {index} * n_chunks, tl.load(entry + {at + 1}), tl.load(entry + {at + 2}), 512)"
+        return value if dtype == torch.float64 else f"{value}.to({TYPES[dtype]})"
 
     def _loop(self, inputs: Sequence[fx.Node], body: Sequence[fx.Node], output: Any, masked: bool) -> list[str]:
         lines = ["        for i in range(0, CHUNK, BLOCK):", "            at = start + i + tl.arange(0, BLOCK)"]
