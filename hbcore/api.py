@@ -42,15 +42,16 @@ if TYPE_CHECKING:
     from hbcore.rules.parallel import graft as graft
     from hbcore.rules.route import Route as Route
     from hbcore.rules.route import is_matrix as is_matrix
+    from hbcore.rules.slot import Slot as Slot
+    from hbcore.rules.slot import scalar as scalar
+    from hbcore.rules.slot import zeros as zeros
     from hbcore.rules.stages import CoupleDecay as CoupleDecay
     from hbcore.rules.stages import DecayWeights as DecayWeights
     from hbcore.rules.transform import Context as Context
     from hbcore.rules.transform import Role as Role
-    from hbcore.rules.transform import Slot as Slot
     from hbcore.rules.transform import State as State
     from hbcore.rules.transform import Transform as Transform
     from hbcore.rules.transform import hyper as hyper
-    from hbcore.rules.transform import zeros as zeros
     from hbcore.rules.views import Block as Block
     from hbcore.rules.views import matrix_view as matrix_view
     from hbcore.state.codec import StateCodec as StateCodec
@@ -80,7 +81,7 @@ _HOMES = {
     "ScaleByAdam": "hbcore.rules.moments:ScaleByAdam",
     "ScaleByLaProp": "hbcore.rules.moments:ScaleByLaProp",
     "ScaleByNAdam": "hbcore.rules.moments:ScaleByNAdam",
-    "Slot": "hbcore.rules.transform:Slot",
+    "Slot": "hbcore.rules.slot:Slot",
     "StateCodec": "hbcore.state.codec:StateCodec",
     "State": "hbcore.rules.transform:State",
     "Transform": "hbcore.rules.transform:Transform",
@@ -89,13 +90,14 @@ _HOMES = {
     "debiased": "hbcore.rules.numerics:debiased",
     "debiased_second_moment": "hbcore.rules.numerics:debiased_second_moment",
     "ema": "hbcore.rules.numerics:ema",
+    "scalar": "hbcore.rules.slot:scalar",
     "second_moment": "hbcore.rules.numerics:second_moment",
     "graft": "hbcore.rules.parallel:graft",
     "is_matrix": "hbcore.rules.route:is_matrix",
     "matrix_view": "hbcore.rules.views:matrix_view",
     "hyper": "hbcore.rules.transform:hyper",
     "warn_at_caller": "hbcore.warn:warn_at_caller",
-    "zeros": "hbcore.rules.transform:zeros",
+    "zeros": "hbcore.rules.slot:zeros",
 }
 
 _HERE = ("API_VERSION", "Alias", "CodecSpec", "OptimizerSpec", "hookimpl", "lazy")

@@ -159,7 +159,7 @@ class Reader:
             if slot.name not in values:
                 raise CheckpointError(f"{self._who(i)}: the migrations of {rule!r} leave it without {slot.name!r}.")
             written = self._written(slot, param, values[slot.name].to(dtype))
-            loaded.update({name: spread_like(t, param) for name, t in written.items()})
+            loaded.update({name: t if slot.scalar else spread_like(t, param) for name, t in written.items()})
         return loaded
 
     def _unexpected(self, i: int, name: Any, value: Any, loaded: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ class Reader:
             raise CheckpointError(f"{self._who(i)} has state {part!r} of {saved.dtype} in the checkpoint, an invalid dtype.")
         if is_dtensor(saved):
             return saved.detach().clone()
-        if slot.matrix:
+        if slot.matrix or slot.scalar:
             return saved.detach().to(param.device, copy=True)
         shards = shards_of(param)
         if shards is not None:

@@ -98,6 +98,9 @@ def whole_entry(core: OptimizerCore, group: dict[str, Any], p: Tensor, owned: Ma
         parts = slot.parts(p)
         if slot.matrix:
             entry.update(_matrix_slot(slot, p, held, owned))
+        elif slot.scalar:
+            blank = slot.blank(local(p))
+            entry.update({name: compact(held.get(name, blank[name])) for name in parts})
         elif all(name in held for name in parts):
             entry.update({name: held[name] for name in parts})
         else:

@@ -176,6 +176,11 @@ def check_state(t: Transform, new: Any, state: Mapping[str, Tensor], whole: bool
             raise RuleError(f"{title(t, method)} returned {kind(value)} for the slot {name!r}; return a tensor.")
         if value.is_complex() and not state[name].is_complex():
             raise RuleError(f"{title(t, method)} returned a complex value for the slot {name!r}; slots are real.")
+        if value.shape != state[name].shape and not state[name].ndim and value.ndim:
+            raise RuleError(
+                f"{title(t, method)} returned shape {tuple(value.shape)} for the slot {name!r}, which is one number; reduce it "
+                "with c.sum, c.mean, c.norm or c.amax."
+            )
         if value.shape != state[name].shape:
             raise RuleError(
                 f"{title(t, method)} returned shape {tuple(value.shape)} for the slot {name!r}, whose shape is "
@@ -252,7 +257,14 @@ def _check_slot(t: Transform, name: str, slot: Slot, param: Tensor) -> None:
     shape: Any = slot.shape
     if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise RuleError(f"{where} has {kind(shape)} for a shape; pass a torch.Size.")
-    if t.domain != Domain.MATRIX and tuple(slot.shape) != tuple(param.shape):
+    if slot.scalar and t.domain not in (Domain.TENSOR, Domain.MODEL):
+        raise RuleError(
+            f"{where} is a scalar, which rules of Domain.TENSOR and Domain.MODEL may have. "
+            + ("Use Slot(torch.Size(())): one number for each block." if t.domain == Domain.MATRIX else "Declare one of them.")
+        )
+    if slot.scalar and tuple(slot.shape):
+        raise RuleError(f"{where} is a scalar and has shape {tuple(slot.shape)}; call scalar(fill).")
+    if t.domain != Domain.MATRIX and not slot.scalar and tuple(slot.shape) != tuple(param.shape):
         raise RuleError(
             f"{where} has shape {tuple(slot.shape)} for a parameter of shape {tuple(param.shape)}; a slot of a rule that is "
             "not of Domain.MATRIX has its parameter's shape."

@@ -20,6 +20,9 @@ from hbcore.errors import HyperparameterError, RuleError
 from hbcore.rules.declared import check_class
 from hbcore.rules.domain import Domain as Domain
 from hbcore.rules.numerics import Scalar, compute_dtype
+from hbcore.rules.slot import Slot as Slot
+from hbcore.rules.slot import scalar as scalar
+from hbcore.rules.slot import zeros as zeros
 from hbcore.rules.views import Block
 
 State = Mapping[str, Tensor]
@@ -86,28 +89,6 @@ def hyper(
     if role is not None and (isinstance(role, tuple) != isinstance(default, tuple) or len(each) != len(numbers)):
         raise RuleError(f"hyper({default!r}, role={role!r}): pass one role for a number, a tuple of equal length for a tuple.")
     return field(default=default, metadata={"hyper": Bounds(ge, gt, le, lt), "role": role})
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One state tensor that a rule keeps per parameter.
-
-    Args:
-        shape: the logical shape; the parameter's own for elementwise rules.
-        fill: the initial value.
-        basis: how a change of basis acts on it: ``"rotate"`` (a first moment), ``"permute"`` (a second moment), ``None``.
-        exact: store it in the compute dtype regardless of the optimizer's codec: preconditioners, and small numbers.
-    """
-
-    shape: torch.Size
-    fill: float = 0.0
-    basis: Literal["rotate", "permute"] | None = None
-    exact: bool = False
-
-
-def zeros(param: Tensor, basis: Literal["rotate", "permute"] | None = None) -> Slot:
-    """A slot of the parameter's shape that starts at zero."""
-    return Slot(param.shape, 0.0, basis)
 
 
 def unavailable(*_: Any) -> Any:
@@ -232,7 +213,8 @@ class Transform:
         """Numbers that a param group carries from step to step (a sum of weights, a largest lr), with their initial values.
 
         ``update`` receives them in ``s`` by name, 0-d float64, and returns their new values along with the slots. They may
-        depend on hyperparameters and on each other, never on a tensor or on ``c.step``.
+        depend on hyperparameters and on each other, not on ``c.step``. Rules of Domain.MODEL may make them depend on reductions
+        too; the host then waits for the device once a step, and a slot made by :func:`scalar` is better.
         """
         return {}
 

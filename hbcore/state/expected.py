@@ -22,6 +22,7 @@ class Logical(NamedTuple):
         name: its name; ``slot@k`` for run ``k`` of a parameter that a matrix rule cuts into several.
         shape: its shape; for a matrix rule, that of the run: ``[count, *slot.shape]``, or ``slot.shape`` for a single block.
         matrix: whether a matrix rule owns it; other slots share their parameter's memory layout.
+        scalar: whether it is one number for the whole parameter.
     """
 
     rule: str
@@ -30,6 +31,7 @@ class Logical(NamedTuple):
     fill: float
     codec: StateCodec
     matrix: bool
+    scalar: bool = False
 
     def parts(self, param: Tensor) -> dict[str, torch.dtype]:
         """The stored tensors and their dtypes."""
@@ -54,7 +56,9 @@ def expected(
         slots += [Logical("param_ecc", n, param.shape, 0.0, Cast(d), False) for n, d in kept.items()]
     for t in chain:
         if t.domain != Domain.MATRIX:
-            slots += [Logical(t.name, n, param.shape, s.fill, codec_of(s, codec), False) for n, s in t.slots(param).items()]
+            for n, s in t.slots(param).items():
+                shape = s.shape if s.scalar else param.shape
+                slots.append(Logical(t.name, n, shape, s.fill, codec_of(s, codec), False, s.scalar))
             continue
         runs = t.blocks(param.shape)
         for k, run in enumerate(runs):

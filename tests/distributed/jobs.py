@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from core.dog import DoG, LDoG
 from torch import Tensor, nn
 
 import hbcore
@@ -69,7 +70,7 @@ class TwoMatrixRules(hbcore.Optimizer):
 
 
 def class_of(name: str) -> Any:
-    return TwoMatrixRules if name == "TwoMatrixRules" else hbcore.get(name)
+    return {"TwoMatrixRules": TwoMatrixRules, "LDoG": LDoG, "DoG": DoG}.get(name) or hbcore.get(name)
 
 
 def build(name: str, options: dict[str, Any], how: str, device: str = "cpu") -> tuple[Model, torch.optim.Optimizer]:

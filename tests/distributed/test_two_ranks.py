@@ -22,6 +22,8 @@ CASES = {
     "MSAMLaProp": ("MSAMLaProp", {"sam_step_size": 1.0, "weight_decay": 0.1}),
     "TwoMatrixRules": ("TwoMatrixRules", {}),
     "Adams": ("Adams", {"weight_decay": 0.5}),
+    "LDoG": ("LDoG", {}),
+    "DoG": ("DoG", {}),
 }
 
 
@@ -43,7 +45,7 @@ def test_ranks_agree_to_skip_a_step_for_what_one_of_them_sees(case):
         assert all(torch.equal(result[k], t) for k, t in expected.items())
 
 
-@pytest.mark.parametrize("case", ["AdamW-ecc", "SOAP", "PSGDKron", "SFAdamW", "TwoMatrixRules"])
+@pytest.mark.parametrize("case", ["AdamW-ecc", "SOAP", "PSGDKron", "SFAdamW", "TwoMatrixRules", "LDoG", "DoG"])
 def test_a_state_dict_on_two_ranks_resumes_exactly(case):
     name, options = CASES[case]
     for straight, resumed, keys in on_ranks(2, jobs.resume, name, options):
@@ -51,7 +53,7 @@ def test_a_state_dict_on_two_ranks_resumes_exactly(case):
         assert keys > 0
 
 
-@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDKron"])
+@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDKron", "LDoG"])
 def test_what_two_ranks_saved_loads_on_one_and_three(case, tmp_path):
     name, options = CASES[case]
     [trained, _] = on_ranks(2, jobs.save, str(tmp_path), name, options, "odd")

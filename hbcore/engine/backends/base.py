@@ -69,8 +69,10 @@ class Batch:
         return torch.tensor(numel, dtype=torch.float64, device="cpu")
 
     def summed(self, name: str, i: int) -> Tensor:
-        """The result of a reduction for parameter ``i``: over its own tensor or over the whole model."""
-        return self.model[name] if name in self.model else self.sums[name][i]
+        """The result of a reduction for parameter ``i``, over its tensor or over the model; or a scalar slot's value."""
+        if name in self.model:
+            return self.model[name]
+        return self.sums[name][i] if name in self.sums else self.tensors[name][i]
 
 
 class Executable(Protocol):

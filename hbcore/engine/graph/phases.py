@@ -20,7 +20,12 @@ from hbcore.rules.transform import Domain
 
 
 def split(
-    graph: fx.Graph, results: Mapping[str, fx.Node], dtypes: Mapping[str, torch.dtype], scalar_names: Sequence[str], label: str
+    graph: fx.Graph,
+    results: Mapping[str, fx.Node],
+    dtypes: Mapping[str, torch.dtype],
+    scalar_names: Sequence[str],
+    numbers: Sequence[str],
+    label: str,
 ) -> Program:
     """Cut ``graph`` into a :class:`Program`.
 
@@ -29,24 +34,25 @@ def split(
         results: stored tensor -> the node of its new value.
         dtypes: stored tensor -> its dtype.
         scalar_names: the 0-d inputs, in order.
+        numbers: the stored tensors that are one number for each parameter.
         label: a readable name of the chain, for generated sources and reports.
+
+    Raises:
+        TraceError: a new value is of another kind than its tensor.
     """
     carries = {name: node for name, node in results.items() if name.startswith(CARRIED)}
-    results = {name: node for name, node in results.items() if name not in carries}
-    for name, node in results.items():
-        if node.meta["kind"] != "element":
-            raise TraceError(f"{node.meta['where']}: the new value of {name!r} is a scalar; it must be a full tensor.")
-    for name, node in carries.items():
-        if node.meta["kind"] != "host":
-            raise TraceError(
-                f"{node.meta['where']}: {name.removeprefix(CARRIED)!r} is carried by the group and must not depend on a tensor."
-            )
+    finals = {name: node for name, node in results.items() if name in numbers and node.meta.get("input") != name}
+    finals.update({name: node for name, node in carries.items() if node.meta["kind"] != "host"})
+    carries = {name: node for name, node in carries.items() if name not in finals}
+    results = {name: node for name, node in results.items() if not name.startswith(CARRIED) and name not in numbers}
+    _check_kinds(graph, results, finals)
     stores = {name: node for name, node in results.items() if node.meta.get("input") != name}
-    live = _live(graph, stores.values())
-    hoisted = [n for n in _varying(live) if any(u.meta["kind"] != "host" for u in n.users if u in live)]
+    live = _live(graph, (*stores.values(), *finals.values()))
+    hoisted = [n for n in _varying(live) if n in finals.values() or any(u.meta["kind"] != "host" for u in n.users if u in live)]
     level = _levels(live)
     candidates = (_plan(live, stores, hoisted, level, early) for early in (False, True))
     phases = min(candidates, key=lambda plan: _traffic(plan, dtypes))
+    summed = {n: str(n.meta["reduction"]) for n in live if _is_reduction(n)}
     return Program(
         label,
         dict(dtypes),
@@ -56,7 +62,24 @@ def split(
         phases,
         tuple(name.removeprefix(CARRIED) for name in carries),
         _host(graph, _live(graph, carries.values()), list(carries.values()), scalar_names) if carries else None,
+        _phase(live, finals, {}, summed, hoisted, {})[0] if finals else None,
     )
+
+
+def _check_kinds(graph: fx.Graph, results: Mapping[str, fx.Node], finals: Mapping[str, fx.Node]) -> None:
+    for name, node in results.items():
+        if node.meta["kind"] != "element":
+            raise TraceError(f"{node.meta['where']}: the new value of {name!r} is a scalar; it must be a full tensor.")
+    for name, node in finals.items():
+        if not name.startswith(CARRIED):
+            continue
+        for n in _live(graph, [node]):
+            own = n.target in REDUCERS.values() and n.args[1] != Domain.MODEL
+            if own or n.meta.get("input") == "numel":
+                raise TraceError(
+                    f"{node.meta['where']}: {name.removeprefix(CARRIED)!r} is carried by the group and must not depend on one "
+                    "tensor; make the rule one of Domain.MODEL, or the number a slot: scalar()."
+                )
 
 
 def _live(graph: fx.Graph, roots: Iterable[fx.Node]) -> dict[fx.Node, None]:
@@ -118,7 +141,7 @@ def _plan(
     early: bool,
 ) -> tuple[Phase, ...]:
     """Lay out the passes; with ``early``, each slot is stored by the first pass that can compute it, where that is safe."""
-    last = max(level[n] for n in stores.values())
+    last = max([level[n] for n in stores.values()] + [level[n] for n in live if _is_reduction(n)])
     when = {name: level[node] if early and name != "param" else last for name, node in stores.items()}
     while True:
         phases, clash = [], None

@@ -84,7 +84,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Program:
-    """The input of the backends: host scalar arithmetic, then one or more passes over the parameters."""
+    """The input of the backends: host scalar arithmetic, then one or more passes over the parameters.
+
+    ``finish`` computes new values of scalar slots, and of carried numbers that depend on reductions, once all phases ran; its
+    inputs and results are vectors, an element for each parameter.
+    """
 
     label: str
     dtypes: Mapping[str, torch.dtype]
@@ -94,6 +98,7 @@ class Program:
     phases: tuple[Phase, ...]
     carries: tuple[str, ...] = ()
     carry: fx.GraphModule | None = None
+    finish: Phase | None = None
 
     def carried(self, values: Sequence[float | Tensor]) -> dict[str, float]:
         """The new values of the group's carried numbers, from the current ones in ``values``."""

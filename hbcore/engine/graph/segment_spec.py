@@ -132,6 +132,12 @@ class SegmentSpec:
         return get, tuple(entries.values())
 
     @cached_property
+    def numbers(self) -> tuple[str, ...]:
+        """The names of the scalar slots of this segment."""
+        slots = (self.slots or ())[self.span[0] : self.span[1]]
+        return tuple(name for some in slots for name, slot in some if slot.scalar)
+
+    @cached_property
     def scalar_names(self) -> tuple[str, ...]:
         """The 0-d inputs, flattened: ``lr``, ``betas.0``, ``betas.1``, ..., ``step``, ``model_numel``."""
         names = [k if n is None else f"{k}.{i}" for k, n in self.dynamic for i in range(n or 1)]
@@ -205,8 +211,10 @@ class SegmentSpec:
         return unless(skip, tensors, stored)
 
     def given(self, param: torch.dtype) -> dict[str, torch.dtype]:
-        """The 0-d values besides scalars that a segment of parameters of this dtype is given, and their dtypes."""
-        return {NONFINITE: compute_dtype(param)} if self.skip_nonfinite and self.takes is not None else {}
+        """The 0-d tensors that a segment of parameters of this dtype is given, and their dtypes: scalar slots, and whether a
+        gradient is not finite, if that is found out by another segment."""
+        found = (NONFINITE,) if self.skip_nonfinite and self.takes is not None else ()
+        return dict.fromkeys((*self.numbers, *found), compute_dtype(param))
 
     def _skip(
         self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Tensor], grad: Tensor, reduce: Reduce

@@ -183,7 +183,8 @@ def record(spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], length: int) ->
     recorder = Recorder(length)
     meta = torch.device("meta")
     with torch.no_grad():
-        tensors = {n: recorder.placeholder(n, torch.empty(length, dtype=d, device=meta), "element") for n, d in dtypes.items()}
+        columns = {n: d for n, d in dtypes.items() if n not in spec.numbers}
+        tensors = {n: recorder.placeholder(n, torch.empty(length, dtype=d, device=meta), "element") for n, d in columns.items()}
         scalars = {
             n: recorder.placeholder(n, torch.empty((), dtype=torch.float64, device=meta), "host") for n in spec.scalar_names
         }
@@ -205,4 +206,4 @@ def trace(spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], label: str = "")
     for a, b in zip(graph.nodes, other.nodes, strict=False):
         if a.target != b.target or repr(a.args) != repr(b.args) or repr(a.kwargs) != repr(b.kwargs):
             raise TraceError(f"{a.meta['where']}: the tensor's length became part of the rule; use c.numel.")
-    return split(graph, results, dtypes, spec.scalar_names, label)
+    return split(graph, results, dtypes, spec.scalar_names, spec.numbers, label)

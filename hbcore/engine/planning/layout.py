@@ -139,6 +139,9 @@ class Layout:
             core.skipping.add(found)
             by = by * (found == 0).float()
         self._selection.advance(by)
+        for batch in self.batches:
+            if batch.carried:
+                self._take_carried(batch)
         before = {g: dict(core.scalars_of(g)) for g in self._coming} if found is not None else {}
         for g, scalars in self._coming.items():
             core.scalars_of(g).update(scalars)
@@ -152,6 +155,13 @@ class Layout:
             m.primed = True
         if found is not None and not core.settings.capturable:
             core.skipping.expect(found, partial(self._retract, before, primed))
+
+    def _take_carried(self, batch: SegmentBatch) -> None:
+        """Read the carried numbers that depend on reductions, for which the host waits."""
+        first = {m.group: i for i, m in reversed([*enumerate(batch.everyone)])}
+        for name, values in batch.carried.items():
+            for g, value in zip(first, values[[*first.values()]].tolist(), strict=True):
+                self._coming[g][name] = value
 
     def _retract(self, before: Mapping[int, GroupScalars], primed: Sequence[Member]) -> None:
         """The step changed nothing: take back what :meth:`advance` counted."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hbcore.distributed.exchange import all_reduce
 from hbcore.engine.graph.program import NONFINITE, Reduction
+from hbcore.engine.planning.finish import Finish
 from hbcore.engine.planning.segments import SegmentBatch
 from hbcore.engine.skipping import Skipping
 from hbcore.engine.stacks.level import Level
@@ -29,7 +30,7 @@ def operations_of(batches: Sequence[SegmentBatch], levels: Sequence[Level], skip
     """Put every phase of every segment, and every level of matrix rules, in an order in which each finds its inputs.
 
     A phase that reads a reduction over the model waits until all segments have contributed; a level of matrix rules waits for
-    the segments that feed it, and the segments after it wait for the level.
+    the segments that feed it, and the segments after it wait for the level. Scalar slots are written last.
     """
     operations: list[Operation] = []
     contributing = {
@@ -59,7 +60,8 @@ def operations_of(batches: Sequence[SegmentBatch], levels: Sequence[Level], skip
         if finished < len(levels) and all(done[b] == b.segment.phases for b in feeding):
             operations.append(partial(levels[finished].run, batches[0].model))
             finished += 1
-    return operations
+    programs = ((b, b.segment.program) for b in batches)
+    return operations + [Finish(b, program, program.finish) for b, program in programs if program and program.finish]
 
 
 def reductions(batch: SegmentBatch) -> Sequence[Reduction]:
@@ -80,7 +82,8 @@ def _reduce_over_ranks(batch: SegmentBatch, r: Reduction) -> int:
     if batch.here:
         values[batch.here] = torch.stack(batch.sums[r.name]).double()
     all_reduce(values, r.how, batch.shards)
-    batch.sums[r.name] = list(values[batch.here].to(r.dtype).unbind())
+    batch.whole[r.name] = values.to(r.dtype)
+    batch.sums[r.name] = list(batch.whole[r.name][batch.here].unbind())
     return 0
 
 

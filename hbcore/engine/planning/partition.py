@@ -69,7 +69,9 @@ def _slots(t: Transform, p: Tensor) -> tuple[tuple[str, Slot], ...]:
     """What segments need to know of a rule's slots, which it is asked with the parameter's own shape."""
     if t.domain == Domain.MATRIX:
         return ()
-    return tuple((name, Slot(torch.Size(), exact=slot.exact)) for name, slot in slots_of(t, seen(p)).items())
+    return tuple(
+        (name, Slot(torch.Size(), exact=slot.exact, scalar=slot.scalar)) for name, slot in slots_of(t, seen(p)).items()
+    )
 
 
 def _feeds(rule: Transform, p: Tensor, promote: bool) -> tuple[tuple[str, torch.dtype], ...]:

@@ -150,6 +150,12 @@ class SegmentBatch(Batch):
         segment: what runs.
         members: its active members.
         positions: the index of each one's step count among those of all active members.
+
+    Attributes:
+        everyone: its active members, also those of which this rank has no part.
+        every_row: the row of scalars of each of them.
+        whole: reduction over whole tensors that are sharded -> a vector, an element for each of them.
+        carried: carried number that depends on a reduction -> its new values, an element for each of them.
     """
 
     def __init__(self, segment: Segment, members: list[Member], positions: list[int]) -> None:
@@ -165,7 +171,8 @@ class SegmentBatch(Batch):
         columns: dict[str, list[Tensor]] = {"param": [], "grad": []}
         for name in segment.dtypes:
             if name != "grad" and name not in self._noise:
-                columns[name] = [at_least_1d(m.column(segment, name)) for m in self.members]
+                column = [m.column(segment, name) for m in self.members]
+                columns[name] = column if name in segment.key.spec.numbers else list(map(at_least_1d, column))
         super().__init__(columns, [], [], dense=segment.key.dense)
         if self.shards is not None:
             self.numels = [float(m.numel) for m in self.members]
@@ -173,6 +180,9 @@ class SegmentBatch(Batch):
         self._scalars = () in self._strides
         self._viewed = self.shards is not None or any(p.is_complex() for p in self._params)
         self._contiguous = all(map(Tensor.is_contiguous, self._locals))
+        self.every_row: list[int] = []
+        self.whole: dict[str, Tensor] = {}
+        self.carried: dict[str, Tensor] = {}
         self._base: list[float] | None = None
         self._pairs: list[tuple[int, float]] = []
         # torch checks an assigned gradient's dtype itself, unless a parameter allows any (torch 2.10's grad_dtype=None)
@@ -222,13 +232,13 @@ class SegmentBatch(Batch):
             base: the step counts of all active members, the same list while they advance together.
             ahead: what to add to them.
         """
-        self.sums.clear()
-        self.model.clear()
+        for made in (self.sums, self.model, self.whole, self.carried):
+            made.clear()
         if self._base is not base:
             index: dict[tuple[int, float], int] = {}
             pairs = ((m.group, base[i]) for m, i in zip(self.everyone, self.positions, strict=True))
-            rows = [index.setdefault(pair, len(index)) for pair in pairs]
-            self.rows = [rows[i] for i in self.here]
+            self.every_row = [index.setdefault(pair, len(index)) for pair in pairs]
+            self.rows = [self.every_row[i] for i in self.here]
             self._base, self._pairs = base, list(index)
         for name in self._noise:
             steps = [int(base[self.positions[i]]) + ahead for i in self.here]

@@ -101,7 +101,7 @@ class Rows:
             return
         put(self.whole.local, self.index, self.rows.local)
         for name, part in self.rows.stored.items():
-            if name != "step":
+            if part is not self.whole.stored[name]:
                 put(self.whole.stored[name], self.index, part)
 
 
@@ -113,7 +113,8 @@ def gathered(m: Member) -> Rows:
     values = local(grad.values())
     param = take(m.local, index)[: len(values)]
     param.grad = values
-    stored = {name: t if name == "step" else take(t, index)[: len(values)] for name, t in m.stored.items()}
+    whole = {"step", *(name for segment in m.segments for name in segment.key.spec.numbers)}
+    stored = {name: t if name in whole else take(t, index)[: len(values)] for name, t in m.stored.items()}
     return Rows(m, replace(m, param=param, local=param, stored=stored, held={}), index)
 
 

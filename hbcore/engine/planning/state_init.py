@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from hbcore.engine.planning.segments import Member, Segment, aligned, is_transie
 from hbcore.engine.stacks.stack import ShardedView, Stack, StackKey, StackView
 from hbcore.errors import ParameterError, RuleError, StateWarning
 from hbcore.rules.numerics import compute_dtype
-from hbcore.rules.transform import Transform
+from hbcore.rules.transform import Domain, Transform
 from hbcore.rules.views import Block
 from hbcore.state.codec import codec_of
 from hbcore.state.expected import expected
@@ -38,6 +39,7 @@ class StateInit:
     def __init__(self, core: OptimizerCore) -> None:
         self.core = core
         self._new: list[NewMember] = []
+        self._shared: dict[str, Tensor | None] = {}
 
     def add(self, group: int, param: Tensor, partition: Partition, segments: tuple[Segment, ...]) -> None:
         """Take in ``param`` with the others."""
@@ -47,6 +49,7 @@ class StateInit:
         """Whether the optimizer's state still holds the very tensors that were planned for."""
         state = self.core.state[member.param]
         walked = {name for segment in member.segments for name in segment.dtypes if not is_transient(name)}
+        walked -= {name for segment in member.segments for name in segment.key.spec.numbers}
         part = local(member.param.detach())
         if part.data_ptr() != member.local.data_ptr() or part.stride() != member.local.stride() or state is not member.state:
             return False
@@ -94,22 +97,37 @@ class StateInit:
         """Complete the state of the segments' slots, in the parameter's memory order; return its names."""
         names: list[str] = []
         for segment in n.segments:
-            state.update({name: spread_like(t, n.param) for name, t in initial_state(segment, part, state).items()})
+            numbers = segment.key.spec.numbers
+            for name, t in initial_state(segment, part, state).items():
+                state[name] = self._first_number(n, name, t) if name in numbers else spread_like(t, n.param)
             for name, dtype in segment.dtypes.items():
                 if is_transient(name):
                     continue
                 if not (name.startswith("param#") and name in names):  # every segment reads what param_ecc keeps
                     names.append(name)
                 old = local(state[name])
-                if old.shape != part.shape:
+                if name in numbers and not old.ndim:
+                    state[name] = old.to(part.device, dtype)
+                elif old.shape != part.shape:
                     raise ParameterError(
                         f"{self._who(n)} has state {name!r} of shape {tuple(old.shape)}; delete it (del optimizer.state[p]) to "
                         "start afresh."
                     )
-                if old.dtype != dtype or not aligned(old, part):
+                elif old.dtype != dtype or not aligned(old, part):
                     moved = torch.empty_like(part, dtype=dtype, requires_grad=False).copy_(old)
                     state[name] = spread_like(moved, n.param)
         return names
+
+    def _first_number(self, n: NewMember, name: str, usual: Tensor) -> Tensor:
+        """What a scalar slot begins with: for rules that see the model, the value that all of its parameters have by now."""
+        if not any(t.domain == Domain.MODEL and name in t.slots(n.param) for t in n.partition.transforms):
+            return usual
+        if name not in self._shared:
+            everyone = [p for group in self.core.groups for p in group["params"]]
+            held: list[Mapping[str, Any]] = [self.core.state.get(p, {}) for p in everyone]
+            self._shared[name] = next((s[name] for s in held if name in s and float(s.get("step", 0)) > 0), None)
+        shared = self._shared[name]
+        return usual if shared is None else usual.copy_(shared)
 
     def _who(self, n: NewMember) -> str:
         params = self.core.groups[n.group]["params"]
@@ -203,6 +221,9 @@ def initial_state(segment: Segment, p: Tensor, state: dict[str, Any]) -> dict[st
         codec = codec_of(slot, segment.key.spec.codec)
         parts = codec.parts(name, dtype)
         if all(part in state for part in parts):
+            continue
+        if slot.scalar:
+            missing[name] = torch.full((), slot.fill, dtype=dtype, device=p.device)
             continue
         blank = {part: torch.zeros_like(p, dtype=d, requires_grad=False) for part, d in parts.items()}
         first = late_start(segment, name, p, step) if step else None

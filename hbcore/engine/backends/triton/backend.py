@@ -15,7 +15,7 @@ from hbcore._version import __version__
 from hbcore.engine.backends.base import Batch, Executable
 from hbcore.engine.backends.triton.codegen import KernelLayout, module_source
 from hbcore.engine.backends.triton.launch_tables import Launch, Tables
-from hbcore.engine.graph.program import Program
+from hbcore.engine.graph.program import Program, Reduction
 from hbcore.engine.graph.scalar_inputs import capturing
 from hbcore.errors import CompileError
 from hbcore.rules.transform import Domain
@@ -109,7 +109,19 @@ class TritonExecutable:
                 index = self.layout.reductions.index(r.name)
                 partials = [launch.partials[index] for launch in self.tables.launches]
                 batch.sums[r.name] = [x.sum() if r.how == "sum" else x.amax() for x in partials]
+            elif self.program.finish is not None and r.name in self.program.finish.sums:
+                batch.sums[r.name] = self._per_tensor(self.layout.reductions.index(r.name), r)
         return len(launches)
+
+    def _per_tensor(self, index: int, r: Reduction) -> list[Tensor]:
+        """A reduction's result for each parameter, from those of its chunks."""
+        assert self.tables is not None
+        results: dict[int, Tensor] = {}
+        for launch in self.tables.launches:
+            how = "sum" if r.how == "sum" else "max"
+            values = torch.segment_reduce(launch.partials[index], how, lengths=launch.table[:, -1])
+            results.update(zip(launch.members, values.to(r.dtype).unbind(), strict=True))
+        return [results[i] for i in range(len(results))]
 
     def forget(self) -> None:
         """Nothing to do: the tables hold addresses, which are compared with the tensors' own before the next launch."""

@@ -57,7 +57,8 @@ class KernelLayout:
         """The layout shared by all phases of ``program``."""
         noise = tuple(name for name in program.dtypes if name.startswith(NOISE))
         columns = tuple(name for name in program.dtypes if name != "grad" and name not in noise)
-        reductions = tuple(dict.fromkeys(name for p in program.phases for name in (*p.sums, *(r.name for r in p.reduces))))
+        sums = dict.fromkeys(name for p in program.phases for name in (*p.sums, *(r.name for r in p.reduces)))
+        reductions = tuple(name for name in sums if name not in program.dtypes)  # the rest are scalar slots
         return cls(columns, len(program.hoisted), reductions, noise)
 
     @property
@@ -138,14 +139,17 @@ class PhaseWriter:
                 lines[-1] += " != 0"
         rest = rest[len(self.phase.scalars) :]
         for node, name in zip(rest, self.phase.sums, strict=False):
-            self.names[node] = name
-            lines.append(f"    {name} = {self._reduced(name, node.meta['dtype'])}")
+            self.names[node] = identifier(name)
+            lines.append(f"    {identifier(name)} = {self._reduced(name, node.meta['dtype'])}")
         for node in rest[len(self.phase.sums) :]:
             self.names[node] = "numel"
             lines.append("    numel = n.to(tl.float64)")
         return lines
 
     def _reduced(self, name: str, dtype: torch.dtype) -> str:
+        if name in self.layout.columns:
+            address = f"tl.load(entry + {self.layout.columns.index(name)}).to(tl.pointer_type({TYPES[dtype]}))"
+            return f"tl.load({address})"
         at, index = len(self.layout.columns), self.layout.reductions.index(name)
         value = f"tl.load(model + {index})"
         for r in (r for r in self.program.reductions if r.name == name and r.domain != Domain.MODEL):
