@@ -97,6 +97,14 @@ def test_a_late_parameter_begins_with_the_models_number():
     assert float(optimizer.state[late]["squares"]) == pytest.approx(before + 3, rel=1e-6)
 
 
+def test_a_parameter_that_sits_out_has_the_models_number_when_it_returns():
+    params, optimizer = trained(DoG, compile="eager")
+    for p in params[1:]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert len({float(optimizer.state[p]["squares"]) for p in params}) == 1
+
+
 def test_skipped_steps_leave_scalars_alone():
     params, optimizer = trained(LDoG, compile="eager", skip_nonfinite=True)
     before = {k: v.clone() for k, v in optimizer.state[params[0]].items()}

@@ -69,8 +69,10 @@ class TwoMatrixRules(hbcore.Optimizer):
         return (Route(is_matrix, (Average(0), OtherAverage(1)), ()),)
 
 
-def class_of(name: str) -> Any:
-    return {"TwoMatrixRules": TwoMatrixRules, "LDoG": LDoG, "DoG": DoG}.get(name) or hbcore.get(name)
+def class_of(name: Any) -> Any:
+    """A class itself, one of the tests', or a registered one."""
+    own = {"TwoMatrixRules": TwoMatrixRules, "LDoG": LDoG, "DoG": DoG}
+    return own.get(name) or hbcore.get(name) if isinstance(name, str) else name
 
 
 def build(name: str, options: dict[str, Any], how: str, device: str = "cpu") -> tuple[Model, torch.optim.Optimizer]:

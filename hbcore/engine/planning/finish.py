@@ -6,24 +6,46 @@ therefore computed afterwards, for all parameters of a segment at once: each num
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.program import CARRIED, Phase, Program
 from hbcore.engine.planning.segments import SegmentBatch
+from hbcore.rules.transform import Domain
+
+
+def finishes(batches: Sequence[SegmentBatch], core: OptimizerCore) -> list[Finish]:
+    """The operations that write the batches' scalar slots."""
+    made: list[Finish] = []
+    for b in batches:
+        program = b.segment.program
+        if program is not None and program.finish is not None:
+            made.append(Finish(b, program, program.finish, _idle(b, batches, core)))
+    return made
+
+
+def _idle(batch: SegmentBatch, batches: Sequence[SegmentBatch], core: OptimizerCore) -> dict[str, list[Tensor]]:
+    """Numbers of the whole model -> those of the parameters that sit this step out: they stay the same for all."""
+    model = {n for t in batch.segment.transforms if t.domain == Domain.MODEL for n in t.slots(batch.everyone[0].param)}
+    names = [n for n in batch.segment.key.spec.numbers if n in model]
+    active = {m.param for b in batches for m in b.everyone}
+    others = [core.state[p] for group in core.groups for p in group["params"] if p not in active and p in core.state]
+    return {n: [s[n] for s in others if n in s] for n in names}
 
 
 class Finish:
     """The operation that writes the scalar slots of one batch.
 
     Args:
-        batch: one whose program has :attr:`~hbcore.engine.graph.program.Program.finish`.
+        batch: one whose program has ``finish``.
+        idle: numbers of the whole model -> those of the parameters that sit this step out.
     """
 
-    def __init__(self, batch: SegmentBatch, program: Program, phase: Phase) -> None:
-        self._batch, self._program, self._phase = batch, program, phase
+    def __init__(self, batch: SegmentBatch, program: Program, phase: Phase, idle: Mapping[str, list[Tensor]]) -> None:
+        self._batch, self._program, self._phase, self._idle = batch, program, phase, idle
         self._device = batch.segment.key.device
         self._numels = torch.tensor([float(m.numel) for m in batch.everyone], dtype=torch.float64, device=self._device)
         self._rows: list[int] | None = None
@@ -41,6 +63,8 @@ class Finish:
             else:
                 targets = [m.stored[name] for m in batch.everyone]
                 torch._foreach_copy_(targets, [*vector.to(targets[0].dtype).unbind()])
+                for other in self._idle.get(name, ()):
+                    other.copy_(vector[0])
         return 0
 
     def _hoisted(self) -> Iterator[Tensor]:

@@ -128,7 +128,7 @@ class Layout:
         for level in self.levels:
             level.fill(base, ahead, core.groups, carries, self._refreshes, self._coming)
         if changed:
-            self.operations = operations_of(self.batches, self.levels, core.skipping)
+            self.operations = operations_of(self.batches, self.levels, core)
             core.report.backend = "+".join(sorted({b.segment.backend for b in self.batches} - {""})) or core.report.backend
 
     def advance(self, amp: Amp) -> None:

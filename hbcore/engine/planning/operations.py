@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hbcore.distributed.exchange import all_reduce
+from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.program import NONFINITE, Reduction
-from hbcore.engine.planning.finish import Finish
+from hbcore.engine.planning.finish import finishes
 from hbcore.engine.planning.segments import SegmentBatch
 from hbcore.engine.skipping import Skipping
 from hbcore.engine.stacks.level import Level
@@ -26,7 +27,7 @@ NEUTRAL = {"sum": 0.0, "amax": float("-inf")}
 """What a rank without elements contributes to a reduction."""
 
 
-def operations_of(batches: Sequence[SegmentBatch], levels: Sequence[Level], skipping: Skipping) -> list[Operation]:
+def operations_of(batches: Sequence[SegmentBatch], levels: Sequence[Level], core: OptimizerCore) -> list[Operation]:
     """Put every phase of every segment, and every level of matrix rules, in an order in which each finds its inputs.
 
     A phase that reads a reduction over the model waits until all segments have contributed; a level of matrix rules waits for
@@ -55,13 +56,12 @@ def operations_of(batches: Sequence[SegmentBatch], levels: Sequence[Level], skip
                 if r.domain == Domain.MODEL:
                     contributing[r.name].discard(b)
                     if not contributing[r.name]:
-                        operations.append(partial(_reduce_over_model, r, batches, skipping))
+                        operations.append(partial(_reduce_over_model, r, batches, core.skipping))
         feeding = (b for b in batches if b.segment.level == finished and b.segment.key.spec.feeds)
         if finished < len(levels) and all(done[b] == b.segment.phases for b in feeding):
             operations.append(partial(levels[finished].run, batches[0].model))
             finished += 1
-    programs = ((b, b.segment.program) for b in batches)
-    return operations + [Finish(b, program, program.finish) for b, program in programs if program and program.finish]
+    return [*operations, *finishes(batches, core)]
 
 
 def reductions(batch: SegmentBatch) -> Sequence[Reduction]:

@@ -99,7 +99,9 @@ class StateInit:
         for segment in n.segments:
             numbers = segment.key.spec.numbers
             for name, t in initial_state(segment, part, state).items():
-                state[name] = self._first_number(n, name, t) if name in numbers else spread_like(t, n.param)
+                state[name] = t if name in numbers else spread_like(t, n.param)
+            for name in numbers if not float(state.get("step", 0)) else ():
+                self._share(n, name, state[name])
             for name, dtype in segment.dtypes.items():
                 if is_transient(name):
                     continue
@@ -118,16 +120,17 @@ class StateInit:
                     state[name] = spread_like(moved, n.param)
         return names
 
-    def _first_number(self, n: NewMember, name: str, usual: Tensor) -> Tensor:
-        """What a scalar slot begins with: for rules that see the model, the value that all of its parameters have by now."""
+    def _share(self, n: NewMember, name: str, number: Tensor) -> None:
+        """Let a scalar slot of a rule that sees the model begin with the value that the other parameters have by now."""
         if not any(t.domain == Domain.MODEL and name in t.slots(n.param) for t in n.partition.transforms):
-            return usual
+            return
         if name not in self._shared:
             everyone = [p for group in self.core.groups for p in group["params"]]
             held: list[Mapping[str, Any]] = [self.core.state.get(p, {}) for p in everyone]
             self._shared[name] = next((s[name] for s in held if name in s and float(s.get("step", 0)) > 0), None)
         shared = self._shared[name]
-        return usual if shared is None else usual.copy_(shared)
+        if shared is not None:
+            number.copy_(shared)
 
     def _who(self, n: NewMember) -> str:
         params = self.core.groups[n.group]["params"]
