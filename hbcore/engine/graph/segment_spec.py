@@ -124,9 +124,13 @@ class SegmentSpec:
     @cached_property
     def scalar_names(self) -> tuple[str, ...]:
         """The 0-d inputs, flattened: ``lr``, ``betas.0``, ``betas.1``, ..., ``step``, ``model_numel``."""
-        names = [k if n is None else f"{k}.{i}" for k, n in self.dynamic for i in range(n or 1)]
-        names += [CARRIED + name for name in self.carried]
-        return (*names, *(("grad_scale", "found_inf") if self.scaled else ()), "step", "model_numel")
+        return (*self.numbered, *(("grad_scale", "found_inf") if self.scaled else ()), "step", "model_numel")
+
+    @cached_property
+    def numbered(self) -> tuple[str, ...]:
+        """Those of them that are a group's: its hyperparameters and what it carries."""
+        names = [k if n is None else f"{k}.{i}" for k, n in self.dynamic for i in range(1 if n is None else n)]
+        return (*names, *(CARRIED + name for name in self.carried))
 
     def whole_chain(self, scalars: Mapping[str, Any]) -> tuple[Transform, ...]:
         """Every transform of the chain, with hyperparameters bound to ``scalars`` (an entry per :attr:`scalar_names`)."""

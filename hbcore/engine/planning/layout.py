@@ -138,8 +138,8 @@ class Layout:
         # kernels write where autograd does not see it: a graph that saved a parameter must know that it changed
         torch.autograd.graph.increment_version(self.params)
         for level in self.levels:
-            if level.partial:
-                core.report.note("some matrices of a stack sat a step out: the others were gathered and scattered back")
+            for note in level.notes:
+                core.report.note(note)
         if self.priming:
             for m in self.members:
                 m.primed = True
