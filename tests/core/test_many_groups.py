@@ -223,6 +223,47 @@ def test_what_a_rule_carries_goes_to_every_group_of_its_call():
     assert calls_of(optimizer) == 2
 
 
+def test_groups_that_carry_other_numbers_share_no_call():
+    params = [torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64)) for _ in range(2)]
+    optimizer = Counted([{"params": [p]} for p in params], compile="eager")
+    for gain in (1.0, 3.0, 1.0):
+        optimizer.param_groups[1]["gain"] = gain
+        run(optimizer, params, [[torch.ones(2, 2, dtype=torch.float64)] * 2])
+    assert [float(p.detach().mean()) for p in params] == [-(1 + 2 + 3), -(1 + 4 + 5)]
+    assert calls_of(optimizer) == 2
+
+
+@dataclass(frozen=True)
+class Doubling(Counting):
+    """Doubles its update where it refreshes, in every second step of the group."""
+
+    name = "doubling"
+
+    def scalars(self):
+        return {}
+
+    def rate(self, k):
+        return 0.5
+
+    def update(self, u, s, c):
+        return u * (2 if c.refresh else 1), {}
+
+
+class Doubled(Counted):
+    @staticmethod
+    def chain(h):
+        return (Doubling(h.gain),)
+
+
+def test_groups_that_refresh_in_other_steps_share_no_call():
+    """Both parameters are at the same step; the first one's group counts a step that another of its parameters took."""
+    params = [torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64)) for _ in range(3)]
+    optimizer = Doubled([{"params": [params[0], params[2]]}, {"params": [params[1]]}], compile="eager")
+    ones = torch.ones(2, 2, dtype=torch.float64)
+    run(optimizer, params, [[None, None, ones]] + [[ones, ones, None]] * 3)
+    assert [float(p.detach().mean()) for p in params] == [-(2 + 1 + 2), -(1 + 2 + 1), -1]
+
+
 def test_groups_share_no_call_where_a_chain_computes_with_numbers():
     rates = [1.0, 2.0, 2.0]
     optimizer, seen = moved(Computing, [{"lr": r} for r in rates])
