@@ -161,8 +161,8 @@ class ChainSpec:
 
     def usual(self, group: Group) -> dict[str, Any]:
         """The group's entries, with the defaults for its numbers."""
-        fixed = {k for k, v in self.defaults.items() if v is None} | set(self.keys) - self.hyper
-        return {k: group[k] if k in fixed or group[k] is None else self.defaults[k] for k in self.keys}
+        defaults, hyper = self.defaults, self.hyper
+        return {k: group[k] if k not in hyper or v is None or group[k] is None else v for k, v in defaults.items()}
 
     def _stages(self, values: Mapping[str, Any]) -> tuple[Transform, ...]:
         h = Hypers(**values)

@@ -59,6 +59,7 @@ class OptimizerCore:
         sparse: whether its gradients are sparse.
 
     Attributes:
+        building: the constructor is adding its groups, whose parameters it has checked.
         groups: the param groups, the very list that the optimizer shows.
         state: parameter -> its slots.
         exposed: whether somebody outside the engine was handed state tensors, and may put other memory under them at any time.
@@ -71,7 +72,7 @@ class OptimizerCore:
     """
 
     def __init__(self, name: str, chain: ChainSpec, sparse: bool = False) -> None:
-        self.name, self.chain, self.sparse = name, chain, sparse
+        self.name, self.chain, self.sparse, self.building = name, chain, sparse, False
         self.groups: list[Group] = []
         self.state = StateMap({})
         self.exposed = False
