@@ -120,6 +120,16 @@ class OptimizerCore:
             self.group_scalars.append({})
         return self.group_scalars[g]
 
+    def all_scalars(self) -> list[GroupScalars]:
+        """What every group carries, to be read or changed."""
+        if self.groups:
+            self.scalars_of(len(self.groups) - 1)
+        return self.group_scalars
+
+    def carried(self, g: int) -> Mapping[str, float]:
+        """The same, to be read only; empty before the group's first step."""
+        return self.group_scalars[g] if g < len(self.group_scalars) else {}
+
     def name_of(self, g: int, i: int) -> str:
         """What messages call parameter ``i`` of group ``g``."""
         return f"{self.name}: {describe_param(self.groups, g, i)}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +18,13 @@ from torch import Tensor
 
 import hbcore
 from hbcore.api import Domain, Optimizer, Transform, hyper, matrix_view
+from hbcore.checkpoint.save import record_of
 from hbcore.engine.stacks.rule_call import RuleCall
 from hbcore.errors import OptionError, SparseGradientError
 
 SHAPES = ((6, 5), (6, 5), (4, 4), (7,), (6, 5), (4, 4), (3,), (6, 5))
+FEW = {"AdamW": 27, "SGD": 24, "SFAdamW": 55, "Muon": 44, "SOAP": 46, "PSGDKron": 48}
+"""Calls that a group may add to a step."""
 RATES = [0.02 * 0.8**i for i in range(len(SHAPES))]
 
 
@@ -289,3 +294,50 @@ def test_a_rule_is_called_once_for_hundreds_of_groups(name, monkeypatch):
         ran.clear()
         run(optimizer, params, [[torch.randn(4, 3) for _ in params]])
         assert ran == [1]
+
+
+def counted(run_once: Any) -> int:
+    """How many functions, of Python and of C, a call runs."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        run_once()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+def stepped(name: str, count: int, groups: bool, steps: int = 3) -> tuple[Any, list[Tensor]]:
+    """An optimizer of ``count`` matrices that is about to step."""
+    params = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(count)]
+    made = [{"params": [p], "lr": 0.01 * 0.99**i} for i, p in enumerate(params)]
+    optimizer = make(name, made if groups else params, consume_grad=False)
+    for p in params:
+        p.grad = torch.randn(4, 3)
+    for _ in range(steps):
+        optimizer.step()
+    return optimizer, params
+
+
+@pytest.mark.parametrize(("name", "most"), FEW.items())
+def test_a_step_costs_few_calls_for_each_group(name, most):
+    """Beside the same matrices in one group."""
+    many, one = (counted(stepped(name, 100, groups)[0].step) for groups in (True, False))
+    assert 0 < (many - one) / 100 <= most
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SFAdamW", "SOAP"])
+def test_reading_the_groups_after_a_step_costs_few_calls_for_each(name):
+    optimizer, _ = stepped(name, 100, groups=True)
+    optimizer.param_groups[3]["weight_decay"] = 0.5
+    optimizer.step()
+    assert counted(lambda: optimizer.param_groups) / 100 <= 16
+    core = optimizer.core
+    assert [group["hbcore"] for group in core.groups] == [record_of(core, g, live=True).dump() for g in range(100)]
+    assert all(json.loads(group["hbcore"])["progress"]["step"] == 4 for group in core.groups)

@@ -39,6 +39,12 @@ Give = Callable[[Transform, Iterable[Any]], None]
 """``give(rule, tensors)``: told what each rule is given before it runs."""
 
 
+def getter(keys: Iterable[str]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    """A getter of several of a group's entries in one call."""
+    names = tuple(keys)
+    return itemgetter(*names) if len(names) > 1 else lambda group: tuple(group[name] for name in names)
+
+
 def length_of(value: Any) -> int | None:
     """The length of a tuple hyperparameter; None for a plain number."""
     value = fixed(value)
@@ -118,8 +124,7 @@ class SegmentSpec:
     def _structure(self) -> tuple[Callable[[Mapping[str, Any]], Any], Any]:
         """A getter of a group's structural entries in one call, and their expected values."""
         entries = {"maximize": self.maximize, **dict(self.static)}
-        get = itemgetter(*entries) if len(entries) > 1 else lambda group: (group["maximize"],)
-        return get, tuple(entries.values())
+        return getter(entries), tuple(entries.values())
 
     @cached_property
     def scalar_names(self) -> tuple[str, ...]:

@@ -188,9 +188,8 @@ class StateInit:
         """Those of a group's numbers that a matrix rule reads."""
         if (id(spec), index) not in self._reads:
             self._reads[id(spec), index] = BoundRule(spec, index).reads
-        g, carries = n.group, self.core.group_scalars
-        scalars = carries[g] if g < len(carries) else {}
-        values = numbers(spec, self.core.groups[g], carried(scalars, n.partition.transforms))
+        carries = carried(self.core.carried(n.group), n.partition.transforms)
+        values = numbers(spec, self.core.groups[n.group], carries)
         return tuple(values[k] for k in self._reads[id(spec), index])
 
 

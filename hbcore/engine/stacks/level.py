@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hbcore.distributed.exchange import from_owners, to_owners
-from hbcore.engine.graph.scalar_inputs import numbers
 from hbcore.engine.group_scalars import GroupScalars
 from hbcore.engine.stacks.rule_call import Part, RuleCall
 from hbcore.engine.stacks.stack import ShardedView, Stack, StackView
+
+Readings = dict[tuple[int, tuple[str, ...]], list[float]]
+"""A group, and the names of its numbers as :attr:`SegmentSpec.numbered` has them -> this step's numbers, read once."""
 
 SAT_OUT = "some matrices of a stack sat a step out: the others were gathered and scattered back"
 PARTED = (
@@ -122,8 +124,7 @@ class Level:
         self,
         base: list[float],
         ahead: int,
-        groups: Sequence[Mapping[str, Any]],
-        carries: Mapping[int, Mapping[str, float]],
+        read: Readings,
         refreshes: Mapping[int, Mapping[str, bool]],
         coming: Mapping[int, GroupScalars],
     ) -> None:
@@ -132,8 +133,7 @@ class Level:
         Args:
             base: the step counts of all active parameters, the same list while they advance together.
             ahead: what to add to them.
-            groups: the param groups.
-            carries: the rules' scalars that each active group carries from the last step.
+            read: the groups' numbers, which the segments before the rules have read.
             refreshes: whether each rule of a group, by name, refreshes.
             coming: what each group will carry to the next step; :meth:`run` adds to it.
         """
@@ -141,9 +141,9 @@ class Level:
         given: list[list[float]] = []
         found: list[int] = []
         for i, (g, spec, stack) in enumerate(self.readers):
-            values = numbers(stack.key.spec, groups[g], carries[g])
-            read = [values[k] for k in stack.reads]
-            found.append(kinds.setdefault((spec, stack.key.index, refreshes[g][stack.rule], *read), i))
+            values = read[g, stack.key.spec.numbered]
+            own = [values[k] for k in stack.reads]
+            found.append(kinds.setdefault((spec, stack.key.index, refreshes[g][stack.rule], *own), i))
             given.append(values)
         if self._base is not base or self._kinds != found:
             self._base, self._kinds = base, found
