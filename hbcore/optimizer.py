@@ -17,14 +17,15 @@ from hbcore.engine.chain_spec import ChainSpec
 from hbcore.engine.core import Group, OptimizerCore
 from hbcore.engine.graph.scalar_inputs import Amp, capturing
 from hbcore.engine.graph.segment_spec import fixed
-from hbcore.engine.options import Settings, resolve, without_options
+from hbcore.engine.new_group import completed
+from hbcore.engine.options import Settings, resolve
 from hbcore.engine.param_codec import narrow
 from hbcore.engine.params import check_params
 from hbcore.engine.planning.sparse_plan import check, plan_for
 from hbcore.engine.report import Report
 from hbcore.engine.shared_options import SharedOptions
 from hbcore.engine.step_hooks import observed, step_outside_graphs
-from hbcore.errors import ParameterTypeError, RuleError
+from hbcore.errors import RuleError
 from hbcore.rules.transform import Transform
 from hbcore.state.slots import StateMap, compacted
 
@@ -80,7 +81,9 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         defaults = {k: fixed(v) for k, v in {**scheduled, **hyperparameters}.items()}
         self.core = OptimizerCore(name, ChainSpec(type(self).chain, settings, defaults), self.sparse_gradients)
         self.core.options = schema.textual(options)
+        self.core.building = True
         torch.optim.Optimizer.__init__(self, checked, defaults)
+        self.core.building = False
 
     @property
     def param_groups(self) -> list[Group]:
@@ -216,21 +219,16 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
             HyperparameterError: one of its hyperparameters is outside its bounds.
             ParameterError: a parameter is a duplicate, or no floating-point tensor.
         """
-        core, index = self.core, len(self.param_groups)
-        name, chain = core.name, core.chain
-        if not isinstance(param_group, dict):
-            raise ParameterTypeError(f"{name}: a param group must be a dict, not a {type(param_group).__name__}.")
-        group = without_options(param_group, core.settings, chain.keys, f"{name}, parameter group {index}")
-        [group["params"]] = [g["params"] for g in check_params(name, [group], self.param_groups)]
-        for key in chain.keys:
-            group[key] = fixed(group.get(key, self.defaults[key]))
-        chain.admit(group, f"{name}, parameter group {index}")
-        members = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
-        chain.refuse_complex({**group, "params": members}, f"{name}, parameter group {index}")
-        super().add_param_group(group)
-        added = self.param_groups[-1]
-        added["hbcore"] = save.record_of(core, index, live=True).dump()
-        if any(map(weight_modes.has_modes, chain.every(added))):
+        core, groups = self.core, self.param_groups
+        group = completed(core, param_group, self.defaults)
+        core.groups = groups[:1]  # torch would go through all of them for duplicates, which were looked for
+        try:
+            super().add_param_group(group)
+            groups.append(added := core.groups[-1])
+        finally:
+            core.groups = groups
+        added["hbcore"] = save.record_of(core, len(groups) - 1, live=True).dump()
+        if any(map(weight_modes.has_modes, core.chain.every(added))):
             added[save.MODE] = core.modes.training
         narrow(core, added["params"])
         core.invalidate()

@@ -32,12 +32,11 @@ def record_of(core: OptimizerCore, g: int, live: bool = False) -> schema.Record:
     list of frozen parameters, because schedulers and ``zero_grad`` read the groups after every step.
     """
     settings, params = core.settings, [] if live else core.groups[g]["params"]
-    carried = dict(core.group_scalars[g]) if g < len(core.group_scalars) else {}
     return schema.Record(
         core.chain.versions(core.groups[g]),
         settings.codec.name,
         settings.seed,
-        carried,
+        dict(core.carried(g)),
         core.modes.training,
         {core.name: core.options} if live and core.options else {},
         tuple(i for i, p in enumerate(params) if not (p.requires_grad or core.state.get(p))),
@@ -49,9 +48,14 @@ def refresh_records(core: OptimizerCore) -> None:
     settled = core.skipping.settle(wait=False)  # schedulers read the groups after every step, and should not wait for it
     if core.recorded == core.modes.training:
         return
+    around: dict[Any, tuple[str, str]] = {}
     for g, group in enumerate(core.groups):
         if schema.KEY in group:
-            group[schema.KEY] = record_of(core, g, live=True).dump()
+            key = core.chain.structure(group)  # schedulers read the groups after every step: most are alike but for numbers
+            if key is None or key not in around:
+                around[key] = record_of(core, g, live=True).around()
+            before, after = around[key]
+            group[schema.KEY] = before + schema.encoded(core.carried(g)) + after
         if MODE in group:
             group[MODE] = core.modes.training
     core.recorded = core.modes.training if settled else None

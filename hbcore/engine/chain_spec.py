@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hbcore.distributed.placement import local
-from hbcore.engine.graph.segment_spec import Hypers, SegmentSpec, fixed, length_of
+from hbcore.engine.graph.segment_spec import Hypers, SegmentSpec, fixed, getter, length_of
 from hbcore.engine.options import Settings
 from hbcore.engine.params import is_lazy
 from hbcore.engine.shared_options import SCHEDULED
@@ -21,6 +22,7 @@ from hbcore.state.expected import Logical, expected
 
 Group = dict[str, Any]
 Rule = Callable[[Any], tuple[Transform, ...]]
+Getter = Callable[[Mapping[str, Any]], tuple[Any, ...]]
 
 
 class ChainSpec:
@@ -41,6 +43,7 @@ class ChainSpec:
         self.keys, self.hyper = tuple(self.defaults), set(hyper)
         self._forked: dict[tuple[Any, ...], tuple[Transform, ...]] = {}
         self._versions: dict[tuple[Any, ...], dict[str, int]] = {}
+        self._getters: tuple[Getter, Getter, list[str]] | None = None
         self.checked: set[Any] = set()
 
     def __call__(self, h: Any, branches: tuple[bool, ...], step: Tensor | None = None) -> tuple[Transform, ...]:
@@ -64,7 +67,14 @@ class ChainSpec:
 
     def structure(self, group: Group) -> tuple[Any, ...] | None:
         """What groups with the same chain have in common; None if an entry has no hash."""
-        key = tuple(self.usual(group).values())
+        if self._getters is None:
+            numbers = [k for k, default in self.defaults.items() if k in self.hyper and default is not None]
+            self._getters = getter(k for k in self.keys if k not in numbers), getter(numbers), numbers
+        entries, values, names = self._getters
+        key: tuple[Any, ...] = entries(group)
+        present = values(group)
+        if NoneType in map(type, present):  # such a number is an entry like the others
+            key = *key, tuple(name for name, value in zip(names, present, strict=True) if value is None)
         try:
             hash(key)
         except TypeError:
@@ -141,7 +151,9 @@ class ChainSpec:
             RuleError: a rule's slots do not fit the group's parameters, or each other.
         """
         declared = {name for t in self.check(group, where) for name, _, _ in t.hypers()}
-        self.hyper |= (declared | {*SCHEDULED}) & set(self.keys)
+        if fresh := (declared | {*SCHEDULED}) & {*self.keys} - self.hyper:
+            self.hyper |= fresh
+            self._getters = None
         check_slots(self, group)
 
     def check(self, group: Group, where: str) -> tuple[Transform, ...]:
@@ -162,8 +174,8 @@ class ChainSpec:
 
     def usual(self, group: Group) -> dict[str, Any]:
         """The group's entries, with the defaults for its numbers."""
-        fixed = {k for k, v in self.defaults.items() if v is None} | set(self.keys) - self.hyper
-        return {k: group[k] if k in fixed or group[k] is None else self.defaults[k] for k in self.keys}
+        defaults, hyper = self.defaults, self.hyper
+        return {k: group[k] if k not in hyper or v is None or group[k] is None else v for k, v in defaults.items()}
 
     def _stages(self, values: Mapping[str, Any]) -> tuple[Transform, ...]:
         h = Hypers(**values)

@@ -60,6 +60,7 @@ class OptimizerCore:
         sparse: whether its gradients are sparse.
 
     Attributes:
+        building: the constructor is adding its groups, whose parameters it has checked.
         groups: the param groups, the very list that the optimizer shows.
         state: parameter -> its slots.
         exposed: whether somebody outside the engine was handed state tensors, and may put other memory under them at any time.
@@ -73,7 +74,7 @@ class OptimizerCore:
     """
 
     def __init__(self, name: str, chain: ChainSpec, sparse: bool = False) -> None:
-        self.name, self.chain, self.sparse = name, chain, sparse
+        self.name, self.chain, self.sparse, self.building = name, chain, sparse, False
         self.groups: list[Group] = []
         self.state = StateMap({})
         self.exposed = False
@@ -122,6 +123,16 @@ class OptimizerCore:
         while len(self.group_scalars) <= g:
             self.group_scalars.append({})
         return self.group_scalars[g]
+
+    def all_scalars(self) -> list[GroupScalars]:
+        """What every group carries, to be read or changed."""
+        if self.groups:
+            self.scalars_of(len(self.groups) - 1)
+        return self.group_scalars
+
+    def carried(self, g: int) -> Mapping[str, float]:
+        """The same, to be read only; empty before the group's first step."""
+        return self.group_scalars[g] if g < len(self.group_scalars) else {}
 
     def name_of(self, g: int, i: int) -> str:
         """What messages call parameter ``i`` of group ``g``."""

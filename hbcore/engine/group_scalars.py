@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from hbcore.rules.transform import Domain, Transform
 
@@ -27,6 +27,6 @@ def advanced(scalars: GroupScalars, transforms: Iterable[Transform]) -> tuple[Gr
     return after, refresh
 
 
-def carried(scalars: GroupScalars, transforms: Iterable[Transform]) -> dict[str, float]:
+def carried(scalars: Mapping[str, float], transforms: Iterable[Transform]) -> dict[str, float]:
     """The rules' scalars, with their first values where the group carries none yet."""
     return {name: scalars.get(name, first) for t in transforms for name, first in t.scalars().items()}

@@ -216,6 +216,42 @@ def test_groups_are_added_in_a_time_that_does_not_grow_with_their_number(name):
     assert calls(200) < calls(20) * 1.5
 
 
+@pytest.mark.parametrize(("name", "most"), [("AdamW", 750), ("Muon", 1800), ("SOAP", 1800), ("PSGDKron", 1600)])
+def test_each_of_many_groups_takes_the_same_time_to_build(name, most):
+    """The work for one group is bounded, counted in calls of Python and C: each used to be compared with all before it."""
+
+    def calls(count):
+        groups = [{"params": [torch.nn.Parameter(torch.ones(2, 2))], "lr": 0.01 * i} for i in range(count)]
+        counted = 0
+
+        def count_call(frame, event, argument):
+            nonlocal counted
+            counted += event in ("call", "c_call")
+
+        make = hbcore.get(name)
+        sys.setprofile(count_call)
+        try:
+            make(groups)
+        finally:
+            sys.setprofile(None)
+        return counted
+
+    calls(2)  # what is imported and cached
+    few, some, many = map(calls, (20, 120, 220))
+    assert 100 < (some - few) / 100 < most
+    assert many - some < 1.01 * (some - few)
+
+
+def test_a_group_that_is_added_later_is_compared_with_all_others():
+    params = parameters(SHAPES)
+    optimizer = AdamW([{"params": [p]} for p in params[:3]])
+    with pytest.raises(ParameterError, match="is the same tensor as parameter number 0 of group 1"):
+        optimizer.add_param_group({"params": [params[1]]})
+    assert [group["params"] for group in optimizer.param_groups] == [[p] for p in params[:3]]
+    with pytest.raises(ParameterError, match="is the same tensor as"):
+        AdamW([{"params": [params[0]]}, {"params": [params[1]]}, {"params": [params[0]]}])
+
+
 def test_optimizers_made_anew_leave_no_source_behind():
     def make():
         params = parameters(SHAPES)

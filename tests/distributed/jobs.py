@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import hbcore
 from hbcore.api import Domain, Route, Slot, Transform, ema, is_matrix, matrix_view
 
-SHAPES = {"wide": (18, 64), "row": (1, 64), "bias": (18,), "tall": (64, 5), "square": (16, 16), "odd": (3, 7)}
+SHAPES = {
+    "wide": (18, 64), "row": (1, 64), "bias": (18,), "tall": (64, 5), "square": (16, 16), "odd": (3, 7), "wide_too": (18, 64),
+}  # fmt: skip
 """Shards that are uneven, and empty on the second rank."""
 
 
@@ -75,14 +77,20 @@ def class_of(name: Any) -> Any:
     return own.get(name) or hbcore.get(name) if isinstance(name, str) else name
 
 
-def build(name: str, options: dict[str, Any], how: str, device: str = "cpu") -> tuple[Model, torch.optim.Optimizer]:
+def build(
+    name: str, options: dict[str, Any], how: str, device: str = "cpu", layerwise: bool = False
+) -> tuple[Model, torch.optim.Optimizer]:
+    """With ``layerwise``, each parameter is a group with a learning rate of its own."""
     model = Model().to(device)
     if how == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(model, mesh=init_device_mesh(device, (dist.get_world_size(),)))
-    return model, class_of(name)(model.named_parameters(), lr=0.01, **options)
+    params: Any = model.named_parameters()
+    if layerwise:
+        params = [{"params": [named], "lr": 0.02 * 0.7**i} for i, named in enumerate(params)]
+    return model, class_of(name)(params, lr=0.01, **options)
 
 
 def train(model: Model, optimizer: torch.optim.Optimizer, steps: range, skip: str = "") -> None:
@@ -123,9 +131,11 @@ def whole(model: Model) -> dict[str, Tensor]:
     }
 
 
-def follow(rank: int, name: str, options: dict[str, Any], how: str, device: str = "cpu") -> dict[str, Tensor]:
+def follow(
+    rank: int, name: str, options: dict[str, Any], how: str, device: str = "cpu", layerwise: bool = False
+) -> dict[str, Tensor]:
     """Train, and return the whole parameters."""
-    model, optimizer = build(name, options, how, device)
+    model, optimizer = build(name, options, how, device, layerwise)
     train(model, optimizer, range(6))
     return whole(model)
 

@@ -45,6 +45,16 @@ def test_ranks_agree_to_skip_a_step_for_what_one_of_them_sees(case):
         assert all(torch.equal(result[k], t) for k, t in expected.items())
 
 
+@pytest.mark.parametrize("case", ["Muon", "SOAP", "PSGDKron", "TwoMatrixRules"])
+def test_groups_on_two_ranks_follow_one_process(case):
+    name, options = CASES[case]
+    alone = jobs.follow(0, name, options, "alone", layerwise=True)
+    usual = jobs.follow(0, name, options, "alone")
+    assert distance([usual[k] for k in alone], list(alone.values())) > 1e-3
+    for result in on_ranks(2, jobs.follow, name, options, "fsdp", "cpu", True):
+        assert distance([result[k] for k in alone], list(alone.values())) < 1e-6
+
+
 @pytest.mark.parametrize("case", ["AdamW-ecc", "SOAP", "PSGDKron", "SFAdamW", "TwoMatrixRules", "LDoG", "DoG"])
 def test_a_state_dict_on_two_ranks_resumes_exactly(case):
     name, options = CASES[case]

@@ -1,23 +1,34 @@
 """Split a batch into chunks, one graph call each. Split once and reused for the lifetime of the batch.
 
-Each call costs microseconds regardless of size, and temporaries larger than the cache cost memory traffic. Small tensors that
-share their scalars are therefore packed into one chunk, and the eager backend cuts large CPU tensors into slices that fit the
-cache. Reductions are per tensor, so in phases that compute or read one a chunk never spans several tensors.
+Each call costs microseconds regardless of size, and temporaries larger than the cache cost memory traffic. Small tensors are
+therefore packed into one chunk, and the eager backend cuts large CPU tensors into slices that fit the cache. The tensors of a
+pack share their scalars; where hundreds of groups have a few small tensors each, they share a pack nonetheless, and a scalar
+that differs between them is spread over their elements. Reductions are per tensor, so in phases that compute or read one a
+chunk never spans several tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from hbcore.engine.backends.base import Batch
 from hbcore.engine.graph.program import NOISE, Phase
+from hbcore.rules.numerics import compute_dtype
+
+aten = torch.ops.aten
 
 SMALL = 32_768
 """Tensors with fewer elements are packed. Packing larger ones costs more in copies than it saves in calls."""
+
+SPREADING = {
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.where.self, aten.minimum.default,
+    aten.maximum.default,
+}  # fmt: skip
+"""Operations of an element and a 0-d number that give the same bits for a tensor of such numbers in the element's dtype."""
 
 
 @dataclass(eq=False)
@@ -66,7 +77,9 @@ class Pack:
     """Several small parameters packed into one call.
 
     Attributes:
-        row: their row of scalars.
+        row: the first parameter's row of scalars.
+        rows: each parameter's, if they are not all the same.
+        dtype: the compute dtype.
         index: the first parameter's index in the batch.
         names: the graph's inputs.
         members: the parameters' indices in the batch.
@@ -82,8 +95,11 @@ class Pack:
     sizes: list[int]
     parts: list[list[Tensor] | None]
     targets: list[list[Tensor]]
+    rows: list[int] | None
+    dtype: torch.dtype
 
     def __post_init__(self) -> None:
+        self._spread: dict[int, Spread] = {}
         # results pass through buffers whose views are made once: making a view of each result takes longer than copying it
         self._buffers = [targets[0].new_empty(sum(self.sizes)) for targets in self.targets]
         self._results = [buffer.split_with_sizes(self.sizes) for buffer in self._buffers]
@@ -105,13 +121,82 @@ class Pack:
             buffer.copy_(value)
             torch._foreach_copy_(targets, results)
 
+    def numbers(self, phase: Phase, scalars: Sequence[Tensor], table: Sequence[Sequence[float]]) -> list[Tensor]:
+        """The scalars of the phase's graph, for parameters of several rows.
+
+        Args:
+            phase: the phase to run.
+            scalars: those of :attr:`row`, 0-d.
+            table: the numbers of every row.
+        """
+        assert self.rows is not None
+        values: list[Tensor] = []
+        for i in phase.scalars:
+            column = [table[row][i] for row in self.rows]
+            if column.count(column[0]) == len(column):
+                values.append(scalars[i])
+                continue
+            if i not in self._spread:
+                self._spread[i] = Spread(self.sizes, self.dtype)
+            values.append(self._spread[i].of(column))
+        return values
+
+
+class Spread:
+    """A number for each of several flat tensors as one number for each of their elements, in their memory's order.
+
+    Args:
+        sizes: the number of elements of each.
+        dtype: the numbers' dtype.
+    """
+
+    def __init__(self, sizes: Sequence[int], dtype: torch.dtype) -> None:
+        self._whole = torch.empty(sum(sizes), dtype=dtype, device="cpu")
+        self._runs: list[tuple[int, int, Tensor]] = []
+        first = start = 0
+        for i, size in enumerate(sizes, start=1):
+            if i == len(sizes) or sizes[i] != size:  # tensors of one size are filled together
+                view = self._whole[start : start + (i - first) * size].view(i - first, size)
+                self._runs.append((first, i, view))
+                first, start = i, start + view.numel()
+
+    def of(self, numbers: Sequence[float]) -> Tensor:
+        """A tensor of the elements' numbers, which the next call overwrites."""
+        column = torch.tensor(numbers, dtype=torch.float64, device="cpu").unsqueeze(1)
+        for first, last, view in self._runs:
+            view.copy_(column[first:last])
+        return self._whole
+
+
+def spreads(phase: Phase, dtypes: Mapping[str, torch.dtype], hoisted: Sequence[torch.dtype]) -> bool:
+    """Whether a phase gives the same bits if its scalars are spread over the elements, see :class:`Spread`.
+
+    Args:
+        phase: the phase.
+        dtypes: the program's tensors' dtypes.
+        hoisted: its scalars' dtypes.
+    """
+    dtype = compute_dtype(dtypes["param"])
+    inputs = [n for n in phase.graph.graph.nodes if n.op == "placeholder"][len(phase.tensors) :]
+    if phase.reduces or phase.sums or phase.needs_numel or any(hoisted[i] != torch.float64 for i in phase.scalars):
+        return False
+    for user in (user for scalar in inputs for user in scalar.users):
+        if user.target not in SPREADING or user.kwargs or user.meta["dtype"] != dtype:
+            return False
+        operands = user.args[1:] if user.target is aten.where.self else user.args
+        if not any(isinstance(n, fx.Node) and n.meta["kind"] == "element" and n.meta["dtype"] == dtype for n in operands):
+            return False
+    return True
+
 
 def columns_of(phase: Phase) -> list[str]:
     """Every stored tensor used by the phase, once: those it reads, then those it only writes."""
     return [*phase.tensors, *(name for name in phase.writes if name not in phase.tensors)]
 
 
-def chunks(phase: Phase, batch: Batch, names: Sequence[str], largest: int | None = None) -> list[Chunk | Pack]:
+def chunks(
+    phase: Phase, batch: Batch, names: Sequence[str], largest: int | None = None, spread: bool = False
+) -> list[Chunk | Pack]:
     """Split ``batch`` into chunks for one phase.
 
     Args:
@@ -119,6 +204,7 @@ def chunks(phase: Phase, batch: Batch, names: Sequence[str], largest: int | None
         batch: a batch of dense tensors.
         names: the graph's inputs.
         largest: the maximum number of elements per chunk; None for whole tensors.
+        spread: a pack may have several rows; on a CPU, where the phase :func:`spreads`.
     """
     stored = {n: batch.flat(n) for n in (*names, *phase.writes) if n != "grad" and not n.startswith(NOISE)}
     sizes = [t.numel() for t in batch.tensors["param"]]
@@ -126,14 +212,22 @@ def chunks(phase: Phase, batch: Batch, names: Sequence[str], largest: int | None
     if not phase.reduces and not phase.sums and not phase.needs_numel:
         for i in (i for i, size in enumerate(sizes) if size < SMALL):
             packs.setdefault(batch.rows[i], []).append(i)
+    chosen = list(packs.values())
+    if spread:  # a spread scalar costs memory traffic, as much as a call only if there are few elements
+        few = {row for row, members in packs.items() if sum(sizes[i] for i in members) < SMALL}
+        chosen = [members for row, members in packs.items() if row not in few]
+        chosen.append(sorted(i for row in few for i in packs[row]))
     made: list[Chunk | Pack] = []
     alone = set(range(len(sizes)))
-    for row, members in packs.items():
+    for members in chosen:
         if len(members) > 1:
             alone -= set(members)
             parts = [[stored[n][i] for i in members] if n in stored else None for n in names]
             targets = [[stored[n][i] for i in members] for n in phase.writes]
-            made.append(Pack(row, members[0], names, members, [sizes[i] for i in members], parts, targets))
+            rows = [batch.rows[i] for i in members]
+            several, dtype = rows if len(set(rows)) > 1 else None, compute_dtype(batch.tensors["param"][0].dtype)
+            lengths = [sizes[i] for i in members]
+            made.append(Pack(rows[0], members[0], names, members, lengths, parts, targets, several, dtype))
     for i in sorted(alone):
         step = largest or sizes[i]
         for start in range(0, sizes[i], step):
@@ -150,11 +244,18 @@ class Chunked:
     Args:
         phases: a program's phases.
         names: the inputs of each phase's graph.
-        largest: see :func:`chunks`.
+        largest, spread: see :func:`chunks`.
     """
 
-    def __init__(self, phases: Sequence[Phase], names: Sequence[Sequence[str]], largest: int | None = None) -> None:
+    def __init__(
+        self,
+        phases: Sequence[Phase],
+        names: Sequence[Sequence[str]],
+        largest: int | None = None,
+        spread: Sequence[bool] | None = None,
+    ) -> None:
         self._phases, self._names, self._largest = phases, names, largest
+        self._spread = spread or [False] * len(phases)
         self._batch: Batch | None = None
         self._rows: list[int] | None = None
         self._cut: dict[int, list[Chunk | Pack]] = {}
@@ -168,7 +269,7 @@ class Chunked:
         if batch is not self._batch or batch.rows is not self._rows:
             self._batch, self._rows, self._cut = batch, batch.rows, {}
         if phase not in self._cut:
-            self._cut[phase] = chunks(self._phases[phase], batch, self._names[phase], self._largest)
+            self._cut[phase] = chunks(self._phases[phase], batch, self._names[phase], self._largest, self._spread[phase])
         return self._cut[phase]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hbcore.engine.backends.base import Batch, Executable
-from hbcore.engine.backends.chunking import Chunked, numbers
+from hbcore.engine.backends.chunking import Chunked, Pack, numbers, spreads
 from hbcore.engine.graph.program import Phase, Program, as_scalars, direct_reduce
 from hbcore.engine.graph.purity import Purity
 from hbcore.engine.graph.segment_spec import Reduce, SegmentSpec
@@ -24,7 +24,7 @@ class EagerBackend:
 
     def compile(self, program: Program, batch: Batch) -> Executable:
         """Wrap the program; nothing is compiled."""
-        return EagerExecutable(program, SLICE if batch.tensors["param"][0].device.type == "cpu" else None)
+        return EagerExecutable(program, batch.tensors["param"][0].device.type == "cpu")
 
 
 class EagerExecutable:
@@ -32,17 +32,24 @@ class EagerExecutable:
 
     Args:
         program: the program to run.
-        largest: the maximum number of elements per chunk; None for whole tensors.
+        cpu: whether the parameters are on a CPU.
     """
 
-    def __init__(self, program: Program, largest: int | None) -> None:
+    def __init__(self, program: Program, cpu: bool) -> None:
         self.program, self.compiles = program, 0
         self._scalars: list[tuple[Tensor, ...]] = []
-        self._chunked = Chunked(program.phases, [p.tensors for p in program.phases], largest)
+        self._table: list[tuple[float, ...]] = []
+        spread = [cpu and spreads(p, program.dtypes, program.hoisted) for p in program.phases]
+        self._spread = any(spread)
+        self._chunked = Chunked(program.phases, [p.tensors for p in program.phases], SLICE if cpu else None, spread)
         self._graphs: list[Callable[..., tuple[Tensor, ...]]] = [p.graph.forward for p in program.phases]
 
     def prepare(self, batch: Batch) -> None:
-        self._scalars = list(map(self.program.scalars, batch.values))
+        values = batch.values
+        if self._spread and len(values) > 1:  # of most rows, only a column of a pack needs the numbers
+            self._scalars, self._table = [], list(map(self.program.numbers, values))
+        else:
+            self._scalars = list(map(self.program.scalars, values))
 
     def run(self, phase: int, batch: Batch) -> int:
         p, graph = self.program.phases[phase], self._graphs[phase]
@@ -54,7 +61,12 @@ class EagerExecutable:
             parts[r.name] = [[] for _ in range(len(batch))]
         grads = batch.flat("grad")
         for chunk in self._chunked.of(phase, batch):
-            results = graph(*chunk.columns(batch, grads), *numbers(p, batch, self._scalars[chunk.row], chunk.index))
+            scalars = self._scalars[chunk.row] if self._scalars else self.program.scalars(batch.values[chunk.row])
+            if isinstance(chunk, Pack) and chunk.rows is not None:
+                inputs = chunk.numbers(p, scalars, self._table)
+            else:
+                inputs = numbers(p, batch, scalars, chunk.index)
+            results = graph(*chunk.columns(batch, grads), *inputs)
             chunk.write(results)
             for r, value in zip(p.reduces, results[len(p.writes) :], strict=True):
                 parts[r.name][chunk.index].append(value)
@@ -70,9 +82,10 @@ class EagerExecutable:
         """One call per parameter, in its own shape: for tensors that are not dense in memory."""
         for r in p.reduces:
             batch.sums[r.name] = []
+        scalars = self._scalars or list(map(self.program.scalars, batch.values))
         for i, row in enumerate(batch.rows):
             columns = columns_at(batch, i)
-            results = p.graph(*(columns[name] for name in p.tensors), *numbers(p, batch, self._scalars[row], i))
+            results = p.graph(*(columns[name] for name in p.tensors), *numbers(p, batch, scalars[row], i))
             for name, value in zip(p.writes, results, strict=False):
                 columns[name].copy_(value)
             for r, value in zip(p.reduces, results[len(p.writes) :], strict=True):

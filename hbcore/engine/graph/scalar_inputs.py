@@ -27,10 +27,13 @@ def numbers(spec: SegmentSpec, group: Mapping[str, Any], carried: Mapping[str, f
     flat: list[float] = []
     for key, n in spec.dynamic:
         value = group[key]
-        if n is None:
-            flat.append(value if value.__class__ is float else _number(key, value))
+        if n is not None:
+            for v in value:
+                flat.append(v if v.__class__ is float else _number(key, v))
+        elif value.__class__ is float:
+            flat.append(value)
         else:
-            flat += [v if v.__class__ is float else _number(key, v) for v in value]
+            flat.append(float(value) if value.__class__ is int else _number(key, value))
     for name in spec.carried:
         flat.append(carried[name])
     return flat

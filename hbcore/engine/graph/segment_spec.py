@@ -40,6 +40,12 @@ Give = Callable[[Transform, Iterable[Any]], None]
 """``give(rule, tensors)``: told what each rule is given before it runs."""
 
 
+def getter(keys: Iterable[str]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    """A getter of several of a group's entries in one call."""
+    names = tuple(keys)
+    return itemgetter(*names) if len(names) > 1 else lambda group: tuple(group[name] for name in names)
+
+
 def length_of(value: Any) -> int | None:
     """The length of a tuple hyperparameter; None for a plain number."""
     value = fixed(value)
@@ -128,8 +134,7 @@ class SegmentSpec:
     def _structure(self) -> tuple[Callable[[Mapping[str, Any]], Any], Any]:
         """A getter of a group's structural entries in one call, and their expected values."""
         entries = {"maximize": self.maximize, **dict(self.static)}
-        get = itemgetter(*entries) if len(entries) > 1 else lambda group: (group["maximize"],)
-        return get, tuple(entries.values())
+        return getter(entries), tuple(entries.values())
 
     @cached_property
     def numbers(self) -> tuple[str, ...]:
@@ -140,9 +145,13 @@ class SegmentSpec:
     @cached_property
     def scalar_names(self) -> tuple[str, ...]:
         """The 0-d inputs, flattened: ``lr``, ``betas.0``, ``betas.1``, ..., ``step``, ``model_numel``."""
-        names = [k if n is None else f"{k}.{i}" for k, n in self.dynamic for i in range(n or 1)]
-        names += [CARRIED + name for name in self.carried]
-        return (*names, *(("grad_scale", "found_inf") if self.scaled else ()), "step", "model_numel")
+        return (*self.numbered, *(("grad_scale", "found_inf") if self.scaled else ()), "step", "model_numel")
+
+    @cached_property
+    def numbered(self) -> tuple[str, ...]:
+        """Those of them that are a group's: its hyperparameters and what it carries."""
+        names = [k if n is None else f"{k}.{i}" for k, n in self.dynamic for i in range(1 if n is None else n)]
+        return (*names, *(CARRIED + name for name in self.carried))
 
     def whole_chain(self, scalars: Mapping[str, Any]) -> tuple[Transform, ...]:
         """Every transform of the chain, with hyperparameters bound to ``scalars`` (an entry per :attr:`scalar_names`)."""

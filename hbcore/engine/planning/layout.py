@@ -18,7 +18,7 @@ from hbcore.engine.group_scalars import GroupScalars, advanced, carried
 from hbcore.engine.planning.compiling import Compiler
 from hbcore.engine.planning.operations import Operation, operations_of
 from hbcore.engine.planning.segments import Addresses, Member, SegmentBatch, batches_of
-from hbcore.engine.stacks.level import levels_of
+from hbcore.engine.stacks.level import Readings, levels_of
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.steps import Selection
 
@@ -112,21 +112,22 @@ class Layout:
         """Bring the step's numbers to where the operations read them. Everything compiles before anything is written."""
         core = self.core
         base, ahead = self._selection.coming(trusted=core.chain.settings.capturable)
-        carries: dict[int, dict[str, float]] = {}
+        carries, every = dict[int, dict[str, float]](), core.all_scalars()
         for g, transforms in self._stepping.items():
-            scalars = core.scalars_of(g)
+            scalars = every[g]
             self._coming[g], self._refreshes[g] = advanced(scalars, transforms)
             carries[g] = carried(scalars, transforms) if transforms else {}
+        read: Readings = {}
         changed = not self.operations
         for batch in self.batches:
             rows = batch.assign_rows(base, ahead)
             if core.chain.settings.capturable:
                 batch.values = self._device_values(batch, rows, amp)
             else:
-                self._host_values(batch, rows, carries)
+                self._host_values(batch, rows, carries, read)
             changed = self._compiler.prepare(batch) or changed
         for level in self.levels:
-            level.fill(base, ahead, core.groups, carries, self._refreshes, self._coming)
+            level.fill(base, ahead, read, self._refreshes, self._coming)
         if changed:
             self.operations = operations_of(self.batches, self.levels, core)
             core.report.backend = "+".join(sorted({b.segment.backend for b in self.batches} - {""})) or core.report.backend
@@ -142,14 +143,15 @@ class Layout:
         for batch in self.batches:
             if batch.carried:
                 self._take_carried(batch)
-        before = {g: dict(core.scalars_of(g)) for g in self._coming} if found is not None else {}
+        every = core.all_scalars()
+        before = {g: dict(every[g]) for g in self._coming} if found is not None else {}
         for g, scalars in self._coming.items():
-            core.scalars_of(g).update(scalars)
+            every[g].update(scalars)
         # kernels write where autograd does not see it: a graph that saved a parameter must know that it changed
         torch.autograd.graph.increment_version(self.params)
         for level in self.levels:
-            if level.partial:
-                core.report.note("some matrices of a stack sat a step out: the others were gathered and scattered back")
+            for note in level.notes:
+                core.report.note(note)
         primed = [m for m in self.members if not m.primed] if self.priming else []
         for m in primed:
             m.primed = True
@@ -194,12 +196,18 @@ class Layout:
         """State tensors were written to in place: read the step counters again."""
         self._selection.forget()
 
-    def _host_values(self, batch: SegmentBatch, rows: list[tuple[int, float]], carries: dict[int, dict[str, float]]) -> None:
+    def _host_values(
+        self, batch: SegmentBatch, rows: list[tuple[int, float]], carries: dict[int, dict[str, float]], read: Readings
+    ) -> None:
         """One row of numbers for each (group, step), and what the groups will carry for the batch's rules."""
         segment, groups, model = batch.segment, self.core.groups, self._model_numel
         spec, values = segment.key.spec, []
+        names = spec.numbered
         for g, count in rows:
-            values.append([*numbers(spec, groups[g], carries[g]), count, model])
+            given = read.get((g, names))
+            if given is None:
+                given = read[g, names] = numbers(spec, groups[g], carries[g])
+            values.append([*given, count, model])
         batch.values = values
         if segment.program is not None and segment.program.carries:
             for (g, _), row in zip(rows, values, strict=True):

@@ -11,8 +11,12 @@ from torch import Tensor
 from hbcore.distributed.exchange import owners
 from hbcore.distributed.placement import gathered, local, shards_of, spread_like
 from hbcore.engine.core import OptimizerCore
+from hbcore.engine.graph.scalar_inputs import numbers
+from hbcore.engine.graph.segment_spec import SegmentSpec
+from hbcore.engine.group_scalars import carried
 from hbcore.engine.planning.partition import Partition
 from hbcore.engine.planning.segments import Member, Segment, aligned, is_transient
+from hbcore.engine.stacks.bound_rule import BoundRule
 from hbcore.engine.stacks.stack import ShardedView, Stack, StackKey, StackView
 from hbcore.errors import ParameterError, RuleError, StateWarning
 from hbcore.rules.numerics import compute_dtype
@@ -40,6 +44,7 @@ class StateInit:
         self.core = core
         self._new: list[NewMember] = []
         self._shared: dict[str, Tensor | None] = {}
+        self._reads: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def add(self, group: int, param: Tensor, partition: Partition, segments: tuple[Segment, ...]) -> None:
         """Take in ``param`` with the others."""
@@ -183,12 +188,13 @@ class StateInit:
         for n in self._new:
             shards = shards_of(n.param)
             levels: list[list[tuple[Block, StackKey, int]]] = []
+            step = float(self.core.state[n.param].get("step", 0.0))
             for segment, i in zip(n.segments, n.partition.rules, strict=False):
                 rule, level = n.partition.transforms[i], []
                 elsewhere = shards is not None and owner_of[n.param] != shards.rank
                 for k, block in enumerate(() if elsewhere else rule.blocks(n.param.shape)):
-                    spec = segment.key.spec
-                    key = StackKey(spec, n.group, i, block.shape, n.param.dtype, segment.key.device)
+                    spec, device = segment.key.spec, segment.key.device
+                    key = StackKey(spec, i, self._read(n, spec, i), step, block.shape, n.param.dtype, device)
                     rules[key] = (rule, dict(spec.feeds))
                     names = rows.setdefault(key, [])
                     level.append((block, key, len(names)))
@@ -196,8 +202,16 @@ class StateInit:
                     names += [f"{seed_key}/{k}.{j}" for j in range(block.batch)]
                 levels.append(level)
             plans.append((n, levels))
-        stacks = {key: Stack(key, *rules[key], names) for key, names in rows.items()}
+        stacks = {key: Stack(key, *rules[key], names, self._reads[id(key.spec), key.index]) for key, names in rows.items()}
         return {n.param: _views_of(n, levels, stacks, owner_of) for n, levels in plans}
+
+    def _read(self, n: NewMember, spec: SegmentSpec, index: int) -> tuple[float, ...]:
+        """Those of a group's numbers that a matrix rule reads."""
+        if (id(spec), index) not in self._reads:
+            self._reads[id(spec), index] = BoundRule(spec, index).reads
+        carries = carried(self.core.carried(n.group), n.partition.transforms)
+        values = numbers(spec, self.core.groups[n.group], carries)
+        return tuple(values[k] for k in self._reads[id(spec), index])
 
 
 def _views_of(

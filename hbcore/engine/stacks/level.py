@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hbcore.distributed.exchange import from_owners, to_owners
 from hbcore.engine.graph.program import NONFINITE
-from hbcore.engine.graph.scalar_inputs import numbers
 from hbcore.engine.group_scalars import GroupScalars
 from hbcore.engine.stacks.rule_call import Part, RuleCall
 from hbcore.engine.stacks.stack import ShardedView, Stack, StackView
+
+Readings = dict[tuple[int, tuple[str, ...]], list[float]]
+"""A group, and the names of its numbers as :attr:`SegmentSpec.numbered` has them -> this step's numbers, read once."""
+
+SAT_OUT = "some matrices of a stack sat a step out: the others were gathered and scattered back"
+PARTED = (
+    "groups whose matrices share a stack had other numbers for its rule, or refreshed it in other steps: their matrices were "
+    "gathered and scattered back; groups that have such numbers when they first step get stacks of their own"
+)
+"""Why rows of a stack did not run together."""
 
 
 class StackMember(Protocol):
     """What a level knows of a parameter.
 
     Attributes:
+        group: its group's index.
         views: where each matrix rule of its chain sees it.
         stored: its state tensors by name, this rank's parts.
         primed: whether its rules that prime did so.
     """
 
+    group: int
     primed: bool
     stored: dict[str, Tensor]
 
@@ -37,15 +48,34 @@ class StackMember(Protocol):
 
 
 class Together(NamedTuple):
-    """What rows must share to be handed to a rule in one call. ``spec`` is the spec's ``id``: comparing specs is slow, and the
-    stacks keep them alive."""
+    """What rows must share to be handed to a rule in one call. Rows of several groups may: the learning rate and the like are
+    used by the segments around the rule, which have a row of numbers for each group.
 
-    group: int
-    spec: int
-    rule: int
+    Attributes:
+        kind: the index, in :attr:`Level.readers`, of the first group with the same numbers for the same rule.
+    """
+
+    kind: int
     device: torch.device
     step: float
     priming: bool
+
+
+class Reader(NamedTuple):
+    """One group whose numbers a rule reads. ``spec`` is the spec's ``id``: comparing specs is slow, and the stacks keep them
+    alive. ``stack`` is any of the group's that this rule takes."""
+
+    group: int
+    spec: int
+    stack: Stack
+
+
+class Call(NamedTuple):
+    """A call, and the groups whose rows it has."""
+
+    together: Together
+    rule: RuleCall
+    groups: list[int]
 
 
 class Level:
@@ -57,7 +87,8 @@ class Level:
 
     Attributes:
         stacks: each stack's rows: the member, its index among all active ones, and its rows.
-        partial: whether some of a stack's rows sit this step out, or take it at another step than the rest.
+        readers: the groups whose numbers the rules read.
+        notes: why rows of some stacks do not run together.
     """
 
     def __init__(self, members: Sequence[StackMember], level: int) -> None:
@@ -67,9 +98,12 @@ class Level:
             if level < min(m.reach, len(m.views)):
                 for block, stack, row in m.views[level].runs:
                     self.stacks.setdefault(stack, []).append((m, position, range(row, row + block.batch)))
-        self.partial = False
+        found = {_reader(m, stack): stack for stack, rows in self.stacks.items() for m, _, _ in rows}
+        self.readers = [Reader(group, spec, stack) for (group, spec, _), stack in found.items()]
+        self.notes: list[str] = []
+        self._kinds: list[int] = []
         self._base: list[float] | None = None
-        self._calls: list[tuple[Together, RuleCall]] = []
+        self._calls: list[Call] = []
         self._coming: Mapping[int, GroupScalars] = {}
 
     def open(self) -> bool:
@@ -91,8 +125,7 @@ class Level:
         self,
         base: list[float],
         ahead: int,
-        groups: Sequence[Mapping[str, Any]],
-        carries: Mapping[int, Mapping[str, float]],
+        read: Readings,
         refreshes: Mapping[int, Mapping[str, bool]],
         coming: Mapping[int, GroupScalars],
     ) -> None:
@@ -101,17 +134,24 @@ class Level:
         Args:
             base: the step counts of all active parameters, the same list while they advance together.
             ahead: what to add to them.
-            groups: the param groups.
-            carries: the rules' scalars that each active group carries from the last step.
+            read: the groups' numbers, which the segments before the rules have read.
             refreshes: whether each rule of a group, by name, refreshes.
             coming: what each group will carry to the next step; :meth:`run` adds to it.
         """
-        if self._base is not base:
+        kinds: dict[tuple[float, ...], int] = {}
+        given: list[list[float]] = []
+        found: list[int] = []
+        for i, (g, spec, stack) in enumerate(self.readers):
+            values = read[g, stack.key.spec.numbered]
+            own = [values[k] for k in stack.reads]
+            found.append(kinds.setdefault((spec, stack.key.index, refreshes[g][stack.rule], *own), i))
+            given.append(values)
+        if self._base is not base or self._kinds != found:
+            self._base, self._kinds = base, found
             self._arrange(base)
         self._coming = coming
-        for together, call in self._calls:
-            g = together.group
-            call.fill(numbers(call.spec, groups[g], carries[g]), together.step + ahead, refreshes[g][call.rule.name])
+        for (kind, _, step, _), call, some in self._calls:
+            call.fill(given[kind], step + ahead, refreshes[some[0]][call.rule.name])
 
     def run(self, model: Mapping[str, Tensor]) -> int:
         """Bring the rules' inputs to the stacks, run the rules, and bring the results back.
@@ -120,29 +160,40 @@ class Level:
             model: the reductions over the model.
         """
         self._traffic.scatter()
-        for together, call in self._calls:
-            for name, value in call.run(model.get(NONFINITE)).items():
-                self._coming[together.group][name] = value
+        for _, call, groups in self._calls:
+            carried = call.run(model.get(NONFINITE))
+            for g in groups:
+                self._coming[g].update(carried)
         self._traffic.gather()
         return 0
 
     def _arrange(self, base: list[float]) -> None:
-        """Sort the rows into calls: those of one rule that take the same step run together."""
+        """Sort the rows into calls: those of one rule that have the same numbers and take the same step run together."""
+        kind_of = {(g, spec, stack.key.index): k for (g, spec, stack), k in zip(self.readers, self._kinds, strict=True)}
         parts: dict[Together, list[Part]] = {}
-        self._base, self.partial = base, False
+        groups: dict[Together, dict[int, None]] = {}
+        notes: dict[str, None] = {}
         for stack, members in self.stacks.items():
-            found: dict[tuple[float, bool], list[int]] = {}
+            found: dict[Together, list[int]] = {}
             for m, position, rows in members:
-                found.setdefault((base[position], not m.primed and m.reach == self.level + 1), []).extend(rows)
-            key = stack.key
-            for (step, priming), chosen in found.items():
+                priming = not m.primed and m.reach == self.level + 1
+                together = Together(kind_of[_reader(m, stack)], stack.key.device, base[position], priming)
+                found.setdefault(together, []).extend(rows)
+                groups.setdefault(together, {})[m.group] = None
+            for together, chosen in found.items():
                 chosen.sort()
                 whole = chosen == list(range(len(stack.names)))
-                self.partial = self.partial or not whole
-                index = None if whole else torch.tensor(chosen, device=key.device)
-                together = Together(key.group, id(key.spec), key.index, key.device, step, priming)
+                if not whole:
+                    notes[PARTED if len({t.kind for t in found}) > 1 else SAT_OUT] = None
+                index = None if whole else torch.tensor(chosen, device=stack.key.device)
                 parts.setdefault(together, []).append(Part(stack, index, [stack.names[r] for r in chosen]))
-        self._calls = [(together, RuleCall(some, together.priming)) for together, some in parts.items()]
+        self.notes = list(notes)
+        self._calls = [Call(t, RuleCall(some, t.priming), list(groups[t])) for t, some in parts.items()]
+
+
+def _reader(m: StackMember, stack: Stack) -> tuple[int, int, int]:
+    """Whose numbers are read for a member's rows of a stack, and by which rule."""
+    return m.group, id(stack.key.spec), stack.key.index
 
 
 def levels_of(members: Sequence[StackMember]) -> list[Level]:

@@ -1,25 +1,23 @@
-"""One call of a matrix rule on rows of stacks: bound once to numbers that each step fills, and where its results go."""
+"""One call of a matrix rule on rows of stacks: what it is given, and where its results go."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hbcore.engine.graph.program import CARRIED
 from hbcore.engine.graph.purity import Purity
 from hbcore.engine.precision import exact_products
 from hbcore.engine.stacks.absent import Absent
+from hbcore.engine.stacks.bound_rule import BoundRule
 from hbcore.engine.stacks.stack import Stack
 from hbcore.engine.stacks.stack_state import Rows, StackState, WatchedState
 from hbcore.errors import RuleError
 from hbcore.rules.contract import check_state, checked, title, unknown_slot
 from hbcore.rules.declared import kind
 from hbcore.rules.noise import bits, noise_key, normal, uniform
-from hbcore.rules.palm import RisingDecay
 from hbcore.rules.transform import Context, State, Transform
 from hbcore.state.codec import codec_of
 
@@ -43,29 +41,22 @@ class Part(NamedTuple):
 class RuleCall:
     """A rule, and the rows of its stacks that it is handed together.
 
-    The rule's hyperparameters are 0-d views of one small float64 vector on the host, which every step fills. A chain that
-    computes with hyperparameters as it is built, rather than in ``update``, has other tensors; it is built again at every step.
-
     Args:
-        parts: rows of stacks of one spec, group and rule.
+        parts: rows of stacks of one spec and rule, whose groups have the same numbers for it.
         priming: the rule only prepares its state from these updates.
 
     Attributes:
-        rule: the rule, bound to the vector.
+        rule: the rule, bound to this call's numbers.
         step: the rows' step.
         refresh: whether the rule's expensive part is due.
-        carried: what the group carries for this rule.
+        carried: what the groups carry for this rule.
     """
 
     def __init__(self, parts: Sequence[Part], priming: bool) -> None:
         key = parts[0].stack.key
-        self.spec, self.index, self.priming = key.spec, key.index, priming
-        names = self.spec.scalar_names
-        self._numbers = torch.zeros(len(names), dtype=torch.float64, device="cpu")
-        self._scalars = dict(zip(names, self._numbers.unbind(), strict=True))
-        self.rule = self._built()
-        self._bound = all(map(self._follows, _numbers_of(self.rule)))
-        self.carried = {name: self._scalars[CARRIED + name] for name in self.rule.scalars()}
+        self.spec, self.priming = key.spec, priming
+        self._bound = BoundRule(key.spec, key.index)
+        self.rule, self.carried = self._bound.rule, self._bound.carried
         self.step, self.refresh = 0, True
         self._arguments = [Arguments(self, part) for part in parts]
         self._checked = all(part.stack.checked for part in parts)
@@ -73,15 +64,12 @@ class RuleCall:
     @property
     def step_tensor(self) -> Tensor:
         """The rows' step, 0-d float64 on the host."""
-        return self._scalars["step"]
+        return self._bound.scalars["step"]
 
-    def fill(self, numbers: list[float], step: float, refresh: bool) -> None:
-        """Take this step's numbers: hyperparameters and what the group carries, as in ``spec.scalar_names``."""
-        absent = [1.0] * (len(self._scalars) - len(numbers) - 2)  # a GradScaler's, which matrix rules do not see
-        self._numbers.copy_(torch.tensor([*numbers, *absent, step, 1.0], dtype=torch.float64, device="cpu"))
+    def fill(self, numbers: Sequence[float], step: float, refresh: bool) -> None:
+        """Take this step's numbers: hyperparameters and what a group carries, as in ``spec.scalar_names``."""
         self.step, self.refresh = int(step), refresh
-        if not self._bound:
-            self.rule = self._built()
+        self.rule = self._bound.fill(numbers, step)
 
     def run(self, nonfinite: Tensor | None = None) -> dict[str, float]:
         """Run the rule over its rows, in place; return the new values of what the group carries.
@@ -140,27 +128,6 @@ class RuleCall:
         for each in self._arguments:
             each.stack.checked = True
         return carried
-
-    def _built(self) -> Transform:
-        return self.spec.whole_chain(self._scalars)[self.index]
-
-    def _follows(self, value: Any) -> bool:
-        """Whether a hyperparameter changes by itself when the vector is filled."""
-        if isinstance(value, RisingDecay):
-            return all(map(self._follows, value.inputs))
-        return not isinstance(value, Tensor) or any(value is scalar for scalar in self._scalars.values())
-
-
-def _numbers_of(value: Any) -> Iterator[Any]:
-    """Every hyperparameter of a rule, inner rules' too."""
-    if isinstance(value, Transform):
-        for f in fields(value):
-            yield from _numbers_of(getattr(value, f.name))
-    elif isinstance(value, (tuple, list)):
-        for v in value:
-            yield from _numbers_of(v)
-    else:
-        yield value
 
 
 class Arguments:

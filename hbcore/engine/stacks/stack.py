@@ -29,11 +29,21 @@ for the model's own use between steps; a CPU's would come back from the system p
 
 @dataclass(frozen=True)
 class StackKey:
-    """What blocks must share to lie in one stack; ``index`` is the rule's in the chain."""
+    """What blocks must share to lie in one stack.
+
+    Blocks of several groups may. A rule is handed rows whose numbers and step are the same, so those that differ when the stack
+    is made have stacks of their own: otherwise each call would have to gather its rows.
+
+    Attributes:
+        index: the rule's place in the chain.
+        numbers: those of the group that the rule read when the stack was made.
+        step: the parameter's step then.
+    """
 
     spec: SegmentSpec
-    group: int
     index: int
+    numbers: tuple[float, ...]
+    step: float
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
@@ -44,13 +54,17 @@ class Stack:
 
     Attributes:
         names: what each row's random numbers are drawn by.
+        rule: the name of the rule that takes it.
+        reads: which of a group's numbers that rule reads, see :class:`~hbcore.engine.stacks.bound_rule.BoundRule`.
         inputs: what the segment before writes: ``update``, and what else the rule needs. The rule's result replaces ``update``.
         stored: the slots as the codec stores them, ``[rows, *slot.shape]`` each.
         checked: whether the rule ran on it and was seen to be pure, and to return what it may.
     """
 
-    def __init__(self, key: StackKey, rule: Transform, feeds: Mapping[str, torch.dtype], names: list[str]) -> None:
-        self.key, self.names = key, names
+    def __init__(
+        self, key: StackKey, rule: Transform, feeds: Mapping[str, torch.dtype], names: list[str], reads: tuple[int, ...]
+    ) -> None:
+        self.key, self.names, self.rule, self.reads = key, names, rule.name, reads
         self.slots = slots_of(rule, torch.empty(key.shape, dtype=key.dtype, device="meta"))
         self.checked = False
         rows = len(names)
