@@ -81,4 +81,4 @@ $(VENV)/.python-$(PYVERSION):
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info \
 		$(addsuffix /build,$(PLUGINS)) $(addsuffix /src/*.egg-info,$(PLUGINS))
-	find hbcore plugins scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find hbcore plugins examples scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

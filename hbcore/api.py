@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from hbcore.state.codec import StateCodec as StateCodec
     from hbcore.warn import warn_at_caller as warn_at_caller
     from hbcore.wrappers.composite import Composite as Composite
+    from hbcore.wrappers.extension import Extension as Extension
 
 _HOMES = {
     "Block": "hbcore.rules.views:Block",
@@ -66,6 +67,7 @@ _HOMES = {
     "CoupleDecay": "hbcore.rules.stages:CoupleDecay",
     "DecayWeights": "hbcore.rules.stages:DecayWeights",
     "Domain": "hbcore.rules.domain:Domain",
+    "Extension": "hbcore.wrappers.extension:Extension",
     "HyperparameterError": "hbcore.errors:HyperparameterError",
     "Migration": "hbcore.checkpoint.migrations:Migration",
     "Momentum": "hbcore.rules.moments:Momentum",

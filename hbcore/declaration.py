@@ -31,50 +31,72 @@ class Declaration(NamedTuple):
             stays keyword-only.
         annotations: their types.
         options: shared options whose default differs in this class.
-        closed: the class writes ``__init__`` itself, which has these parameters and takes no declared ones.
+        written: the nearest base, or the class itself, that writes ``__init__``; None if all of them declare fields.
     """
 
     fields: dict[str, Any]
     annotations: dict[str, Any]
     options: dict[str, Any]
-    closed: bool = False
+    written: type[Any] | None = None
+
+
+def declare(cls: type[Any], construct: Callable[..., None]) -> None:
+    """Make the declarations of a new class its constructor and its signature.
+
+    Args:
+        cls: a subclass of Optimizer.
+        construct: what a constructor made of fields calls: ``construct(self, params, fields, options)``.
+    """
+    cls.__doc__ = documented(cls.__doc__)
+    if "__signature__" in vars(cls):  # the class of an alias, which brings constructor and signature
+        cls._declared = preset(inherited(cls), vars(cls)["__signature__"])
+    elif "__init__" in vars(cls):
+        cls._declared, cls.__signature__ = written_out(cls, cls.option_defaults)
+    elif (declared := collect(cls, inherited(cls))) != cls._declared:
+        cls._declared = declared
+        cls.__init__ = constructor(cls, declared, constructs(declared, construct))
+        cls.__signature__ = signature(declared)
+    cls.own = tuple(cls._declared.fields)
 
 
 def inherited(cls: type[Any]) -> Declaration:
-    """What the bases of ``cls`` declare, merged as a dataclass merges its bases' fields."""
-    declared: list[Declaration] = [vars(base)["_declared"] for base in cls.__mro__[1:] if "_declared" in vars(base)]
-    if declared[0].closed:
-        return declared[0]
+    """What the bases of ``cls`` declare, merged as a dataclass merges its bases' fields.
+
+    A base that writes ``__init__`` itself says alone what its own bases' parameters are.
+    """
     merged = Declaration({}, {}, {})
-    for base in reversed(declared):
-        merged.fields.update(base.fields)
-        merged.annotations.update(base.annotations)
-        merged.options.update(base.options)
+    for base in reversed(cls.__mro__[1:]):
+        declared: Declaration | None = vars(base).get("_declared")
+        if declared is not None:
+            merged = declared if declared.written is base else _merged(merged, declared)
     return merged
+
+
+def _merged(base: Declaration, more: Declaration) -> Declaration:
+    return Declaration(
+        {**base.fields, **more.fields},
+        {**base.annotations, **more.annotations},
+        {**base.options, **more.options},
+        more.written or base.written,
+    )
 
 
 def collect(cls: type[Any], base: Declaration) -> Declaration:
     """Read the annotated fields of ``cls``, and new defaults for its base's, and take them off the class.
 
     Raises:
-        RuleError: a field has no default, or the base's constructor is written out and would not take it.
+        RuleError: a field has no default.
     """
     fields, annotations, options = dict(base.fields), dict(base.annotations), dict(base.options)
     found = {n: a for n, a in inspect.get_annotations(cls).items() if "ClassVar" not in str(a) and not n.startswith("_")}
-    given = [*found, *(n for n in dict.fromkeys((*fields, *OPTIONS)) if n not in found and n in vars(cls))]
-    if given and base.closed:
-        raise RuleError(
-            f"{cls.__name__}.{given[0]}: the base class writes __init__ itself, which takes no declared fields; "
-            f"write {cls.__name__}.__init__ as well."
-        )
-    for name in given:
+    for name in [*found, *(n for n in dict.fromkeys((*fields, *OPTIONS)) if n not in found and n in vars(cls))]:
         if name not in vars(cls):
             raise RuleError(f"{cls.__name__}.{name} has no default; every hyperparameter needs one.")
         if name in found:
             annotations[name] = found[name]
         (fields if name in found or name in fields else options)[name] = vars(cls)[name]
         delattr(cls, name)  # a group's value is in its dict; an attribute would show the class's default for it
-    return Declaration(fields, annotations, options, base.closed)
+    return Declaration(fields, annotations, options, base.written)
 
 
 def constructor(cls: type[Any], declared: Declaration, construct: Callable[..., None]) -> Callable[..., None]:
@@ -96,6 +118,31 @@ def constructor(cls: type[Any], declared: Declaration, construct: Callable[..., 
     return __init__
 
 
+def constructs(declared: Declaration, construct: Callable[..., None]) -> Callable[..., None]:
+    """What the constructor of a class calls: ``construct``, or its base's ``__init__`` where that is written out.
+
+    The latter gets the parameters that it has; what is declared besides is left in ``self._added``, for ``construct`` to find.
+
+    Raises:
+        RuleError: that ``__init__`` calls one that is made of fields, which would run ``normalise`` and ``after_init`` too.
+    """
+    if (base := declared.written) is None:
+        return construct
+    if any(vars(b)["_declared"].fields for b in base.__mro__[1:] if "_declared" in vars(b)):
+        raise RuleError(
+            f"{base.__name__} writes __init__ over a class that declares fields, and no subclass of it can declare more; write "
+            "__init__ there as well."
+        )
+    own = vars(base)["_declared"].fields
+
+    def through(self: Any, params: Any, fields: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        self._added = {name: value for name, value in fields.items() if name not in own}
+        given = {name: value for name, value in fields.items() if name in own and value is not inspect.Parameter.empty}
+        base.__init__(self, params, **given, **options)
+
+    return through
+
+
 def signature(declared: Declaration, with_self: bool = False) -> inspect.Signature:
     """Every parameter of a declared class: ``params``, its fields, and the shared options as keywords."""
     kind = inspect.Parameter
@@ -114,7 +161,18 @@ def written_out(cls: type[Any], defaults: Mapping[str, Any]) -> tuple[Declaratio
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
     own = {p.name: p.default for p in named if p.name != "params"}
-    return Declaration(own, {}, {}, closed=True), inspect.Signature([*named, *shared_parameters(defaults, set(own))])
+    annotations = {p.name: p.annotation for p in named if p.name in own}
+    shown = inspect.Signature([*named, *shared_parameters(defaults, set(own))])
+    return Declaration(own, annotations, dict(defaults), cls), shown
+
+
+def preset(base: Declaration, shown: inspect.Signature) -> Declaration:
+    """What an alias with a preset declares: what its base does, with the defaults of its own signature."""
+    defaults = {name: p.default for name, p in shown.parameters.items()}
+    fields = {name: defaults.get(name, default) for name, default in base.fields.items()}
+    rest = {name: option.default for name, option in OPTIONS.items() if name in defaults and name not in fields}
+    options = {name: defaults[name] for name, default in rest.items() if defaults[name] != default}
+    return base._replace(fields=fields, options={**base.options, **options})
 
 
 def shared_parameters(defaults: Mapping[str, Any], taken: set[str]) -> list[inspect.Parameter]:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from hbcore.checkpoint import dry_step, load, save, schema
-from hbcore.declaration import Declaration, collect, constructor, documented, inherited, signature, written_out
+from hbcore.declaration import Declaration, declare
 from hbcore.engine import weight_modes
 from hbcore.engine.chain_spec import ChainSpec
 from hbcore.engine.core import Group, OptimizerCore
@@ -78,7 +78,8 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         settings, scheduled = resolve(name, self.own, {**self.option_defaults, **options})
         if self.sparse_gradients:
             check(name, settings)
-        defaults = {k: fixed(v) for k, v in {**scheduled, **hyperparameters}.items()}
+        added = vars(self).pop("_added", {})  # by fields declared over a constructor written out
+        defaults = {k: fixed(v) for k, v in {**scheduled, **hyperparameters, **added}.items()}
         self.core = OptimizerCore(name, ChainSpec(type(self).chain, settings, defaults), self.sparse_gradients)
         self.core.options = schema.textual(options)
         self.core.building = True
@@ -117,15 +118,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__doc__ = documented(cls.__doc__)
-        if "__init__" in vars(cls):
-            if "__signature__" not in vars(cls):  # the classes of aliases bring their own
-                cls._declared, cls.__signature__ = written_out(cls, cls.option_defaults)  # type: ignore[attr-defined]
-        elif (declared := collect(cls, inherited(cls))) != cls._declared:
-            cls._declared = declared
-            cls.__init__ = constructor(cls, declared, Optimizer.__init__)  # type: ignore[method-assign]
-            cls.__signature__ = signature(declared)  # type: ignore[attr-defined]
-        cls.own = tuple(cls._declared.fields)
+        declare(cls, Optimizer.__init__)
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
         """Translate declared fields, as the user passed them, into the entries of the param groups.

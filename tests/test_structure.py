@@ -13,7 +13,7 @@ import pytest
 from hbcore.engine.shared_options import OPTIONS, Options, SharedOptions
 
 ROOT = Path(__file__).parent.parent
-PLACES = ("hbcore/**/*.py", "plugins/*/src/**/*.py", "benchmarks/**/*.py", "scripts/**/*.py")
+PLACES = ("hbcore/**/*.py", "plugins/*/src/**/*.py", "examples/*/src/**/*.py", "benchmarks/**/*.py", "scripts/**/*.py")
 SOURCES = sorted(path for place in PLACES for path in ROOT.glob(place))
 PLANNING = ("Plan", "SparsePlan", "Layout", "Watch", "Compiler", "StateInit", "OptimizerCore", "Level", "RuleCall")
 """What a step is made of; one class with 26 attributes was all of it once."""

@@ -12,7 +12,7 @@ import torch
 from hbcore import registry
 from hbcore.engine.backends import select as fallback
 from hbcore.engine.shared_options import OPTIONS, REMOVED, SCHEDULED
-from hbcore.errors import OptionError
+from hbcore.errors import OptionError, RuleError
 from hbcore.rules import clipping, division, roles, route, stages
 from hbcore.rules.mars import Mars
 from hbcore.rules.transform import Domain, Transform
@@ -60,7 +60,12 @@ class Settings:
             )
         if not decays:
             inserted.append(stages.DecayWeights(h.weight_decay, self.cautious_weight_decay))
-        if not any(t.owns_apply for t in rule):
+        owners = [t.name for t in rule if t.owns_apply]
+        if len(owners) > 1:
+            raise RuleError(
+                f"{' and '.join(map(repr, owners))} both apply the step (owns_apply = True); a chain has one that does."
+            )
+        if not owners:
             inserted += [stages.ScaleByLr(h.lr, h.warmup_steps), stages.Apply()]
         if self.use_ema:
             inserted.append(stages.ParameterEMA(h.ema_decay))

@@ -100,8 +100,8 @@ def inner(value: Any) -> Iterator[Any]:
 
 
 def _check_place(where: str, owns_apply: bool, stage: str) -> None:
-    if owns_apply and ORDER.index(stage) < ORDER.index("apply"):
+    if owns_apply and stage != "apply":
         raise RuleError(
-            f"{where}: a rule with owns_apply = True returns the new parameter, and at the stage {stage!r} later stages such "
-            "as weight decay would treat it as an update; set stage = 'apply'."
+            f"{where}: a rule with owns_apply = True turns the step into the new parameter; at the stage {stage!r} it would be "
+            "given, or leave to others, the wrong one of the two; set stage = 'apply'."
         )

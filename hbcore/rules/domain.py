@@ -28,6 +28,10 @@ ORDER: tuple[str, ...] = (
     "weight_decay",
     "lr",
     "apply",
+    "after",
     "parameter_ema",
 )
-"""``codec.write`` follows ``apply``: it stores what the chain computed, and is not a transform."""
+"""Up to ``apply``, or to a rule that owns the application, the update is a step; from there on it is the new parameter.
+
+``codec.write`` comes last: it stores what the chain computed, and is not a transform.
+"""

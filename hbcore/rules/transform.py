@@ -143,8 +143,10 @@ class Transform:
         name: a short identifier, unique in a chain; checkpoints record ``version`` under it.
         version: incremented when the meaning of a slot changes; a migration then converts old checkpoints.
         domain: the smallest part of the model that ``update`` must see.
-        stage: its position in :data:`hbcore.rules.stages.ORDER`; rules leave it at ``"rule"``.
-        owns_apply: ``update`` returns the new parameter rather than a step to subtract.
+        stage: its position in :data:`hbcore.rules.stages.ORDER`; most rules leave it at ``"rule"``. A rule at ``"after"`` runs
+            when the step is applied, by the engine or by a rule that owns the application: ``update`` gets the new parameter
+            for ``u`` and the one before the step as ``c.param``, and returns what the parameter becomes.
+        owns_apply: ``update`` returns the new parameter rather than a step to subtract; at the stage ``"apply"`` only.
         primes: the first gradient only initialises the state, see :meth:`prime`; it moves no parameter and counts no step.
         needs: what a matrix rule reads besides the update: a subset of ``{"param", "grad"}``.
     """

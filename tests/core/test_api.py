@@ -11,9 +11,10 @@ from hbcore.rules.views import Block
 from hbcore.state.codec import StateCodec
 
 NAMES = {
-    "API_VERSION", "Alias", "Block", "CodecSpec", "Composite", "Context", "CoupleDecay", "Domain", "HyperparameterError",
-    "Momentum", "OptimizerSpec", "OptionError", "Optimizer", "Options", "Parallel", "Route", "Scalar", "ScaleByAdam", "Slot",
-    "State", "Transform", "compute_dtype", "debiased", "ema", "graft", "hookimpl", "hyper", "is_matrix", "matrix_view", "zeros",
+    "API_VERSION", "Alias", "Block", "CodecSpec", "Composite", "Context", "CoupleDecay", "Domain", "Extension",
+    "HyperparameterError", "Momentum", "OptimizerSpec", "OptionError", "Optimizer", "Options", "Parallel", "Route", "Scalar", 
+    "ScaleByAdam", "Slot", "State", "Transform", "compute_dtype", "debiased", "ema", "graft", "hookimpl",
+    "hyper", "is_matrix", "matrix_view", "zeros",
 }  # fmt: skip
 CONTEXT = (
     "param", "grad", "step", "divide", "sum", "amax", "numel", "refresh", "probe", "noise", "apply",

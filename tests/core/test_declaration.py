@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+import hbcore
 from hb_adam import AdamW, SparseAdam
 from hb_psgd import PSGDKron
 from hb_soap import SOAP
@@ -122,18 +123,55 @@ def test_a_field_needs_a_default():
             lr: float
 
 
-def test_a_constructor_written_out_takes_no_fields_and_says_so():
+def test_a_constructor_written_out_stays_as_it_is_and_takes_the_fields_of_a_subclass():
     assert list(inspect.signature(WrittenOut).parameters)[:3] == ["params", "lr", "delayed"]
     assert WrittenOut(params(), delayed=True, weight_decay=0.5).param_groups[0]["delayed"] is True
 
     class Inherits(WrittenOut):
         """Nothing of its own."""
 
-    assert Inherits(params(), lr=0.5).param_groups[0]["lr"] == 0.5
-    with pytest.raises(RuleError, match="base class writes __init__ itself"):
+    class Changes(WrittenOut):
+        delayed = True
+        extra: float = 2.0
+        weight_decay = 0.5
 
-        class Changes(WrittenOut):
-            delayed = True
+        def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
+            return {**h, "extra": h["extra"] + 1}
+
+    assert Inherits(params(), lr=0.5).param_groups[0]["lr"] == 0.5
+    assert list(inspect.signature(Changes).parameters)[:4] == ["params", "lr", "delayed", "extra"]
+    [group] = Changes(params(), 0.5, caution=True).param_groups
+    assert [group[key] for key in ("lr", "delayed", "extra", "weight_decay")] == [0.5, True, 3.0, 0.5]
+    with pytest.raises(OptionError, match="did you mean 'extra'"):
+        Changes(params(), extr=1.0)
+
+
+def test_a_constructor_written_over_declared_fields_takes_no_more_of_them():
+    class Fewer(Declared):
+        def __init__(self, params, lr=0.1, **options):
+            super().__init__(params, lr, momentum=0.5, **options)
+
+    class Inherits(Fewer):
+        """Nothing of its own."""
+
+    assert Inherits(params(), 0.25).param_groups[0]["momentum"] == 0.5
+    with pytest.raises(RuleError, match="Fewer writes __init__ over a class that declares fields"):
+
+        class More(Fewer):
+            extra: float = 2.0
+
+
+def test_a_subclass_of_an_alias_keeps_its_preset():
+    class Mine(hbcore.get("PaLMSFAdamW")):
+        extra: float = 2.0
+
+    class Rarer(hbcore.get("PrecondScheduleSOAP")):
+        lr = 0.5
+
+    assert Mine(params()).settings.palm and not Mine(params(), palm=False).settings.palm
+    assert inspect.signature(Mine).parameters["palm"].default is True
+    [group] = Rarer(params()).param_groups
+    assert (group["lr"], group["use_precond_schedule"]) == (0.5, True)
 
 
 @pytest.mark.parametrize("cls", [AdamW, SOAP, Declared])

@@ -353,7 +353,7 @@ class Placed(Transform):
 def test_the_order_of_the_stages():
     assert ORDER == (
         "mars", "clip_gradient", "couple_decay", "rule", "clip_update",
-        "caution", "weight_decay", "lr", "apply", "parameter_ema",
+        "caution", "weight_decay", "lr", "apply", "after", "parameter_ema",
     )  # fmt: skip
     shuffled = [Placed(stage) for stage in sorted(ORDER)]
     assert tuple(t.at for t in arrange(shuffled)) == ORDER

@@ -71,14 +71,16 @@ class TwoMatrixRules(hbcore.Optimizer):
         return (Route(is_matrix, (Average(0), OtherAverage(1)), ()),)
 
 
-def class_of(name: Any) -> Any:
-    """A class itself, one of the tests', or a registered one."""
+def class_of(name: str | type[Any]) -> Any:
+    """An optimizer's class; one that is not registered is sent as it is."""
+    if isinstance(name, type):
+        return name
     own = {"TwoMatrixRules": TwoMatrixRules, "LDoG": LDoG, "DoG": DoG}
-    return own.get(name) or hbcore.get(name) if isinstance(name, str) else name
+    return own.get(name) or hbcore.get(name)
 
 
 def build(
-    name: str, options: dict[str, Any], how: str, device: str = "cpu", layerwise: bool = False
+    name: str | type[Any], options: dict[str, Any], how: str, device: str = "cpu", layerwise: bool = False
 ) -> tuple[Model, torch.optim.Optimizer]:
     """With ``layerwise``, each parameter is a group with a learning rate of its own."""
     model = Model().to(device)
@@ -132,7 +134,7 @@ def whole(model: Model) -> dict[str, Tensor]:
 
 
 def follow(
-    rank: int, name: str, options: dict[str, Any], how: str, device: str = "cpu", layerwise: bool = False
+    rank: int, name: str | type[Any], options: dict[str, Any], how: str, device: str = "cpu", layerwise: bool = False
 ) -> dict[str, Tensor]:
     """Train, and return the whole parameters."""
     model, optimizer = build(name, options, how, device, layerwise)
@@ -140,7 +142,7 @@ def follow(
     return whole(model)
 
 
-def resume(rank: int, name: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+def resume(rank: int, name: str | type[Any], options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """Train 3 + 3 steps with a state dict in between, loaded into a new optimizer on the same ranks, and 6 straight."""
     straight, optimizer = build(name, options, "fsdp")
     train(straight, optimizer, range(6))
@@ -153,7 +155,7 @@ def resume(rank: int, name: str, options: dict[str, Any]) -> tuple[dict[str, Ten
     return whole(straight), whole(first), keys
 
 
-def save(rank: int, folder: str, name: str, options: dict[str, Any], skip: str) -> dict[str, Tensor]:
+def save(rank: int, folder: str, name: str | type[Any], options: dict[str, Any], skip: str) -> dict[str, Tensor]:
     """Train three steps, ``skip`` without gradients, save with DCP, train on, and return the whole parameters."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -166,7 +168,7 @@ def save(rank: int, folder: str, name: str, options: dict[str, Any], skip: str) 
     return whole(model)
 
 
-def load(rank: int, folder: str, name: str, options: dict[str, Any], how: str) -> dict[str, Tensor]:
+def load(rank: int, folder: str, name: str | type[Any], options: dict[str, Any], how: str) -> dict[str, Tensor]:
     """Load what :func:`save` saved into new objects, train on, and return the whole parameters."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -180,7 +182,7 @@ def load(rank: int, folder: str, name: str, options: dict[str, Any], how: str) -
     return whole(model)
 
 
-def ddp(rank: int, name: str, options: dict[str, Any]) -> bytes:
+def ddp(rank: int, name: str | type[Any], options: dict[str, Any]) -> bytes:
     """Train a DDP model, each rank on data of its own; return the parameters' bits."""
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)))

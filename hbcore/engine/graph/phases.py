@@ -193,6 +193,7 @@ def _phase(
     for i, (name, n) in enumerate(targets.items()):
         if n in tensors and tensors[n] != name and tensors[n] in targets:  # otherwise another write would overwrite it first
             outputs[i] = graph.call_function(torch.ops.aten.clone.default, (copies[n],))
+            outputs[i].meta.update(kind="element", dtype=n.meta["dtype"], where=n.meta["where"])
     graph.output(tuple(outputs))
     phase = Phase(
         graph=module_of(graph),

@@ -259,5 +259,5 @@ def late_start(segment: Segment, name: str, p: Tensor, step: float) -> Tensor | 
     for t in segment.transforms:
         if name in t.slots(p):
             value = t.joins(p.to(dtype), torch.tensor(step, dtype=torch.float64, device="cpu")).get(name)
-            return None if value is None else value.to(dtype)
+            return None if value is None else value.to(dtype, copy=True)  # a rule may return the parameter itself
     return None
