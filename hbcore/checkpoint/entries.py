@@ -30,13 +30,23 @@ class Reader:
         record: the checkpoint's record of the group; None if torch wrote the checkpoint.
         theirs: the group as saved.
         strict: reject missing or unexpected entries instead of reinitialising or dropping them.
+        composite: whether state that no rule used when it was saved is a composite optimizer's, and to be given back.
 
     Raises:
         CheckpointError: no migration leads from a saved version to the installed one, or the saved codec is not installed.
     """
 
-    def __init__(self, core: OptimizerCore, g: int, record: Record | None, theirs: Mapping[str, Any], strict: bool) -> None:
+    def __init__(
+        self,
+        core: OptimizerCore,
+        g: int,
+        record: Record | None,
+        theirs: Mapping[str, Any],
+        strict: bool,
+        composite: bool = False,
+    ) -> None:
         self.core, self.g, self.record, self.theirs, self.strict = core, g, record, theirs, strict
+        self.own = frozenset(record.own if record is not None and composite else ())
         self.saved = record.rules if record else {}
         installed = core.chain.versions(core.groups[g])
         known = registry.migrations() if any(self.saved.get(n, v) != v for n, v in installed.items()) else []
@@ -72,7 +82,7 @@ class Reader:
             return {}
         loaded: dict[str, Any] = {}
         kept = {name for name in entry if isinstance(name, str) and name.startswith(KEPT)}
-        used = {"step", *kept}
+        used = {"step", *kept, *self.own}
         step = self._step(i, entry)
         slots = self.core.chain.expected(group, param)
         for rule in dict.fromkeys(slot.rule for slot in slots):
@@ -80,7 +90,9 @@ class Reader:
             values = self._rule(i, rule, mine, entry, step, used)
             loaded.update(values)
         for name, value in entry.items():
-            if name in kept and isinstance(value, Tensor) and value.shape == param.shape:
+            if name in self.own and name not in loaded:
+                loaded[name] = self._owned(param, value)
+            elif name in kept and isinstance(value, Tensor) and value.shape == param.shape:
                 part = local(param.detach())
                 loaded[name] = torch.empty_like(part, dtype=value.dtype, requires_grad=False).copy_(local(value))
             elif name not in used:
@@ -177,6 +189,15 @@ class Reader:
         else:
             loaded[name] = copy.deepcopy(value)
 
+    @staticmethod
+    def _owned(param: Tensor, value: Any) -> Any:
+        """A composite's entry: a tensor of the parameter's shape lies where the parameter does, others are as saved."""
+        if not isinstance(value, Tensor) or value.shape != param.shape or is_dtensor(value):
+            return copy.deepcopy(value)
+        if is_dtensor(param):
+            return spread(value, param)
+        return torch.empty_like(param.detach(), dtype=value.dtype, requires_grad=False).copy_(value)
+
     def _step(self, i: int, entry: Mapping[str, Any]) -> float:
         if "step" not in entry:
             return 1.0  # torch.optim.SGD does not count steps; assume it has taken one
@@ -206,15 +227,20 @@ class Reader:
             return saved.detach().clone()
         if slot.matrix:
             return saved.detach().to(param.device, copy=True)
-        shards = shards_of(param)
-        if shards is not None:
-            from torch.distributed.tensor import distribute_tensor
-
-            return distribute_tensor(saved.detach().to(local(param).device), shards.mesh, shards.placements)
-        return torch.empty_like(local(param.detach()), dtype=saved.dtype, requires_grad=False).copy_(saved)
+        return spread(saved, param)
 
     def _who(self, i: int) -> str:
         return self.core.name_of(self.g, i)
+
+
+def spread(whole: Tensor, param: Tensor) -> Tensor:
+    """A copy of ``whole``, of the parameter's shape, on its device and in its memory order; sharded like it."""
+    shards = shards_of(param)
+    if shards is not None:
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(whole.detach().to(local(param).device), shards.mesh, shards.placements)
+    return torch.empty_like(local(param.detach()), dtype=whole.dtype, requires_grad=False).copy_(whole)
 
 
 def spread_as(part: Tensor, like: Tensor, param: Tensor) -> Tensor:
