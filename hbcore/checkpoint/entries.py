@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hbcore import registry
+from hbcore.checkpoint import recode
 from hbcore.checkpoint.migrations import Migration, path
 from hbcore.checkpoint.schema import KEPT, Record
-from hbcore.distributed.placement import is_dtensor, local, shards_of, spread_like
+from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like
 from hbcore.engine.core import OptimizerCore
 from hbcore.errors import CheckpointError, HbcoreError, StateWarning
 from hbcore.rules.numerics import compute_dtype
@@ -113,7 +114,7 @@ class Reader:
             there = [part for part in parts if part in entry]
             used.update(there)
             if len(there) == len(parts):
-                stored[slot.name] = {part: self._tensor(i, slot, part, entry[part]) for part in parts}
+                stored[slot.name] = {part: self._tensor(i, slot, part, dtype, entry[part]) for part, dtype in parts.items()}
             elif not steps and (there or rule in self.saved or stored) and self.strict:
                 missing = next(part for part in parts if part not in entry)
                 raise CheckpointError(f"{self._who(i)} has no {missing!r} in the checkpoint, which {rule!r} needs.")
@@ -122,34 +123,36 @@ class Reader:
         loaded: dict[str, Tensor] = {}
         for slot in slots:
             if slot.name in stored:
-                loaded.update(self._recoded(slot, param, stored[slot.name]))
+                loaded.update(self._recoded(i, slot, stored[slot.name]))
         return loaded
 
-    def _saved_parts(self, slot: Logical, param: Tensor) -> dict[str, torch.dtype]:
-        exact = slot.codec is not self.core.settings.codec  # exact slots are stored the same way under every codec
-        return slot.parts(param) if exact else self.codec.parts(slot.name, compute_dtype(param.dtype))
+    def _codec_of(self, slot: Logical) -> StateCodec:
+        """The codec that a slot was saved with; exact slots are stored the same way under every codec."""
+        return self.codec if slot.codec is self.core.settings.codec else slot.codec
 
-    def _recoded(self, slot: Logical, param: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _saved_parts(self, slot: Logical, param: Tensor) -> dict[str, torch.dtype]:
+        return self._codec_of(slot).parts(slot.name, compute_dtype(param.dtype))
+
+    def _recoded(self, i: int, slot: Logical, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A slot as the running codec stores it, with a warning if that differs from how it was saved."""
-        wanted = slot.parts(param)
-        if {name: t.dtype for name, t in stored.items()} == wanted:
+        param = self.core.groups[self.g]["params"][i]
+        before, after, wanted = self._codec_of(slot), slot.codec, slot.parts(param)
+        alike = {name: t.dtype for name, t in stored.items()} == wanted
+        if alike and before.name == after.name:
             return dict(stored)
-        exact = slot.codec is not self.core.settings.codec
-        dtype = compute_dtype(param.dtype)
-        found = ", ".join(sorted({str(t.dtype) for t in stored.values()}))
-        target = ", ".join(sorted({str(d) for d in wanted.values()}))
+        value = recode.read(before, _locals(stored), slot.name, compute_dtype(param.dtype), self._who(i))
+        written = recode.write(after, slot.name, value, wanted, self._who(i))
+        if alike and all(torch.equal(t, local(stored[name])) for name, t in written.items()):
+            return dict(stored)  # float64, which codecs mostly leave alone
+        found, target = _listed(t.dtype for t in stored.values()), _listed(wanted.values())
+        if alike:
+            found, target = f"{found} by the codec {before.name!r}", f"that of {after.name!r}"
         warn_at_caller(
             f"state {slot.name!r} was saved as {found} and is converted to {target}, which this optimizer's storage requires.",
             StateWarning,
         )
         first = next(iter(stored.values()))
-        parts = {name: local(t) for name, t in stored.items()}
-        value = (slot.codec if exact else self.codec).read(parts, slot.name, dtype)
-        return {name: spread_as(t, first, param) for name, t in self._written(slot, param, value).items()}
-
-    def _written(self, slot: Logical, param: Tensor, value: Tensor) -> dict[str, Tensor]:
-        blank = {name: torch.empty_like(value, dtype=d) for name, d in slot.parts(param).items()}
-        return {name: t.clone() for name, t in slot.codec.write(blank, slot.name, value).items()}
+        return {name: spread_as(t, first, param) for name, t in written.items()}
 
     def _migrated(
         self, i: int, rule: str, slots: list[Logical], stored: Mapping[str, Mapping[str, Tensor]],
@@ -157,20 +160,25 @@ class Reader:
     ) -> dict[str, Tensor]:  # fmt: skip
         """A rule's slots, migrated to its installed version."""
         param = self.core.groups[self.g]["params"][i]
-        dtype = compute_dtype(param.dtype)
-        values = {name: self.codec.read({k: local(t) for k, t in parts.items()}, name, dtype) for name, parts in stored.items()}
+        dtype, who = compute_dtype(param.dtype), self._who(i)
+        values = {
+            slot.name: recode.read(self._codec_of(slot), _locals(stored[slot.name]), slot.name, dtype, who)
+            for slot in slots
+            if slot.name in stored
+        }
         claimed = {s.name for s in self.core.chain.expected(self.core.groups[self.g], param) if s.rule != rule}
-        for name, value in entry.items():  # slots that only the old version has
-            if name not in used and "#" not in name and name not in claimed and isinstance(value, Tensor):
+        tensors = {k: v for k, v in entry.items() if isinstance(v, Tensor) and k not in used}
+        for name in dict.fromkeys(recode.slot_of(self.codec, part, dtype, tensors) for part in tensors):
+            if name is not None and name not in claimed:  # a slot that only the old version has
                 used.update(self.codec.parts(name, dtype))
-                values[name] = self.codec.read({k: local(v) for k, v in entry.items() if isinstance(v, Tensor)}, name, dtype)
+                values[name] = recode.read(self.codec, _locals(tensors), name, dtype, who)
         for migration in self.migrations[rule]:
             values = migration.convert(dict(values), step, self.theirs)
         loaded: dict[str, Tensor] = {}
         for slot in slots:
             if slot.name not in values:
                 raise CheckpointError(f"{self._who(i)}: the migrations of {rule!r} leave it without {slot.name!r}.")
-            written = self._written(slot, param, values[slot.name].to(dtype))
+            written = recode.write(slot.codec, slot.name, values[slot.name].to(dtype), slot.parts(param), who)
             loaded.update({name: spread_like(t, param) for name, t in written.items()})
         return loaded
 
@@ -210,8 +218,8 @@ class Reader:
             raise CheckpointError(f"{self._who(i)} has step {value!r:.60} in the checkpoint; expected a count.")
         return step
 
-    def _tensor(self, i: int, slot: Logical, part: str, value: Any) -> Tensor:
-        """A saved tensor moved to the parameter's device, memory order and sharding."""
+    def _tensor(self, i: int, slot: Logical, part: str, dtype: torch.dtype, value: Any) -> Tensor:
+        """A saved tensor, ``dtype`` as its codec stores it, moved to the parameter's device, memory order and sharding."""
         param: Tensor = self.core.groups[self.g]["params"][i]
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{self._who(i)} has {value!r:.80} for state {part!r} in the checkpoint; expected a tensor.")
@@ -221,8 +229,11 @@ class Reader:
                 f"{self._who(i)} has state {part!r} of shape {tuple(saved.shape)} in the checkpoint, and {tuple(slot.shape)} "
                 "here; load it into the model it was saved from, with the same options."
             )
-        if saved.is_floating_point() != slot.parts(param).get(part, saved.dtype).is_floating_point or saved.is_complex():
-            raise CheckpointError(f"{self._who(i)} has state {part!r} of {saved.dtype} in the checkpoint, an invalid dtype.")
+        if saved.is_complex() or (saved.dtype != dtype and not (saved.is_floating_point() and dtype.is_floating_point)):
+            raise CheckpointError(
+                f"{self._who(i)} has state {part!r} of {saved.dtype} in the checkpoint, an invalid dtype; the codec "
+                f"{self._codec_of(slot).name!r} stores {dtype}."
+            )
         if is_dtensor(saved):
             return saved.detach().clone()
         if slot.matrix:
@@ -233,13 +244,19 @@ class Reader:
         return self.core.name_of(self.g, i)
 
 
+def _listed(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted({str(dtype) for dtype in dtypes}))
+
+
+def _locals(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: local(t) for name, t in tensors.items()}
+
+
 def spread(whole: Tensor, param: Tensor) -> Tensor:
     """A copy of ``whole``, of the parameter's shape, on its device and in its memory order; sharded like it."""
     shards = shards_of(param)
     if shards is not None:
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(whole.detach().to(local(param).device), shards.mesh, shards.placements)
+        return share_out(whole.detach().to(local(param).device), shards)
     return torch.empty_like(local(param.detach()), dtype=whole.dtype, requires_grad=False).copy_(whole)
 
 
