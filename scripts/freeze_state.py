@@ -18,7 +18,7 @@ import hbcore
 
 FOLDER = Path(__file__).parent.parent / "tests" / "fixtures" / "state"
 SHAPES = ((6, 6), (5, 6), (7, 2, 2, 2), (4,), ())
-OPTIONS = {"Muon": {"ns_dtype": "float32"}}
+OPTIONS = {name: {"ns_dtype": "float32"} for name in ("Muon", "MuonAdamW")}
 
 
 def parameters() -> list[nn.Parameter]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hbcore import registry
+from hbcore.checkpoint import recode
 from hbcore.checkpoint.migrations import Migration, path
 from hbcore.checkpoint.schema import KEPT, Record
-from hbcore.distributed.placement import is_dtensor, local, shards_of, spread_like
+from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like
 from hbcore.engine.core import OptimizerCore
 from hbcore.errors import CheckpointError, HbcoreError, StateWarning
 from hbcore.rules.numerics import compute_dtype
@@ -30,13 +31,23 @@ class Reader:
         record: the checkpoint's record of the group; None if torch wrote the checkpoint.
         theirs: the group as saved.
         strict: reject missing or unexpected entries instead of reinitialising or dropping them.
+        composite: whether state that no rule used when it was saved is a composite optimizer's, and to be given back.
 
     Raises:
         CheckpointError: no migration leads from a saved version to the installed one, or the saved codec is not installed.
     """
 
-    def __init__(self, core: OptimizerCore, g: int, record: Record | None, theirs: Mapping[str, Any], strict: bool) -> None:
+    def __init__(
+        self,
+        core: OptimizerCore,
+        g: int,
+        record: Record | None,
+        theirs: Mapping[str, Any],
+        strict: bool,
+        composite: bool = False,
+    ) -> None:
         self.core, self.g, self.record, self.theirs, self.strict = core, g, record, theirs, strict
+        self.own = frozenset(record.own if record is not None and composite else ())
         self.saved = record.rules if record else {}
         installed = core.chain.versions(core.groups[g])
         known = registry.migrations() if any(self.saved.get(n, v) != v for n, v in installed.items()) else []
@@ -72,7 +83,7 @@ class Reader:
             return {}
         loaded: dict[str, Any] = {}
         kept = {name for name in entry if isinstance(name, str) and name.startswith(KEPT)}
-        used = {"step", *kept}
+        used = {"step", *kept, *self.own}
         step = self._step(i, entry)
         slots = self.core.chain.expected(group, param)
         for rule in dict.fromkeys(slot.rule for slot in slots):
@@ -80,7 +91,9 @@ class Reader:
             values = self._rule(i, rule, mine, entry, step, used)
             loaded.update(values)
         for name, value in entry.items():
-            if name in kept and isinstance(value, Tensor) and value.shape == param.shape:
+            if name in self.own and name not in loaded:
+                loaded[name] = self._owned(param, value)
+            elif name in kept and isinstance(value, Tensor) and value.shape == param.shape:
                 part = local(param.detach())
                 loaded[name] = torch.empty_like(part, dtype=value.dtype, requires_grad=False).copy_(local(value))
             elif name not in used:
@@ -101,7 +114,7 @@ class Reader:
             there = [part for part in parts if part in entry]
             used.update(there)
             if len(there) == len(parts):
-                stored[slot.name] = {part: self._tensor(i, slot, part, entry[part]) for part in parts}
+                stored[slot.name] = {part: self._tensor(i, slot, part, dtype, entry[part]) for part, dtype in parts.items()}
             elif not steps and (there or rule in self.saved or stored) and self.strict:
                 missing = next(part for part in parts if part not in entry)
                 raise CheckpointError(f"{self._who(i)} has no {missing!r} in the checkpoint, which {rule!r} needs.")
@@ -110,34 +123,36 @@ class Reader:
         loaded: dict[str, Tensor] = {}
         for slot in slots:
             if slot.name in stored:
-                loaded.update(self._recoded(slot, param, stored[slot.name]))
+                loaded.update(self._recoded(i, slot, stored[slot.name]))
         return loaded
 
-    def _saved_parts(self, slot: Logical, param: Tensor) -> dict[str, torch.dtype]:
-        exact = slot.codec is not self.core.settings.codec  # exact slots are stored the same way under every codec
-        return slot.parts(param) if exact else self.codec.parts(slot.name, compute_dtype(param.dtype))
+    def _codec_of(self, slot: Logical) -> StateCodec:
+        """The codec that a slot was saved with; exact slots are stored the same way under every codec."""
+        return self.codec if slot.codec is self.core.settings.codec else slot.codec
 
-    def _recoded(self, slot: Logical, param: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _saved_parts(self, slot: Logical, param: Tensor) -> dict[str, torch.dtype]:
+        return self._codec_of(slot).parts(slot.name, compute_dtype(param.dtype))
+
+    def _recoded(self, i: int, slot: Logical, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A slot as the running codec stores it, with a warning if that differs from how it was saved."""
-        wanted = slot.parts(param)
-        if {name: t.dtype for name, t in stored.items()} == wanted:
+        param = self.core.groups[self.g]["params"][i]
+        before, after, wanted = self._codec_of(slot), slot.codec, slot.parts(param)
+        alike = {name: t.dtype for name, t in stored.items()} == wanted
+        if alike and before.name == after.name:
             return dict(stored)
-        exact = slot.codec is not self.core.settings.codec
-        dtype = compute_dtype(param.dtype)
-        found = ", ".join(sorted({str(t.dtype) for t in stored.values()}))
-        target = ", ".join(sorted({str(d) for d in wanted.values()}))
+        value = recode.read(before, _locals(stored), slot.name, compute_dtype(param.dtype), self._who(i))
+        written = recode.write(after, slot.name, value, wanted, self._who(i))
+        if alike and all(torch.equal(t, local(stored[name])) for name, t in written.items()):
+            return dict(stored)  # float64, which codecs mostly leave alone
+        found, target = _listed(t.dtype for t in stored.values()), _listed(wanted.values())
+        if alike:
+            found, target = f"{found} by the codec {before.name!r}", f"that of {after.name!r}"
         warn_at_caller(
             f"state {slot.name!r} was saved as {found} and is converted to {target}, which this optimizer's storage requires.",
             StateWarning,
         )
         first = next(iter(stored.values()))
-        parts = {name: local(t) for name, t in stored.items()}
-        value = (slot.codec if exact else self.codec).read(parts, slot.name, dtype)
-        return {name: spread_as(t, first, param) for name, t in self._written(slot, param, value).items()}
-
-    def _written(self, slot: Logical, param: Tensor, value: Tensor) -> dict[str, Tensor]:
-        blank = {name: torch.empty_like(value, dtype=d) for name, d in slot.parts(param).items()}
-        return {name: t.clone() for name, t in slot.codec.write(blank, slot.name, value).items()}
+        return {name: spread_as(t, first, param) for name, t in written.items()}
 
     def _migrated(
         self, i: int, rule: str, slots: list[Logical], stored: Mapping[str, Mapping[str, Tensor]],
@@ -145,20 +160,25 @@ class Reader:
     ) -> dict[str, Tensor]:  # fmt: skip
         """A rule's slots, migrated to its installed version."""
         param = self.core.groups[self.g]["params"][i]
-        dtype = compute_dtype(param.dtype)
-        values = {name: self.codec.read({k: local(t) for k, t in parts.items()}, name, dtype) for name, parts in stored.items()}
+        dtype, who = compute_dtype(param.dtype), self._who(i)
+        values = {
+            slot.name: recode.read(self._codec_of(slot), _locals(stored[slot.name]), slot.name, dtype, who)
+            for slot in slots
+            if slot.name in stored
+        }
         claimed = {s.name for s in self.core.chain.expected(self.core.groups[self.g], param) if s.rule != rule}
-        for name, value in entry.items():  # slots that only the old version has
-            if name not in used and "#" not in name and name not in claimed and isinstance(value, Tensor):
+        tensors = {k: v for k, v in entry.items() if isinstance(v, Tensor) and k not in used}
+        for name in dict.fromkeys(recode.slot_of(self.codec, part, dtype, tensors) for part in tensors):
+            if name is not None and name not in claimed:  # a slot that only the old version has
                 used.update(self.codec.parts(name, dtype))
-                values[name] = self.codec.read({k: local(v) for k, v in entry.items() if isinstance(v, Tensor)}, name, dtype)
+                values[name] = recode.read(self.codec, _locals(tensors), name, dtype, who)
         for migration in self.migrations[rule]:
             values = migration.convert(dict(values), step, self.theirs)
         loaded: dict[str, Tensor] = {}
         for slot in slots:
             if slot.name not in values:
                 raise CheckpointError(f"{self._who(i)}: the migrations of {rule!r} leave it without {slot.name!r}.")
-            written = self._written(slot, param, values[slot.name].to(dtype))
+            written = recode.write(slot.codec, slot.name, values[slot.name].to(dtype), slot.parts(param), who)
             loaded.update({name: t if slot.scalar else spread_like(t, param) for name, t in written.items()})
         return loaded
 
@@ -177,6 +197,15 @@ class Reader:
         else:
             loaded[name] = copy.deepcopy(value)
 
+    @staticmethod
+    def _owned(param: Tensor, value: Any) -> Any:
+        """A composite's entry: a tensor of the parameter's shape lies where the parameter does, others are as saved."""
+        if not isinstance(value, Tensor) or value.shape != param.shape or is_dtensor(value):
+            return copy.deepcopy(value)
+        if is_dtensor(param):
+            return spread(value, param)
+        return torch.empty_like(param.detach(), dtype=value.dtype, requires_grad=False).copy_(value)
+
     def _step(self, i: int, entry: Mapping[str, Any]) -> float:
         if "step" not in entry:
             return 1.0  # torch.optim.SGD does not count steps; assume it has taken one
@@ -189,8 +218,8 @@ class Reader:
             raise CheckpointError(f"{self._who(i)} has step {value!r:.60} in the checkpoint; expected a count.")
         return step
 
-    def _tensor(self, i: int, slot: Logical, part: str, value: Any) -> Tensor:
-        """A saved tensor moved to the parameter's device, memory order and sharding."""
+    def _tensor(self, i: int, slot: Logical, part: str, dtype: torch.dtype, value: Any) -> Tensor:
+        """A saved tensor, ``dtype`` as its codec stores it, moved to the parameter's device, memory order and sharding."""
         param: Tensor = self.core.groups[self.g]["params"][i]
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{self._who(i)} has {value!r:.80} for state {part!r} in the checkpoint; expected a tensor.")
@@ -200,21 +229,35 @@ class Reader:
                 f"{self._who(i)} has state {part!r} of shape {tuple(saved.shape)} in the checkpoint, and {tuple(slot.shape)} "
                 "here; load it into the model it was saved from, with the same options."
             )
-        if saved.is_floating_point() != slot.parts(param).get(part, saved.dtype).is_floating_point or saved.is_complex():
-            raise CheckpointError(f"{self._who(i)} has state {part!r} of {saved.dtype} in the checkpoint, an invalid dtype.")
+        if saved.is_complex() or (saved.dtype != dtype and not (saved.is_floating_point() and dtype.is_floating_point)):
+            raise CheckpointError(
+                f"{self._who(i)} has state {part!r} of {saved.dtype} in the checkpoint, an invalid dtype; the codec "
+                f"{self._codec_of(slot).name!r} stores {dtype}."
+            )
         if is_dtensor(saved):
             return saved.detach().clone()
         if slot.matrix or slot.scalar:
             return saved.detach().to(param.device, copy=True)
-        shards = shards_of(param)
-        if shards is not None:
-            from torch.distributed.tensor import distribute_tensor
-
-            return distribute_tensor(saved.detach().to(local(param).device), shards.mesh, shards.placements)
-        return torch.empty_like(local(param.detach()), dtype=saved.dtype, requires_grad=False).copy_(saved)
+        return spread(saved, param)
 
     def _who(self, i: int) -> str:
         return self.core.name_of(self.g, i)
+
+
+def _listed(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted({str(dtype) for dtype in dtypes}))
+
+
+def _locals(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: local(t) for name, t in tensors.items()}
+
+
+def spread(whole: Tensor, param: Tensor) -> Tensor:
+    """A copy of ``whole``, of the parameter's shape, on its device and in its memory order; sharded like it."""
+    shards = shards_of(param)
+    if shards is not None:
+        return share_out(whole.detach().to(local(param).device), shards)
+    return torch.empty_like(local(param.detach()), dtype=whole.dtype, requires_grad=False).copy_(whole)
 
 
 def spread_as(part: Tensor, like: Tensor, param: Tensor) -> Tensor:

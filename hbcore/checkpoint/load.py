@@ -90,8 +90,10 @@ def _alike(held: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     )
 
 
-def read(core: OptimizerCore, state_dict: Mapping[str, Any], strict: bool) -> Content:
+def read(core: OptimizerCore, state_dict: Mapping[str, Any], strict: bool, composite: bool = False) -> Content:
     """Validate a state dict and return what each group and parameter will hold. Mutates nothing.
+
+    Within a ``composite``, state that no rule used when it was saved is the composite's, and is given back.
 
     Raises:
         CheckpointError: the state dict does not fit the optimizer.
@@ -113,7 +115,7 @@ def read(core: OptimizerCore, state_dict: Mapping[str, Any], strict: bool) -> Co
     for g, (theirs, ours) in enumerate(zip(saved, core.groups, strict=True)):
         records.append(schema.read(theirs.get(schema.KEY), g))
         groups.append(_numbers(core, theirs, ours, g))
-        reader = Reader(core, g, records[-1], theirs, strict)
+        reader = Reader(core, g, records[-1], theirs, strict, composite)
         for i, key in enumerate(_match(core, theirs, ours, g, strict)):
             entry = None if key is None else state_dict["state"].get(key)
             frozen = records[-1] is not None and key in [theirs["params"][k] for k in records[-1].frozen]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -25,8 +25,10 @@ MODE = "train_mode"
 """The group entry of optimizers with two sets of weights that says which one the parameters hold, as schedulefree has it."""
 
 
-def record_of(core: OptimizerCore, g: int, live: bool = False) -> schema.Record:
+def record_of(core: OptimizerCore, g: int, live: bool = False, own: Iterable[str] = ()) -> schema.Record:
     """The record of one group: for a checkpoint, or ``live``, for the group itself, with the options of the optimizer.
+
+    ``own`` are the names of the state that no rule uses.
 
     A checkpoint has no options: it is the same whatever backend wrote it, and a load leaves them alone. A live record has no
     list of frozen parameters, because schedulers and ``zero_grad`` read the groups after every step.
@@ -40,6 +42,7 @@ def record_of(core: OptimizerCore, g: int, live: bool = False) -> schema.Record:
         core.modes.training,
         {core.name: core.options} if live and core.options else {},
         tuple(i for i, p in enumerate(params) if not (p.requires_grad or core.state.get(p))),
+        tuple(sorted(own)),
     )
 
 
@@ -82,18 +85,21 @@ def state_dict(core: OptimizerCore) -> dict[str, Any]:
         start = sum(len(done["params"]) for done in groups)
         packed = {k: plain(fixed(v) if k in core.chain.keys else v) for k, v in group.items() if k != "params"}
         packed = {k: v for k, v in packed.items() if _is_plain(v)}
-        packed[schema.KEY] = record_of(core, g).dump()
-        groups.append({**packed, "params": list(range(start, start + len(group["params"])))})
+        own: set[str] = set()
         for i, p in enumerate(group["params"], start=start):
             entry = whole_entry(core, group, p, owned)
-            if entry:
+            more = {k: v for k, v in core.state.get(p, {}).items() if k not in entry}
+            own |= {name for name in more if isinstance(name, str)}
+            if entry := {**entry, **more, **_kept(core, p)}:
                 state[i] = entry
-    own = {key: value for key, value in core.state.own().items() if not isinstance(key, int)}  # numbers are parameters there
-    return {"state": {**state, **own}, "param_groups": groups}
+        packed[schema.KEY] = record_of(core, g, own=own).dump()
+        groups.append({**packed, "params": list(range(start, start + len(group["params"])))})
+    users = {key: value for key, value in core.state.own().items() if not isinstance(key, int)}  # numbers are parameters there
+    return {"state": {**state, **users}, "param_groups": groups}
 
 
 def whole_entry(core: OptimizerCore, group: dict[str, Any], p: Tensor, owned: Mapping[Tensor, int]) -> dict[str, Any]:
-    """One parameter's state, with initial values for missing slots; empty for a parameter that is not trained."""
+    """One parameter's slots, with initial values for missing ones; empty for a parameter that is not trained."""
     held: Mapping[str, Any] = core.state.get(p, {})
     if not held and not p.requires_grad:
         return {}
@@ -109,10 +115,14 @@ def whole_entry(core: OptimizerCore, group: dict[str, Any], p: Tensor, owned: Ma
             entry.update({name: held[name] for name in parts})
         else:
             entry.update({name: spread_like(t, p) for name, t in blank_local(slot, p).items()})
-    entry.update({k: v for k, v in held.items() if k not in entry})
-    if not core.modes.training:
-        entry.update({schema.KEPT + name: spread_like(t, p) for name, t in core.modes.kept.get(p, {}).items()})
     return entry
+
+
+def _kept(core: OptimizerCore, p: Tensor) -> dict[str, Tensor]:
+    """The weights to train with, if the parameter holds those to evaluate with."""
+    if core.modes.training:
+        return {}
+    return {schema.KEPT + name: spread_like(t, p) for name, t in core.modes.kept.get(p, {}).items()}
 
 
 def _matrix_slot(slot: Logical, p: Tensor, held: Mapping[str, Any], owned: Mapping[Tensor, int]) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ class Record:
         progress: the scalars that the group carries from step to step.
         training: for rules with two sets of weights, whether the parameters held the training weights.
         frozen: the indices, in the group, of parameters that were not trained and have no state.
+        own: the names of state that no rule uses: of a composite optimizer, or of the user.
         options: in a live group, the optimizer's name -> the options that its constructor was given.
     """
 
@@ -41,6 +42,7 @@ class Record:
     training: bool = True
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     frozen: tuple[int, ...] = ()
+    own: tuple[str, ...] = ()
 
     def dump(self) -> str:
         """Serialize to the JSON string."""
@@ -49,7 +51,7 @@ class Record:
 
     def around(self) -> tuple[str, str]:
         """What comes before and after the progress, in which alone most of hundreds of groups differ."""
-        content = {k: v for k, v in vars(self).items() if v or k not in ("options", "frozen")}
+        content = {k: v for k, v in vars(self).items() if v or k not in ("options", "frozen", "own")}
         before, key, after = encoded({"format": FORMAT, **content, "progress": {}}).partition('"progress": ')
         return before + key, after.removeprefix("{}")
 
@@ -77,6 +79,7 @@ def read(text: Any, group: int) -> Record | None:
             bool(data.get("training", True)),
             {str(k): dict(v) for k, v in data.get("options", {}).items()},
             tuple(map(int, data.get("frozen", ()))),
+            tuple(map(str, data.get("own", ()))),
         )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"param group {group}: its {KEY!r} entry is not hbcore's ({error}); got {text!r:.120}.") from None

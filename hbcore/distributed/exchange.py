@@ -73,8 +73,8 @@ def all_reduce(values: Tensor, how: str, shards: Shards) -> None:
 
 
 def broadcast(whole: Tensor, owner: int, shards: Shards) -> None:
-    """Copy the owner's tensor to every rank, in place. Collective."""
-    dist.broadcast(whole, dist.get_global_rank(shards.group, owner), group=shards.group)
+    """Copy the owner's tensor, which is contiguous, to every rank, in place. Collective. As bytes: no backend sends int16."""
+    dist.broadcast(whole.view(-1).view(torch.uint8), dist.get_global_rank(shards.group, owner), group=shards.group)
 
 
 def _mine(transfers: Sequence[Transfer], rank: int) -> list[Transfer]:

@@ -123,5 +123,7 @@ def gathered(tensor: Tensor) -> Tensor:
     if not is_dtensor(tensor):
         return tensor
     dtensor: Any = tensor
-    whole: Tensor = dtensor.full_tensor()
+    if tensor.dtype == torch.int16:  # which no backend sends
+        dtensor = dtensor.int()
+    whole: Tensor = dtensor.full_tensor().to(tensor.dtype)
     return whole

@@ -25,6 +25,9 @@ class Composite(torch.optim.Optimizer):
     ``param_groups`` holds the children's own dicts, so schedulers, ``zero_grad`` and loggers act on the children directly. The
     state dict has torch's layout, with groups in the order of ``param_groups``.
 
+    A subclass may keep entries of its own in ``self.state[p]``, under names that its children do not use, and in the groups:
+    they are saved, and loaded as they were. A counter belongs there too, because attributes are not saved.
+
     Args:
         children: hbcore optimizers that share no parameter.
 
@@ -160,7 +163,7 @@ class Composite(torch.optim.Optimizer):
             CheckpointError: the state dict does not fit; nothing was changed.
         """
         with load.hooks(self, state_dict) as given:
-            contents = [load.read(child.core, part, strict) for child, part in self._parts(given)]
+            contents = [load.read(child.core, part, strict, composite=True) for child, part in self._parts(given)]
             for child, content in zip(self.children, contents, strict=True):
                 load.put(child.core, content)
 

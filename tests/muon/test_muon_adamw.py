@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import warnings
 from itertools import pairwise
@@ -17,6 +18,7 @@ from torch import nn
 import hb_muon.rules
 import hbcore
 from hb_muon import Muon, MuonAdamW
+from hbcore.errors import CheckpointError
 
 SHAPES = {
     "embed.weight": (11, 6), "0.weight": (6, 4), "0.bias": (4,), "1.weight": (6, 4), "1.gain": (), "lm_head.weight": (9, 6),
@@ -116,11 +118,97 @@ def test_which_names_are_embeddings_and_last_layers(name, hidden):
 def test_without_names_every_matrix_is_for_muon_with_a_warning():
     params = named()
     with pytest.warns(UserWarning, match=r"no names, so all 4 matrices go to Muon.*pass model\.named_parameters\(\)"):
-        groups = MuonAdamW(params.values()).param_groups
-    assert [(g["use_muon"], [tuple(p.shape) for p in g["params"]]) for g in groups] == [
-        (True, [(11, 6), (6, 4), (6, 4), (9, 6)]),
-        (False, [(4,), ()]),
-    ]
+        optimizer = MuonAdamW(params.values(), **EAGER)
+    assert [(g["use_muon"], len(g["params"])) for g in optimizer.param_groups] == [(True, 6)]
+    assert "Muon: 4 parameters, 168 of 173 elements" in repr(optimizer)
+    assert "AdamW: 2 parameters, 5 of 173 elements" in repr(optimizer)
+    train(optimizer, params, 1)
+    assert {name for name, p in params.items() if "exp_avg_sq" in optimizer.state[p]} == {"0.bias", "1.gain"}
+
+
+@pytest.mark.filterwarnings("ignore:MuonAdamW. the parameters have no names")
+@pytest.mark.parametrize(
+    ("group", "shapes", "rows"),
+    [
+        ({}, [(4,)], [(True, 0.1, 1)]),
+        ({}, [(4, 3)], [(True, 0.1, 1)]),
+        ({"lr": 0.3}, [(4,), (4, 3)], [(True, 0.3, 2)]),
+        ({"use_muon": True}, [(4,), (4, 3)], [(True, 0.1, 2)]),
+        ({"use_muon": False}, [(4,), (4, 3)], [(False, 0.1, 2)]),
+        ({"use_muon": False}, [(4,)], [(False, 0.1, 1)]),
+        ({"use_muon": False}, [], [(False, 0.1, 0)]),
+        ({}, [], [(True, 0.1, 0)]),
+        ({"adamw_lr": 0.2}, [(4,), (4, 3)], [(True, 0.1, 1), (False, 0.2, 1)]),
+    ],
+    ids=str,
+)
+def test_a_group_without_names_stays_one_unless_adamw_has_a_rate_of_its_own(group, shapes, rows):
+    optimizer = MuonAdamW([{"params": [nn.Parameter(torch.ones(shape)) for shape in shapes], **group}], lr=0.1)
+    assert [(g["use_muon"], g["lr"], len(g["params"])) for g in optimizer.param_groups] == rows
+
+
+def halved(saved, **rest):
+    """A checkpoint with one group, as 0.1.0 wrote it: the matrices first, then the rest."""
+    [group] = copy.deepcopy(saved["param_groups"])
+    record = json.loads(group["hbcore"])
+    frozen = record.pop("frozen", [])
+    halves = [[k for k in group["params"] if ("exp_avg_sq" in saved["state"].get(k, "")) is way] for way in (False, True)]
+    groups = []
+    for way, keys in zip((True, False), halves, strict=True):
+        mine = [i for i, k in enumerate(keys) if group["params"].index(k) in frozen]
+        text = json.dumps({**record, "frozen": mine} if mine else record)
+        groups.append({**group, "params": keys, "use_muon": way, "hbcore": text, **(rest if not way else {})})
+    return {**saved, "param_groups": groups}
+
+
+@pytest.mark.filterwarnings("ignore:MuonAdamW. the parameters have no names")
+class TestCheckpointsOfTwoGroups:
+    """Nameless groups were split before; what was saved then loads into groups that stay one."""
+
+    SHAPES = ((4,), (6, 4), (5,), (3, 5), (2, 3))
+
+    def build(self, values, frozen=()):
+        params = [nn.Parameter(v.detach().clone()) for v in values]
+        for i in frozen:
+            params[i].requires_grad_(False)
+        return params, MuonAdamW([{"params": params}], lr=0.1, **EAGER)
+
+    def train(self, params, optimizer, steps):
+        trained = [p for p in params if p.requires_grad]
+        run(optimizer, trained, list(gradients(6, [p.shape for p in trained]))[steps])
+
+    @pytest.mark.parametrize("frozen", [(), (3,)], ids=str)
+    def test_they_resume_exactly(self, frozen):
+        params, optimizer = self.build(parameters(list(self.SHAPES)), frozen)
+        self.train(params, optimizer, slice(0, 3))
+        saved = halved(optimizer.state_dict())
+        assert [g["params"] for g in saved["param_groups"]] == [[1, 3, 4], [0, 2]]
+        others, other = self.build(params)
+        other.load_state_dict(saved)
+        for i in frozen:
+            others[i].requires_grad_(False)
+        for each in ((params, optimizer), (others, other)):
+            self.train(*each, slice(3, 6))
+        assert same(others, params)
+
+    @pytest.mark.parametrize(
+        ("spoil", "said"),
+        [
+            (lambda saved: saved["param_groups"][1].update(lr=0.7), "2 param groups, the optimizer 1"),
+            (lambda saved: saved["param_groups"][1].update(use_muon=True), "2 param groups, the optimizer 1"),
+            (lambda saved: saved["param_groups"][1]["params"].pop(), "2 param groups, the optimizer 1"),
+            (lambda saved: saved["param_groups"].insert(1, None), "3 param groups, the optimizer 1"),
+            (lambda saved: saved["param_groups"].append(saved["param_groups"][1]), "2 param groups, the optimizer 1"),
+            (lambda saved: saved["param_groups"][0].update(hbcore="{"), "is not hbcore's"),
+        ],
+    )
+    def test_others_are_refused(self, spoil, said):
+        params, optimizer = self.build(parameters(list(self.SHAPES)))
+        self.train(params, optimizer, slice(0, 1))
+        saved = halved(optimizer.state_dict())
+        spoil(saved)
+        with pytest.raises(CheckpointError, match=said):
+            optimizer.load_state_dict(saved)
 
 
 def test_groups_are_split_in_order_and_keep_what_they_set():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hb_muon.muon import Muon
@@ -31,8 +33,13 @@ class MuonAdamW(Muon):
     it is complex.
 
     **Without names** (``model.parameters()`` instead of ``model.named_parameters()``) no pattern can match: every matrix then
-    goes to Muon, embeddings and the last layer too, with a warning. ``hbcore.create("MuonAdamW", model)`` also finds embedding
-    layers whose names match no pattern. ``repr`` shows which parameters go where.
+    goes to Muon, embeddings and the last layer too, with a warning. Shapes alone then tell who goes where, and a group stays
+    one, with ``use_muon=True``, unless AdamW has a learning rate of its own or gets a complex matrix.
+    ``hbcore.create("MuonAdamW", model)`` also finds embedding layers whose names match no pattern. ``repr`` shows which
+    parameters go where.
+
+    torch's ``ZeroRedundancyOptimizer`` has no names and needs groups that stay one. To give AdamW a learning rate of its own
+    there, pass two groups: of matrices, and of the rest with ``use_muon=False`` and an ``lr``.
 
     A group may have its own ``use_muon``: True sends all of its matrices to Muon, False the whole group to AdamW, regardless
     of names; timm's ``use_fallback`` says the opposite. It may have its own ``adamw_lr`` and ``lr``; with ``use_muon=False``
@@ -97,8 +104,16 @@ class MuonAdamW(Muon):
             del self.param_groups[before:]
             raise
 
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """See :meth:`hbcore.api.Optimizer.load_state_dict`; groups that are one here may have been saved in two by 0.1.0."""
+        super().load_state_dict(rejoined(state_dict, self.param_groups), strict)
+
     def _split(self, group: Any) -> list[Any]:
-        """A group's matrices for Muon, and its rest; invalid groups are returned unchanged, and the base class rejects them."""
+        """A group's matrices for Muon, and its rest, or the whole group if Muon's chain would treat the rest the same.
+
+        Invalid groups are returned unchanged, and the base class rejects them.
+        """
         if not isinstance(group, dict) or isinstance(group.get("params"), (type(None), set, frozenset)):
             return [group]
         shared = {k: v for k, v in group.items() if k not in ("use_muon", "use_fallback", "adamw_lr", "params", "param_names")}
@@ -114,13 +129,16 @@ class MuonAdamW(Muon):
             matrix = is_matrix(p) and not p.is_complex()
             parts[matrix and (not self._named(member) if asked is None else bool(asked))].append(member)
         self._unnamed += sum(asked is None and not isinstance(member, tuple) for member in parts[True])
+        rates = (group.get("adamw_lr"), group.get("lr") if asked is False else None, self._adamw_lr)
+        matrices = {**shared, "use_muon": True, "params": parts[True]}
+        own = [rate for rate in rates if rate is not None]
+        by_shape = asked is not False and not any(isinstance(m, tuple) or is_matrix(m) for m in parts[False])
+        if by_shape and not own and not any(isinstance(m, tuple) for m in parts[True]):
+            return [{**matrices, "params": given}]
         # AdamW's only momentum is betas[0], which mars reads.
         rest = {**shared, "use_muon": False, "momentum": None, "params": parts[False]}
-        for lr in (group.get("adamw_lr"), group.get("lr") if asked is False else None, self._adamw_lr):
-            if lr is not None:
-                rest["lr"] = lr
-                break
-        matrices = {**shared, "use_muon": True, "params": parts[True]}
+        if own:
+            rest["lr"] = own[0]
         return [part for part in (matrices, rest) if part["params"]] or [rest if asked is False else matrices]
 
     def _named(self, member: Any) -> bool:
@@ -151,9 +169,48 @@ class MuonAdamW(Muon):
         return {**super().__getstate__(), **own}
 
     def _routing(self) -> str:
-        return routing(self.param_groups, lambda group, _: group["use_muon"], "Muon", "AdamW")
+        return routing(self.param_groups, lambda group, p: group["use_muon"] and is_matrix(p), "Muon", "AdamW")
 
 
 def tensor_of(member: Any) -> Any:
     """The parameter of a group's member, which is a parameter or a pair of its name and it."""
     return member[1] if isinstance(member, tuple) and len(member) == 2 else member
+
+
+def rejoined(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """A state dict whose saved groups are joined in pairs where ``groups`` has one: version 0.1.0 split nameless groups too."""
+    saved = state_dict.get("param_groups")
+    if not isinstance(saved, (list, tuple)) or len(saved) <= len(groups):
+        return state_dict
+    left, joined = list(saved), []
+    for own in groups:
+        if _are_halves(left[:2], own):
+            left[:2] = [_whole(left[0], left[1], own["params"])]
+        joined += left[:1]
+        del left[:1]
+    return {**state_dict, "param_groups": [*joined, *left]}
+
+
+def _are_halves(pair: Sequence[Any], own: Mapping[str, Any]) -> bool:
+    """Whether two saved groups are the matrices and the rest of ``own``, with one learning rate."""
+    if len(pair) < 2 or "param_names" in own or not all(isinstance(half, Mapping) for half in pair):
+        return False
+    matrices = sum(is_matrix(p) for p in own["params"])
+    wanted = [(True, matrices), (False, len(own["params"]) - matrices)]
+    halves = [(half.get("use_muon"), len(half.get("params", ()))) for half in pair]
+    return own["use_muon"] and halves == wanted and pair[0].get("lr") == pair[1].get("lr")
+
+
+def _whole(matrices: Mapping[str, Any], rest: Mapping[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
+    """One saved group of two. The record of the matrices' names the rules of both, since Muon has some for vectors too."""
+    keys = {True: iter(matrices["params"]), False: iter(rest["params"])}
+    whole = {**matrices, "params": [next(keys[is_matrix(p)]) for p in params]}
+    try:
+        record = json.loads(whole["hbcore"])
+        frozen = {half["params"][i] for half in (matrices, rest) for i in json.loads(half["hbcore"]).get("frozen", ())}
+    except (KeyError, IndexError, TypeError, ValueError):  # damaged, which loading it will say
+        return whole
+    if frozen:
+        record["frozen"] = [i for i, key in enumerate(whole["params"]) if key in frozen]
+        whole["hbcore"] = json.dumps(record)
+    return whole
