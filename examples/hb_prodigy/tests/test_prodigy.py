@@ -12,9 +12,9 @@ import pytest
 import torch
 from distributed import jobs
 from distributed.ranks import on_ranks
+
 from hb_prodigy import Prodigy
 from hb_prodigy.plugin import OPTIMIZERS
-
 from hbcore.errors import HyperparameterError
 from hbcore.registry import Registry
 from hbcore.testing import CHECKS, Check, Subject

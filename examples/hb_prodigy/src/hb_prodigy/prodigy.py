@@ -45,13 +45,13 @@ class ScaleByProdigy(Transform):
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         start = torch.where(c.step == 1, c.param, s["start"])
-        d = torch.maximum(s["d"], self.d0)
+        d = s["d"].clamp(min=self.d0)
         scaled = d.to(u.dtype) * u
         m = ema(s["exp_avg"], scaled, self.betas[0])
         v = ema(s["exp_avg_sq"], scaled * scaled, self.betas[1])
 
         rate = self.lr * (c.step / (self.warmup_steps + 1)).clamp(max=1)
-        weight, decay = rate * d * (d / self.d0), self.betas[1].sqrt()
+        weight, decay = rate * d * (d / self.d0), self.betas[1] ** 0.5
         distances = s["s"] * decay + weight * u
         r = decay * s["r"] + c.sum(weight * u * (start - c.param))  # a group's own rate weighs its part
         norm = c.sum(distances.abs())
