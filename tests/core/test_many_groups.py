@@ -99,6 +99,19 @@ def test_groups_with_learning_rates_of_their_own_are_optimizers_of_their_own(nam
     assert not optimizer.report.notes
 
 
+@pytest.mark.parametrize("name", ["Muon", "SOAP", "PSGDKron"])
+def test_the_triton_backend_runs_groups_together_too(name):
+    reached = []
+    for backend in ("eager", "triton"):
+        params = parameters(SHAPES)
+        optimizer = hbcore.get(name)(grouped(params), compile=backend)
+        run(optimizer, params, gradients(4, SHAPES))
+        assert optimizer.report.backend == backend
+        reached.append((params, calls_of(optimizer)))
+    assert distance(reached[0][0], reached[1][0]) < (1e-3 if name == "Muon" else 2e-5)
+    assert reached[0][1] == reached[1][1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "use_ema": True}], ids=["plain", "decayed"])
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "SFAdamW", "Lion", "RMSprop", "NAdam", "AdEMAMix", "LaProp"])
