@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import pytest
@@ -19,6 +17,7 @@ from torch import Tensor
 import hbcore
 from hbcore.api import Domain, Optimizer, Transform, hyper, matrix_view
 from hbcore.checkpoint.save import record_of
+from hbcore.engine.backends.chunking import Pack
 from hbcore.engine.stacks.rule_call import RuleCall
 from hbcore.errors import OptionError, SparseGradientError
 
@@ -28,23 +27,8 @@ FEW = {"AdamW": 27, "SGD": 24, "SFAdamW": 55, "Muon": 44, "SOAP": 46, "PSGDKron"
 RATES = [0.02 * 0.8**i for i in range(len(SHAPES))]
 
 
-@cache
-def matrix_optimizers() -> list[str]:
-    """The registered optimizers that hand a matrix to a rule of ``Domain.MATRIX``."""
-    found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in hbcore.list_optimizers():
-            p = torch.nn.Parameter(torch.ones(6, 5))
-            p.grad = torch.ones(6, 5)
-            try:
-                optimizer = hbcore.get(name)([p], compile="eager")
-                optimizer.step()
-            except (OptionError, SparseGradientError):  # a wrapper, which needs a closure; sparse gradients
-                continue
-            if optimizer.core.plan.layout.levels:
-                found.append(name)
-    return found
+MATRIX = ["Adafactor", "Adams", "Muon", "MuonAdamW", "MuonLaProp", "PSGDKron", "SOAP", "SUDSAdamW", "Scion"]
+"""The registered optimizers that hand a matrix to a rule of ``Domain.MATRIX``."""
 
 
 def grouped(params: Sequence[Tensor], rates: Sequence[float] | None = RATES, **entries: Any) -> list[dict[str, Any]]:
@@ -74,11 +58,23 @@ def calls_of(optimizer: Any) -> int:
     return sum(len(level._calls) for level in optimizer.core.plan.layout.levels)
 
 
-def test_the_families_are_among_the_matrix_optimizers():
-    assert {"Muon", "SOAP", "PSGDKron", "Scion"} <= {*matrix_optimizers()}
+@pytest.mark.filterwarnings("ignore")
+def test_these_are_all_matrix_optimizers():
+    found = []
+    for name in hbcore.list_optimizers():
+        p = torch.nn.Parameter(torch.ones(6, 5))
+        p.grad = torch.ones(6, 5)
+        try:
+            optimizer = make(name, [p])
+            optimizer.step()
+        except (OptionError, SparseGradientError):  # a wrapper, which needs a closure; sparse gradients
+            continue
+        if optimizer.core.plan.layout.levels:
+            found.append(name)
+    assert sorted(found) == sorted(MATRIX)
 
 
-@pytest.mark.parametrize("name", matrix_optimizers())
+@pytest.mark.parametrize("name", MATRIX)
 def test_groups_of_the_same_numbers_are_one_group_bit_for_bit(name):
     one, many = parameters(SHAPES), parameters(SHAPES)
     first = make(name, [{"params": [(f"layer.{i}", p) for i, p in enumerate(one)]}])
@@ -90,7 +86,7 @@ def test_groups_of_the_same_numbers_are_one_group_bit_for_bit(name):
     assert calls_of(first) == calls_of(second)
 
 
-@pytest.mark.parametrize("name", matrix_optimizers())
+@pytest.mark.parametrize("name", MATRIX)
 def test_groups_with_learning_rates_of_their_own_are_optimizers_of_their_own(name):
     params, steps = parameters(SHAPES, torch.float64), list(gradients(6, SHAPES, torch.float64))
     optimizer = make(name, grouped(params))
@@ -103,7 +99,45 @@ def test_groups_with_learning_rates_of_their_own_are_optimizers_of_their_own(nam
     assert not optimizer.report.notes
 
 
-@pytest.mark.parametrize("name", matrix_optimizers())
+@pytest.mark.parametrize("name", ["Muon", "SOAP", "PSGDKron"])
+def test_the_triton_backend_runs_groups_together_too(name):
+    reached = []
+    for backend in ("eager", "triton"):
+        params = parameters(SHAPES)
+        optimizer = hbcore.get(name)(grouped(params), compile=backend)
+        run(optimizer, params, gradients(4, SHAPES))
+        assert optimizer.report.backend == backend
+        reached.append((params, calls_of(optimizer)))
+    assert distance(reached[0][0], reached[1][0]) < (1e-3 if name == "Muon" else 2e-5)
+    assert reached[0][1] == reached[1][1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "use_ema": True}], ids=["plain", "decayed"])
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "SFAdamW", "Lion", "RMSprop", "NAdam", "AdEMAMix", "LaProp"])
+def test_small_tensors_of_groups_are_packed_without_another_bit(name, options, dtype):
+    """A number of its own for each group is spread over the elements of one call, which must not change how it is rounded."""
+    params, alone, steps = parameters(SHAPES, dtype), parameters(SHAPES, dtype), list(gradients(5, SHAPES, dtype))
+    optimizer = make(name, grouped(params), **options)
+    run(optimizer, params, steps)
+    for i, group in enumerate(grouped(alone)):
+        run(make(name, [group], **options), [alone[i]], [[step[i]] for step in steps])
+    assert same(params, alone)
+    [batch] = optimizer.core.plan.layout.batches
+    assert [type(chunk) for chunk in batch.segment.executable._chunked.of(0, batch)] == [Pack]
+
+
+def test_a_group_with_many_elements_has_a_pack_of_its_own():
+    """Spreading its numbers would cost more memory traffic than a call."""
+    params = parameters([(200, 100), (200, 100), (3,), (4,), (5,)])
+    optimizer = make("AdamW", [{"params": params[:2]}, *({"params": [p], "lr": 0.1} for p in params[2:])])
+    run(optimizer, params, [[torch.ones_like(p) for p in params]])
+    [batch] = optimizer.core.plan.layout.batches
+    packs = batch.segment.executable._chunked.of(0, batch)
+    assert [(pack.members, pack.rows) for pack in packs] == [([0, 1], None), ([2, 3, 4], [1, 2, 3])]
+
+
+@pytest.mark.parametrize("name", MATRIX)
 def test_many_groups_resume_bit_for_bit(name):
     """One group joined late, so that it is at another step, and at another place between two refreshes."""
     steps = list(gradients(9, SHAPES))
@@ -123,7 +157,7 @@ def test_many_groups_resume_bit_for_bit(name):
     assert not optimizer.report.notes and not resumed.report.notes
 
 
-@pytest.mark.parametrize("name", matrix_optimizers())
+@pytest.mark.parametrize("name", MATRIX)
 def test_groups_whose_numbers_drift_apart_and_meet_again_stay_right(name):
     """Every number that some matrix rule reads is changed in two of the groups for a while."""
     params, steps = parameters(SHAPES, torch.float64), list(gradients(8, SHAPES, torch.float64))
@@ -151,7 +185,7 @@ def test_groups_whose_numbers_drift_apart_and_meet_again_stay_right(name):
     assert any("share a stack had other numbers" in note for note in optimizer.report.notes)
 
 
-@pytest.mark.parametrize("name", matrix_optimizers())
+@pytest.mark.parametrize("name", MATRIX)
 def test_groups_without_a_gradient_at_times_stay_right(name):
     steps = [[None if (t + i) % 3 == 0 else g for i, g in enumerate(some)]
              for t, some in enumerate(gradients(7, SHAPES, torch.float64))]  # fmt: skip
@@ -283,7 +317,7 @@ def test_groups_share_no_call_where_a_rule_may_read_a_number_from_a_closure():
     assert calls_of(optimizer) == 2
 
 
-@pytest.mark.parametrize("name", matrix_optimizers())
+@pytest.mark.parametrize("name", MATRIX)
 def test_a_rule_is_called_once_for_hundreds_of_groups(name, monkeypatch):
     ran = []
     call = RuleCall.run
