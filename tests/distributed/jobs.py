@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import hbcore
-from hbcore.api import Domain, Route, Slot, Transform, ema, is_matrix, matrix_view
+from hbcore.api import Domain, Route, Slot, Transform, ema, is_matrix, matrix_view, zeros
 
 SHAPES = {"wide": (18, 64), "row": (1, 64), "bias": (18,), "tall": (64, 5), "square": (16, 16), "odd": (3, 7)}
 """Shards that are uneven, and empty on the second rank."""
@@ -68,11 +68,37 @@ class TwoMatrixRules(hbcore.Optimizer):
         return (Route(is_matrix, (Average(0), OtherAverage(1)), ()),)
 
 
+@dataclass(frozen=True)
+class Shake(Transform):
+    """An elementwise rule that draws: uniform noise on the update, and normal noise that it remembers."""
+
+    name = "shake"
+    draws = 2
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        return {"shaken": zeros(param)}
+
+    def update(self, u: Tensor, s: Any, c: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        shaken = ema(s["shaken"], c.probe(u), 0.5)
+        return u + c.noise(u) + shaken, {"shaken": shaken}
+
+
+class Shaken(hbcore.Optimizer):
+    """Gradient descent with noise."""
+
+    lr: float = 0.01
+
+    @staticmethod
+    def chain(h: Any) -> tuple[Transform, ...]:
+        return (Shake(),)
+
+
 def class_of(name: str | type[Any]) -> Any:
     """An optimizer's class; one that is not registered is sent as it is."""
     if isinstance(name, type):
         return name
-    return TwoMatrixRules if name == "TwoMatrixRules" else hbcore.get(name)
+    own = {"TwoMatrixRules": TwoMatrixRules, "Shaken": Shaken}
+    return own.get(name) or hbcore.get(name)
 
 
 def build(name: str | type[Any], options: dict[str, Any], how: str, device: str = "cpu") -> tuple[Model, torch.optim.Optimizer]:

@@ -22,6 +22,9 @@ CASES = {
     "MSAMLaProp": ("MSAMLaProp", {"sam_step_size": 1.0, "weight_decay": 0.1}),
     "TwoMatrixRules": ("TwoMatrixRules", {}),
     "Adams": ("Adams", {"weight_decay": 0.5}),
+    "draws": ("Shaken", {}),
+    "draws-triton": ("Shaken", {"compile": "triton"}),
+    "draws-ecc": ("Shaken", {"ecc": "bf16+8", "stochastic_rounding": True}),
 }
 
 
@@ -33,7 +36,7 @@ def test_fully_sharded_parameters_follow_one_process(case):
         assert distance([result[k] for k in alone], list(alone.values())) < 1e-6
 
 
-@pytest.mark.parametrize("case", ["AdamW-ecc", "SOAP", "PSGDKron", "SFAdamW", "TwoMatrixRules"])
+@pytest.mark.parametrize("case", ["AdamW-ecc", "SOAP", "PSGDKron", "SFAdamW", "TwoMatrixRules", "draws", "draws-ecc"])
 def test_a_state_dict_on_two_ranks_resumes_exactly(case):
     name, options = CASES[case]
     for straight, resumed, keys in on_ranks(2, jobs.resume, name, options):
@@ -41,7 +44,7 @@ def test_a_state_dict_on_two_ranks_resumes_exactly(case):
         assert keys > 0
 
 
-@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDKron"])
+@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDKron", "draws"])
 def test_what_two_ranks_saved_loads_on_one_and_three(case, tmp_path):
     name, options = CASES[case]
     [trained, _] = on_ranks(2, jobs.save, str(tmp_path), name, options, "odd")
@@ -50,7 +53,7 @@ def test_what_two_ranks_saved_loads_on_one_and_three(case, tmp_path):
             assert distance([result[k] for k in trained], list(trained.values())) < 1e-6
 
 
-@pytest.mark.parametrize("case", ["AdamW", "SOAP", "PSGDKron"])
+@pytest.mark.parametrize("case", ["AdamW", "SOAP", "PSGDKron", "draws"])
 def test_ranks_of_ddp_stay_equal_bit_for_bit(case):
     name, options = CASES[case]
     first, second = on_ranks(2, jobs.ddp, name, options)
