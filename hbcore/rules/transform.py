@@ -135,6 +135,11 @@ class Context(NamedTuple):
 class Transform:
     """One pure step of a chain. Subclass it as a frozen dataclass; see :mod:`hbcore.rules.moments` for examples.
 
+    Reductions over rows: declare :attr:`Domain.MATRIX`, return ``matrix_view(shape)`` from ``blocks``, and reduce with torch's
+    own ``u.mean(-1)``. A slot may have one number for each row, ``Slot(param.shape[:1], exact=True)``, and is ``[B, m]`` in
+    ``update``. Under FSDP2 such a rule runs where the whole matrix is, and its slots are saved and resumed like any others.
+    A ``Route`` with ``is_matrix`` gives vectors another rule.
+
     Class attributes:
         name: a short identifier, unique in a chain; checkpoints record ``version`` under it.
         version: incremented when the meaning of a slot changes; a migration then converts old checkpoints.

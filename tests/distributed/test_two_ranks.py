@@ -22,6 +22,7 @@ CASES = {
     "MSAMLaProp": ("MSAMLaProp", {"sam_step_size": 1.0, "weight_decay": 0.1}),
     "TwoMatrixRules": ("TwoMatrixRules", {}),
     "Adams": ("Adams", {"weight_decay": 0.5}),
+    "rows": ("NormalisedRows", {"ecc": "bf16+8"}),
     "draws": ("Shaken", {}),
     "draws-triton": ("Shaken", {"compile": "triton"}),
     "draws-ecc": ("Shaken", {"ecc": "bf16+8", "stochastic_rounding": True}),
@@ -36,7 +37,7 @@ def test_fully_sharded_parameters_follow_one_process(case):
         assert distance([result[k] for k in alone], list(alone.values())) < 1e-6
 
 
-@pytest.mark.parametrize("case", ["AdamW-ecc", "SOAP", "PSGDKron", "SFAdamW", "TwoMatrixRules", "draws", "draws-ecc"])
+@pytest.mark.parametrize("case", ["AdamW-ecc", "SOAP", "PSGDKron", "SFAdamW", "TwoMatrixRules", "rows", "draws", "draws-ecc"])
 def test_a_state_dict_on_two_ranks_resumes_exactly(case):
     name, options = CASES[case]
     for straight, resumed, keys in on_ranks(2, jobs.resume, name, options):
@@ -44,7 +45,7 @@ def test_a_state_dict_on_two_ranks_resumes_exactly(case):
         assert keys > 0
 
 
-@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDKron", "draws"])
+@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDKron", "rows", "draws"])
 def test_what_two_ranks_saved_loads_on_one_and_three(case, tmp_path):
     name, options = CASES[case]
     [trained, _] = on_ranks(2, jobs.save, str(tmp_path), name, options, "odd")
