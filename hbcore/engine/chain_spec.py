@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hbcore.distributed.placement import local
+from hbcore.engine.graph.draws import draw_names
 from hbcore.engine.graph.segment_spec import Hypers, SegmentSpec, fixed, getter, length_of
 from hbcore.engine.options import Settings
 from hbcore.engine.params import is_lazy
@@ -213,6 +214,10 @@ def check_slots(chain: ChainSpec, group: Group) -> None:
             for name in (*names, *scalar_names(t)):
                 if name in owners:
                     raise RuleError(f"{owners[name]!r} and {t.name!r} both claim the slot {name!r}; rename one of them.")
+                owners[name] = t.name
+            for name in draw_names(t):
+                if name in owners:
+                    raise RuleError(f"two rules are called {t.name!r} and would draw the same random numbers; rename one.")
                 owners[name] = t.name
             before, known = first.setdefault((i, branches), (shape, names))
             if t.domain != Domain.MATRIX and names != known:

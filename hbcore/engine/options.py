@@ -45,7 +45,8 @@ class Settings:
     def stages(self, h: Any, rule: Iterable[Transform]) -> tuple[Transform, ...]:
         """``rule`` with the transforms the options insert, in order, for a group's hyperparameters ``h``."""
         rule = tuple(rule)
-        held = [t.name for t in route.every(rule) if self.capturable and (t.domain == Domain.MATRIX or t.scalars())]
+        every = [*route.every(rule), *self.clips]
+        held = [t.name for t in every if self.capturable and (t.domain == Domain.MATRIX or t.scalars() or t.draws)]
         if held:
             raise OptionError(f"capturable=True is not supported by {', '.join(held)} yet; pass capturable=False.")
         decays = any(True for _ in roles.values(rule, "weight_decay"))

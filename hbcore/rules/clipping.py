@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from hbcore.errors import OptionError
-from hbcore.rules.transform import Bounds, Context, Domain, State, Transform, check_bounds
+from hbcore.rules.bounds import Bounds, check_bounds
+from hbcore.rules.transform import Context, Domain, State, Transform
 
 STAGES = {"clip_gradient": "gradient_clipping", "clip_update": "update_clipping"}
 """Stage of a clip -> the option that inserts it there."""

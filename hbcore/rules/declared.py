@@ -21,6 +21,7 @@ ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stage": (lambda v: isinstance(v, str) and v in ORDER, f"one of {', '.join(map(repr, ORDER))}"),
     "owns_apply": (lambda v: isinstance(v, bool), "True or False"),
     "primes": (lambda v: isinstance(v, bool), "True or False"),
+    "draws": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0, "a whole number, at least 0"),
     "needs": (lambda v: isinstance(v, (set, frozenset)) and v <= {"param", "grad"}, "a subset of {'param', 'grad'}"),
 }
 """The class attributes of the protocol: whether a value is allowed, and which ones are."""

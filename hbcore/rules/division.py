@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from hbcore.errors import OptionError
+from hbcore.rules.bounds import Bounds, check_bounds
 from hbcore.rules.numerics import Scalar
-from hbcore.rules.transform import Bounds, check_bounds
 
 Divide = Callable[[Tensor, Tensor, Scalar], Tensor]
 

@@ -9,8 +9,9 @@ from torch.utils._pytree import tree_map_only
 
 from hbcore.errors import OptionError
 from hbcore.rules import roles
+from hbcore.rules.bounds import Bounds, check_bounds
 from hbcore.rules.numerics import Scalar
-from hbcore.rules.transform import Bounds, Transform, check_bounds
+from hbcore.rules.transform import Transform
 
 SCALE = Bounds(gt=0, le=1)
 """Bounds of ``beta2_scale``: above 1 the average would stop following the gradients."""

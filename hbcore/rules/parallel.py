@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from hbcore.errors import RuleError
+from hbcore.rules.bounds import Bounds
 from hbcore.rules.contract import pair
 from hbcore.rules.declared import check_branch
 from hbcore.rules.route import Route
-from hbcore.rules.transform import Bounds, Context, Domain, Slot, State, Transform
+from hbcore.rules.transform import Context, Domain, Slot, State, Transform
 from hbcore.rules.views import Block
 
 Merge = Callable[[Sequence[Tensor], Context], Tensor]
@@ -73,6 +74,7 @@ class Parallel(Transform):
             raise RuleError(f"Parallel: {', '.join(unfit)} cannot be in a branch: it applies its update itself, or primes.")
         if sum(t.domain == Domain.MATRIX for t in inner) > 1:
             raise RuleError("Parallel takes one matrix rule, in one of its branches; two would see the parameter differently.")
+        object.__setattr__(self, "draws", sum(t.draws for t in inner))
         if self._matrix is not None:
             object.__setattr__(self, "domain", Domain.MATRIX)
             object.__setattr__(self, "needs", frozenset().union(*(t.needs for t in inner)))

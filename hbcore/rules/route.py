@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from hbcore.errors import RuleError
+from hbcore.rules.bounds import Bounds
 from hbcore.rules.declared import check_branch
-from hbcore.rules.transform import Bounds, Transform
+from hbcore.rules.transform import Transform
 
 Predicate = Callable[[Tensor], bool]
 

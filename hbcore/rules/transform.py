@@ -7,16 +7,15 @@ anything that depends on a whole tensor. In return the engine fuses, batches, co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from hbcore.errors import HyperparameterError, RuleError
+from hbcore.rules.bounds import Bounds, check_bounds
 from hbcore.rules.declared import check_class
 from hbcore.rules.domain import Domain as Domain
 from hbcore.rules.numerics import Scalar, compute_dtype
@@ -26,31 +25,6 @@ from hbcore.rules.slot import zeros as zeros
 from hbcore.rules.views import Block
 
 State = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The allowed interval of a hyperparameter; prints as ``[0, 1)``."""
-
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-
-    def admit(self, value: float) -> bool:
-        """Whether ``value`` is inside. NaN never is."""
-        return not (
-            math.isnan(value)
-            or (self.ge is not None and value < self.ge)
-            or (self.gt is not None and value <= self.gt)
-            or (self.le is not None and value > self.le)
-            or (self.lt is not None and value >= self.lt)
-        )
-
-    def __str__(self) -> str:
-        low = f"[{self.ge:g}" if self.ge is not None else f"({self.gt:g}" if self.gt is not None else "(-inf"
-        high = f"{self.le:g}]" if self.le is not None else f"{self.lt:g})" if self.lt is not None else "inf)"
-        return f"{low}, {high}"
 
 
 Role = Literal["first_moment", "second_moment", "weight_decay"]
@@ -92,8 +66,8 @@ def hyper(
 
 
 def unavailable(*_: Any) -> Any:
-    """Placeholder for the entries of :class:`Context` that only matrix rules may use."""
-    raise RuleError("c.probe, c.noise and c.apply are for rules of Domain.MATRIX; declare `domain = Domain.MATRIX`.")
+    """Placeholder for the entries of :class:`Context` that an engine provides."""
+    raise RuleError("c.probe, c.noise and c.apply need an engine that runs the rule.")
 
 
 class Context(NamedTuple):
@@ -103,13 +77,16 @@ class Context(NamedTuple):
     tensor, this parameter's own count, 1 on its first step. The reductions return 0-d tensors and reduce over one tensor
     (:attr:`Domain.TENSOR`) or over all parameters of the optimizer (:attr:`Domain.MODEL`).
 
-    Fields after ``numel`` are for rules of :attr:`Domain.MATRIX`, which see stacks ``[B, *shape]`` of equally shaped blocks:
+    ``noise(like)`` are uniform numbers in [0, 1), ``probe(like)`` standard normal ones, of ``like``'s shape and dtype, from 24
+    random bits each; every call in a step returns others. They are derived from the optimizer's seed, the names of parameter
+    and rule, the step and the element's place: uniform numbers are identical on every rank, device and backend, and normal ones
+    to within rounding. The global generators are never used. Rules that are not of
+    :attr:`Domain.MATRIX` declare in ``draws`` how many times they call the two, and draw in the shape of their update.
+
+    The other fields are for rules of :attr:`Domain.MATRIX`, which see stacks ``[B, *shape]`` of equally shaped blocks:
 
     * ``param`` and ``grad`` are available if the rule's ``needs`` name them; reading them otherwise is an error.
     * ``refresh``: the expensive part is due this step, see :meth:`Transform.rate`.
-    * ``probe(like)``: standard normal numbers of ``like``'s shape and dtype, derived from the optimizer's seed, each block's
-      seed key and the step; a second call in the same step returns other numbers. Identical on every rank and device; the
-      global generators are never used. ``noise(like)`` is the same, uniform in [0, 1).
     * ``apply(inner, u, s)``: run the elementwise rule ``inner`` on the stack as one segment: ``inner.update(u, s, c)``, fused
       where the backend supports it. Returns its update and new slot values, which the rule returns along with its own.
     """
@@ -139,6 +116,11 @@ class Context(NamedTuple):
 class Transform:
     """One pure step of a chain. Subclass it as a frozen dataclass; see :mod:`hbcore.rules.moments` for examples.
 
+    Reductions over rows: declare :attr:`Domain.MATRIX`, return ``matrix_view(shape)`` from ``blocks``, and reduce with torch's
+    own ``u.mean(-1)``. A slot may have one number for each row, ``Slot(param.shape[:1], exact=True)``, and is ``[B, m]`` in
+    ``update``. Under FSDP2 such a rule runs where the whole matrix is, and its slots are saved and resumed like any others.
+    A ``Route`` with ``is_matrix`` gives vectors another rule.
+
     Class attributes:
         name: a short identifier, unique in a chain; checkpoints record ``version`` under it.
         version: incremented when the meaning of a slot changes; a migration then converts old checkpoints.
@@ -148,6 +130,7 @@ class Transform:
             for ``u`` and the one before the step as ``c.param``, and returns what the parameter becomes.
         owns_apply: ``update`` returns the new parameter rather than a step to subtract; at the stage ``"apply"`` only.
         primes: the first gradient only initialises the state, see :meth:`prime`; it moves no parameter and counts no step.
+        draws: how many times one ``update`` calls ``c.noise`` and ``c.probe``, at most; matrix rules need not say.
         needs: what a matrix rule reads besides the update: a subset of ``{"param", "grad"}``.
     """
 
@@ -157,6 +140,7 @@ class Transform:
     stage: ClassVar[str] = "rule"
     owns_apply: ClassVar[bool] = False
     primes: ClassVar[bool] = False
+    draws: ClassVar[int] = 0
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -266,14 +250,3 @@ class Transform:
             training: True to return the training weights, False for the evaluation weights.
         """
         raise NotImplementedError(f"{type(self).__name__} has one set of weights")
-
-
-def check_bounds(label: str, number: Any, bounds: Bounds) -> None:
-    """Raise :class:`HyperparameterError` unless ``number`` is a number within ``bounds``. Tensors and
-    tensor-likes pass: they were checked as plain numbers."""
-    if isinstance(number, Tensor) or hasattr(type(number), "__torch_function__"):
-        return
-    if isinstance(number, bool) or not isinstance(number, Real):  # NumPy's numbers are registered as Real
-        raise HyperparameterError(f"{label}={number!r} is a {type(number).__name__}; pass a number in {bounds}.")
-    if not bounds.admit(float(number)):
-        raise HyperparameterError(f"{label}={number!r} is outside {bounds}; pass a value inside that range.")

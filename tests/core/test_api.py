@@ -30,7 +30,7 @@ METHODS = {
     "swap": ["self", "param", "s", "training"],
     "hypers": ["self"],
 }
-ATTRIBUTES = {"name", "version", "domain", "stage", "owns_apply", "primes", "needs"}
+ATTRIBUTES = {"name", "version", "domain", "stage", "owns_apply", "primes", "needs", "draws"}
 
 
 def test_no_name_is_gone():

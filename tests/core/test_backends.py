@@ -23,7 +23,7 @@ from rounding import unit
 from torch import nn
 
 from hb_adam import SGD, AdamW
-from hbcore.api import Domain, Transform
+from hbcore.api import Domain, Transform, zeros
 from hbcore.engine.backends.triton import backend as triton_backend
 from hbcore.errors import FallbackWarning, StateWarning
 
@@ -441,3 +441,23 @@ def test_state_whose_memory_was_swapped_is_read_where_it_is_now(backend, small_c
     run(optimizer, params, [second])
     run(reference, plain, [second])
     assert same(state(optimizer), state(reference)) and same(params, plain)
+
+
+@dataclass(frozen=True)
+class Twins(Transform):
+    """Two slots whose names look alike in a generated kernel."""
+
+    name = "twins"
+
+    def slots(self, param):
+        return {"a.b": zeros(param), "a_b": zeros(param)}
+
+    def update(self, u, s, c):
+        return u + s["a.b"] + 10 * s["a_b"], {"a.b": s["a.b"] + u, "a_b": s["a_b"] - 2 * u}
+
+
+@pytest.mark.parametrize("codec", [{}, {"ecc": "bf16+8", "stochastic_rounding": True}], ids=str)
+def test_slots_whose_names_look_alike_are_kept_apart(codec):
+    ours, optimizer = trained(optimizer_of(Twins), codec, "triton")
+    theirs, reference = trained(optimizer_of(Twins), codec, "eager")
+    assert distance([*ours, *state(optimizer)], [*theirs, *state(reference)]) < 1e-6

@@ -186,9 +186,14 @@ def test_matrix_rules_are_looked_at_in_their_first_run(what):
         stepped(made, parameter(4, 3))
 
 
+def test_what_only_matrix_rules_have_is_refused_by_name():
+    with pytest.raises(RuleError, match=rf"{__file__}:\d+: rule 'toy'.*c\.apply.*Domain\.MATRIX"):
+        stepped(rule(lambda self, u, s, c: c.apply(self, u, s)), parameter(3))
+
+
 @pytest.mark.parametrize("call", ["probe", "noise"])
-def test_what_only_matrix_rules_have_is_refused_by_name(call):
-    with pytest.raises(RuleError, match=rf"{__file__}:\d+: rule 'toy'.*c\.probe, c\.noise.*Domain\.MATRIX"):
+def test_random_numbers_that_are_not_declared_are_refused_by_name(call):
+    with pytest.raises(RuleError, match=rf"{__file__}:\d+: rule 'toy'.*declare `draws = 1`"):
         stepped(rule(lambda self, u, s, c: (u + getattr(c, call)(u), {"m": s["m"]})), parameter(3))
 
 

@@ -12,7 +12,7 @@ from core.dog import DoG, LDoG
 from torch import Tensor, nn
 
 import hbcore
-from hbcore.api import Domain, Route, Slot, Transform, ema, is_matrix, matrix_view
+from hbcore.api import Domain, Momentum, Route, Slot, Transform, ema, hyper, is_matrix, matrix_view, zeros
 
 SHAPES = {
     "wide": (18, 64), "row": (1, 64), "bias": (18,), "tall": (64, 5), "square": (16, 16), "odd": (3, 7), "wide_too": (18, 64),
@@ -71,11 +71,68 @@ class TwoMatrixRules(hbcore.Optimizer):
         return (Route(is_matrix, (Average(0), OtherAverage(1)), ()),)
 
 
+@dataclass(frozen=True)
+class NormaliseRows(Transform):
+    """A second moment for each row of a matrix, as in NorMuon (arXiv:2510.05491)."""
+
+    beta2: float = hyper(0.5, ge=0, lt=1)
+    name = "normalise_rows"
+    domain = Domain.MATRIX
+
+    def blocks(self, shape: torch.Size) -> Any:
+        return matrix_view(shape)
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        return {"row_sq": Slot(param.shape[:1], exact=True)}
+
+    def update(self, u: Tensor, s: Any, c: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        row_sq = ema(s["row_sq"], u.square().mean(-1), self.beta2)
+        return u / row_sq.sqrt().clamp(min=1e-8)[..., None], {"row_sq": row_sq}
+
+
+class NormalisedRows(hbcore.Optimizer):
+    """Momentum whose rows are normalised; vectors take the momentum as it is."""
+
+    lr: float = 0.01
+    beta2: float = 0.5
+
+    @staticmethod
+    def chain(h: Any) -> tuple[Transform, ...]:
+        return (Momentum(0.9), Route(is_matrix, (NormaliseRows(h.beta2),)))
+
+
+@dataclass(frozen=True)
+class Shake(Transform):
+    """An elementwise rule that draws: uniform noise on the update, and normal noise that it remembers."""
+
+    name = "shake"
+    draws = 2
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        return {"shaken": zeros(param)}
+
+    def update(self, u: Tensor, s: Any, c: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        shaken = ema(s["shaken"], c.probe(u), 0.5)
+        return u + c.noise(u) + shaken, {"shaken": shaken}
+
+
+class Shaken(hbcore.Optimizer):
+    """Gradient descent with noise."""
+
+    lr: float = 0.01
+
+    @staticmethod
+    def chain(h: Any) -> tuple[Transform, ...]:
+        return (Shake(),)
+
+
 def class_of(name: str | type[Any]) -> Any:
     """An optimizer's class; one that is not registered is sent as it is."""
     if isinstance(name, type):
         return name
-    own = {"TwoMatrixRules": TwoMatrixRules, "LDoG": LDoG, "DoG": DoG}
+    own = {
+        "TwoMatrixRules": TwoMatrixRules, "Shaken": Shaken, "NormalisedRows": NormalisedRows, "LDoG": LDoG, "DoG": DoG,
+    }  # fmt: skip
     return own.get(name) or hbcore.get(name)
 
 

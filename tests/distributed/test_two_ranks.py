@@ -24,6 +24,10 @@ CASES = {
     "Adams": ("Adams", {"weight_decay": 0.5}),
     "LDoG": ("LDoG", {}),
     "DoG": ("DoG", {}),
+    "rows": ("NormalisedRows", {"ecc": "bf16+8"}),
+    "draws": ("Shaken", {}),
+    "draws-triton": ("Shaken", {"compile": "triton"}),
+    "draws-ecc": ("Shaken", {"ecc": "bf16+8", "stochastic_rounding": True}),
 }
 
 
@@ -55,7 +59,10 @@ def test_groups_on_two_ranks_follow_one_process(case):
         assert distance([result[k] for k in alone], list(alone.values())) < 1e-6
 
 
-@pytest.mark.parametrize("case", ["AdamW-ecc", "SOAP", "PSGDKron", "SFAdamW", "TwoMatrixRules", "LDoG", "DoG"])
+RESUMED = ("AdamW-ecc", "SOAP", "PSGDKron", "SFAdamW", "TwoMatrixRules", "LDoG", "DoG", "rows", "draws", "draws-ecc")
+
+
+@pytest.mark.parametrize("case", RESUMED)
 def test_a_state_dict_on_two_ranks_resumes_exactly(case):
     name, options = CASES[case]
     for straight, resumed, keys in on_ranks(2, jobs.resume, name, options):
@@ -63,7 +70,7 @@ def test_a_state_dict_on_two_ranks_resumes_exactly(case):
         assert keys > 0
 
 
-@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDKron", "LDoG"])
+@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDKron", "LDoG", "rows", "draws"])
 def test_what_two_ranks_saved_loads_on_one_and_three(case, tmp_path):
     name, options = CASES[case]
     [trained, _] = on_ranks(2, jobs.save, str(tmp_path), name, options, "odd")
@@ -72,7 +79,7 @@ def test_what_two_ranks_saved_loads_on_one_and_three(case, tmp_path):
             assert distance([result[k] for k in trained], list(trained.values())) < 1e-6
 
 
-@pytest.mark.parametrize("case", ["AdamW", "SOAP", "PSGDKron"])
+@pytest.mark.parametrize("case", ["AdamW", "SOAP", "PSGDKron", "draws"])
 def test_ranks_of_ddp_stay_equal_bit_for_bit(case):
     name, options = CASES[case]
     first, second = on_ranks(2, jobs.ddp, name, options)

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hbcore.engine.graph.program import Program
-from hbcore.rules.noise import philox4x32
+from hbcore.engine.graph.program import DRAW, Program
+from hbcore.rules.noise import philox4x32, words
 
 
 @dataclass(eq=False)
@@ -46,9 +46,15 @@ class Batch:
         return len(self.tensors["param"])
 
     def noise(self, name: str, i: int, start: int, length: int) -> Tensor:
-        """Bits for elements ``start`` to ``start + length`` of parameter ``i``, in memory order: int32 in [0, 2^16)."""
+        """Bits for elements ``start`` to ``start + length`` of parameter ``i``, in memory order.
+
+        Returns:
+            int32 in [0, 2^16), to round with; int64 with 64 random bits where a rule draws.
+        """
         start += self.starts[i] if self.starts else 0
         index = torch.arange(start, start + length, device=self.tensors["param"][i].device)
+        if name.startswith(DRAW):
+            return words(self.keys[name][i], index)
         return (philox4x32(self.keys[name][i], index)[0] & 0xFFFF).to(torch.int32)
 
     def flat(self, name: str) -> list[Tensor]:

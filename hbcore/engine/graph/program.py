@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,12 @@ def reduce_amax(x: Tensor, domain: int) -> Tensor:
     return x.amax()
 
 
+def identifier(text: str) -> str:
+    """``text`` as a name in generated sources: rules are called what their authors like."""
+    name = re.sub(r"\W", lambda other: f"_{ord(other[0]):x}_", text)
+    return f"_{name}" if name[0].isdigit() else name
+
+
 REDUCERS: dict[str, Callable[[Tensor, int], Tensor]] = {"sum": reduce_sum, "amax": reduce_amax}
 
 
@@ -34,8 +41,12 @@ def direct_reduce(x: Tensor, how: str, domain: Domain, rule: str) -> Tensor:
 
 
 NOISE = "noise."
-"""Prefix of graph inputs that are random bits: generated from a key and the element's index, never stored."""
+"""Prefix of graph inputs that are random bits: generated from a key and the element's index, never stored.
 
+``noise.<slot>`` are 16 bits in int32, for rounding that slot."""
+
+DRAW = f"{NOISE}#"
+"""``noise.#<rule>.<k>`` are 64 bits in int64, for what a rule draws k-th in an update. No slot's name has a ``#``."""
 
 STACK = "stack."
 """Prefix of the tensors a segment writes for the matrix rule after it: ``stack.update``, ``stack.grad``, ``stack.param``."""

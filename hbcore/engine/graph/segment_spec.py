@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hbcore.engine.graph.draws import Draws
 from hbcore.engine.graph.program import CARRIED, NOISE, NONFINITE, STACK
 from hbcore.engine.graph.where import where
 from hbcore.errors import RuleError
@@ -92,6 +93,7 @@ class SegmentSpec:
         takes: dtype of the update from the matrix rule before this segment; None if the segment starts from the gradient.
         feeds: inputs of the matrix rule after this segment, with dtypes: ``(("update", bfloat16), ...)``.
         slots: each transform's slots, without shapes, for the whole chain; None to ask the transforms.
+        draws: the random inputs of this segment's transforms.
     """
 
     chain: Chain
@@ -110,6 +112,7 @@ class SegmentSpec:
     takes: torch.dtype | None = None
     feeds: tuple[tuple[str, torch.dtype], ...] = ()
     slots: tuple[tuple[tuple[str, Slot], ...], ...] | None = None
+    draws: tuple[str, ...] = ()
 
     def fits(self, group: Mapping[str, Any]) -> bool:
         """Whether the group still has this spec's structure; its numbers may differ."""
@@ -199,7 +202,8 @@ class SegmentSpec:
             state = Slots(t, {name: codec.read(tensors, name, dtype) for name, codec in stored_as.items()})
             carried = t.scalars()
             state.update({name: scalars[CARRIED + name] for name in carried})
-            context = self._context(t, param, grad, scalars, numel, reduce)
+            draws = Draws(t, tensors, update.shape)
+            context = self._context(t, param, grad, scalars, numel, reduce, draws)
             if give is not None:
                 give(t, (update, *state.values(), *context))
             update, new = checked(t, t.update(update, state, context), update, state)
@@ -260,6 +264,7 @@ class SegmentSpec:
         dtypes.update({STACK + name: dtype for name, dtype in self.feeds})
         if self.stochastic:
             dtypes.update({NOISE + slot: torch.int32 for slot in self._rounded(param.dtype, slots)})
+        dtypes.update(dict.fromkeys(self.draws, torch.int64))
         return dtypes
 
     def _rounded(self, param: torch.dtype, slots: Mapping[str, Slot]) -> list[str]:
@@ -270,12 +275,17 @@ class SegmentSpec:
         return [*rounded, "param"] if param == torch.bfloat16 and not exact and not self.feeds else rounded
 
     def _context(
-        self, t: Transform, param: Tensor, grad: Tensor, scalars: Mapping[str, Tensor], numel: Tensor, reduce: Reduce
+        self,
+        t: Transform,
+        param: Tensor,
+        grad: Tensor,
+        scalars: Mapping[str, Tensor],
+        numel: Tensor,
+        reduce: Reduce,
+        draws: Draws,
     ) -> Context:
         def unavailable(*_: Any) -> Any:
-            raise RuleError(
-                f"{title(t)} calls c.probe, c.noise or c.apply, which are for matrix rules; declare `domain = Domain.MATRIX`."
-            )
+            raise RuleError(f"{title(t)} calls c.apply, which is for matrix rules; declare `domain = Domain.MATRIX`.")
 
         return Context(
             param=param,
@@ -285,7 +295,7 @@ class SegmentSpec:
             sum=lambda x: reduce(x, "sum", t.domain, t.name),
             amax=lambda x: reduce(x, "amax", t.domain, t.name),
             numel=scalars["model_numel"] if t.domain == Domain.MODEL else numel,
-            probe=unavailable,
-            noise=unavailable,
+            probe=draws.probe,
+            noise=draws.noise,
             apply=unavailable,
         )

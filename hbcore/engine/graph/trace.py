@@ -10,7 +10,6 @@ difference between the graphs is a length that leaked into the rule, which is an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_map
 
 from hbcore.engine.graph.phases import split
-from hbcore.engine.graph.program import REDUCERS, Program
+from hbcore.engine.graph.program import REDUCERS, Program, identifier
 from hbcore.engine.graph.purity import impure, written
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.graph.where import where
@@ -161,7 +160,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise self._error(f"calls {func}, which writes to a tensor; use the out-of-place form.")
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise self._error(
-                f"calls {func}, which draws from torch's global generator; only matrix rules have random numbers."
+                f"calls {func}, which draws from torch's global generator; declare `draws = 1` and use c.noise or c.probe."
             )
         if torch.Tag.pointwise not in func.tags and func not in HARMLESS:
             raise self._error(f"calls {func}, which is not elementwise; a rule must treat each element independently.")
@@ -170,12 +169,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _error(self, what: str) -> TraceError:
         return TraceError(f"{where()}: {self._title} {what}")
-
-
-def identifier(text: str) -> str:
-    """``text`` as a name in generated sources: rules are called what their authors like."""
-    name = re.sub(r"\W", lambda other: f"_{ord(other[0]):x}_", text)
-    return f"_{name}" if name[0].isdigit() else name
 
 
 def record(spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], length: int) -> tuple[fx.Graph, dict[str, fx.Node]]:

@@ -98,7 +98,7 @@ class Compiler:
             self._report.note(
                 "parameters that are not dense in memory, in the order that the rule needs, run eagerly one by one"
             )
-        if batch.shards is not None and (_sees_a_tensor(batch) or key.spec.stochastic):
+        if batch.shards is not None and (_sees_a_tensor(batch) or key.spec.stochastic or key.spec.draws):
             # the Triton backend counts and reduces a tensor's elements, and draws noise, over one rank's part alone
             backends = [b for b in backends if b.name != "triton"]
         return backends

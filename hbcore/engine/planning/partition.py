@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hbcore.engine.chain_spec import seen
+from hbcore.engine.graph.draws import draw_names
 from hbcore.engine.graph.scalar_inputs import numbers
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.errors import RuleError
@@ -47,15 +48,16 @@ def partition(spec: SegmentSpec, group: Mapping[str, Any], p: Tensor, promote: b
     spec = replace(spec, carried=tuple(carried))
     transforms = spec.whole_chain(example(spec, group))
     rules = tuple(i for i, t in enumerate(transforms) if t.domain == Domain.MATRIX)
+    draws = [draw_names(t) for t in transforms]
     spec = replace(spec, slots=tuple(_slots(t, p) for t in transforms))
     segments: list[SegmentSpec] = []
     takes: torch.dtype | None = None
     start = 0
     for i in rules:
         feeds = _feeds(transforms[i], p, promote)
-        segments.append(replace(spec, span=(start, i), takes=takes, feeds=feeds))
+        segments.append(replace(spec, span=(start, i), takes=takes, feeds=feeds, draws=sum(draws[start:i], ())))
         start, takes = i + 1, dict(feeds)["update"]
-    segments.append(replace(spec, span=(start, None), takes=takes))
+    segments.append(replace(spec, span=(start, None), takes=takes, draws=sum(draws[start:], ())))
     return Partition(tuple(segments), rules, transforms)
 
 

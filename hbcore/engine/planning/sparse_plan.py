@@ -3,7 +3,7 @@
 For optimizers that say ``sparse_gradients = True``. A step costs what its rows cost, whatever the size of the table, and leaves
 every other row of the parameter and of its state as it was: nothing decays there. Their chains are the ordinary elementwise
 ones. What a rule sums over a tensor is summed over the gathered rows, and a parameter's count of steps is the same for all of
-them. The noise of stochastic rounding is drawn by a row's place among them.
+them. What rules draw, and the noise of stochastic rounding, is drawn by a row's place among them.
 """
 
 from __future__ import annotations

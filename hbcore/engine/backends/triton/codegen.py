@@ -7,7 +7,7 @@ scalar rows. A program instance processes one chunk of one tensor. Offsets are i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from hbcore.engine.backends.triton.ops import OPERATIONS, TYPES, Call, cast
-from hbcore.engine.graph.program import NOISE, REDUCERS, Phase, Program
+from hbcore.engine.graph.program import DRAW, NOISE, REDUCERS, Phase, Program
 from hbcore.errors import CompileError
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Domain
@@ -86,6 +86,7 @@ class PhaseWriter:
         self.phase: Phase = program.phases[index]
         self.compute = compute_dtype(program.dtypes["param"])
         self.names: dict[fx.Node, str] = {}
+        self.identifiers = identifiers(program.dtypes)
 
     def write(self) -> str:
         """The kernel's source."""
@@ -120,12 +121,12 @@ class PhaseWriter:
         for name in dict.fromkeys((*self.phase.tensors, *self.phase.writes)):
             if name.startswith(NOISE):
                 key = 2 + self.layout.noise.index(name)
-                lines.append(f"    {pointer(name)} = tl.load(moving + {key} * n_tensors + t)  # a noise key, not a pointer")
+                lines.append(f"    {self._pointer(name)} = tl.load(moving + {key} * n_tensors + t)  # a key, no pointer")
                 continue
             dtype = TYPES[self.program.dtypes[name]]
             address = "moving + t" if name == "grad" else f"entry + {self.layout.columns.index(name)}"
-            lines.append(f"    {pointer(name)} = tl.load({address}).to(tl.pointer_type({dtype}))")
-            lines.append(f"    if ALIGNED:\n        {pointer(name)} = tl.multiple_of({pointer(name)}, 16)")
+            lines.append(f"    {self._pointer(name)} = tl.load({address}).to(tl.pointer_type({dtype}))")
+            lines.append(f"    if ALIGNED:\n        {self._pointer(name)} = tl.multiple_of({self._pointer(name)}, 16)")
         return lines
 
     def _scalars(self, inputs: Sequence[fx.Node]) -> list[str]:
@@ -163,17 +164,16 @@ class PhaseWriter:
         if masked:
             lines.append("            inside = at < n")
         for node, name in zip(inputs, self.phase.tensors, strict=False):
-            self.names[node] = f"v_{identifier(name)}"
+            self.names[node] = f"v_{self.identifiers[name]}"
             if name.startswith(NOISE):
-                lines.append(f"            {self.names[node]}, _, _, _ = tl.randint4x({pointer(name)}, at)")
-                lines.append(f"            {self.names[node]} = ({self.names[node]} & 0xFFFF).to(tl.int32)")
+                lines += [f"            {line}" for line in noise(self.names[node], self._pointer(name), name.startswith(DRAW))]
                 continue
-            lines.append(f"            {self.names[node]} = tl.load({pointer(name)} + at{mask})")
+            lines.append(f"            {self.names[node]} = tl.load({self._pointer(name)} + at{mask})")
         lines += [f"            {self._statement(n)}" for n in body]
         for name, node in zip(self.phase.writes, output, strict=False):
             dtype = self.program.dtypes[name]
             value = cast(self.names[node], node.meta["dtype"], dtype)
-            lines.append(f"            tl.store({pointer(name)} + at, {value}{mask})")
+            lines.append(f"            tl.store({self._pointer(name)} + at, {value}{mask})")
         for i, (r, node) in enumerate(zip(self.phase.reduces, output[len(self.phase.writes) :], strict=True)):
             value = self.names[node.args[0]]
             if r.how == "sum":
@@ -185,6 +185,10 @@ class PhaseWriter:
                 )
         return lines
 
+    def _pointer(self, name: str) -> str:
+        """The kernel variable that holds a tensor's address."""
+        return f"p_{self.identifiers[name]}"
+
     def _statement(self, node: fx.Node) -> str:
         if node.target not in OPERATIONS:
             raise CompileError(f"the Triton generator does not support {node.target}, used at {node.meta['where']}")
@@ -192,11 +196,21 @@ class PhaseWriter:
         return f"{node.name} = {OPERATIONS[node.target](Call(node, self.names, self.compute))}"
 
 
-def pointer(name: str) -> str:
-    """The kernel variable that holds a tensor's address."""
-    return f"p_{identifier(name)}"
+def noise(variable: str, key: str, drawn: bool) -> list[str]:
+    """Lines that generate random bits: 64 of them where a rule draws, 16 to round with."""
+    if drawn:
+        return [
+            f"{variable}, low, _, _ = tl.randint4x({key}, at)",
+            f"{variable} = ({variable}.to(tl.int64) << 32) | low.to(tl.int64)",
+        ]
+    return [f"{variable}, _, _, _ = tl.randint4x({key}, at)", f"{variable} = ({variable} & 0xFFFF).to(tl.int32)"]
 
 
-def identifier(name: str) -> str:
-    """A tensor's name as a Python identifier."""
-    return name.replace("#", "_").replace(".", "_")
+def identifiers(names: Iterable[str]) -> dict[str, str]:
+    """Each tensor's name as a Python identifier of its own: slots may be called ``a.b`` and ``a_b``."""
+    made: dict[str, str] = {}
+    for name in names:
+        made[name] = name.replace("#", "_").replace(".", "_")
+        while list(made.values()).count(made[name]) > 1:
+            made[name] += "_"
+    return made
