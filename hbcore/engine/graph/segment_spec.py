@@ -236,10 +236,9 @@ class SegmentSpec:
         skip = scalars["found_inf"] > 0 if self.scaled else None
         if not self.skip_nonfinite:
             return skip
-        if self.takes is None:
+        found = tensors.get(NONFINITE)
+        if found is None:
             found = reduce((grad.abs() < math.inf).logical_not().to(grad.dtype), "amax", Domain.MODEL, "skip_nonfinite")
-        else:
-            found = tensors[NONFINITE]
         return found > 0 if skip is None else skip | (found > 0)
 
     def _with_slots(self, scalars: Mapping[str, Any], param: Tensor) -> Iterable[tuple[Transform, Mapping[str, Slot]]]:

@@ -140,8 +140,8 @@ class PhaseWriter:
                 lines[-1] += " != 0"
         rest = rest[len(self.phase.scalars) :]
         for node, name in zip(rest, self.phase.sums, strict=False):
-            self.names[node] = identifier(name)
-            lines.append(f"    {identifier(name)} = {self._reduced(name, node.meta['dtype'])}")
+            self.names[node] = f"n_{self.identifiers[name]}" if name in self.identifiers else name
+            lines.append(f"    {self.names[node]} = {self._reduced(name, node.meta['dtype'])}")
         for node in rest[len(self.phase.sums) :]:
             self.names[node] = "numel"
             lines.append("    numel = n.to(tl.float64)")
