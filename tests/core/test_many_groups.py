@@ -321,7 +321,7 @@ def test_groups_share_no_call_where_a_rule_may_read_a_number_from_a_closure():
 def test_a_rule_is_called_once_for_hundreds_of_groups(name, monkeypatch):
     ran = []
     call = RuleCall.run
-    monkeypatch.setattr(RuleCall, "run", lambda self: ran.append(len(self._arguments)) or call(self))
+    monkeypatch.setattr(RuleCall, "run", lambda self, *_: ran.append(len(self._arguments)) or call(self))
     params = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(200)]
     optimizer = make(name, [{"params": [p], "lr": 0.01 * 0.99**i} for i, p in enumerate(params)])
     for _ in range(3):
