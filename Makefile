@@ -12,11 +12,13 @@
 #
 #   make test ARGS="-k AdamW"       pass arguments to pytest
 #   make test PYTHON=python3.12     use another Python
+#   make test-full CASES=folder     also run the scripts of a folder, see scripts/run_cases.py
 #   make test CONSTRAINTS=/dev/null VENV=build/newest     test with the newest releases instead of the pinned ones
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+CASES ?=
 CONSTRAINTS ?= constraints.txt
 # Test processes, of one thread each.
 JOBS ?= 2
@@ -45,7 +47,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-full: $(INSTALLED)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 JOBS=$(JOBS) $(BIN)/python scripts/test_full.py $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 JOBS=$(JOBS) CASES="$(CASES)" $(BIN)/python scripts/test_full.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

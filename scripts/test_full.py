@@ -6,7 +6,8 @@ The file is committed. It holds
   that code has changed since;
 * how the numeric tests did at each vector width that torch has kernels for and this processor has, with one thread and two:
   sums differ in their order, and tolerances have to hold for all;
-* how many of a sample of mutants of the engine the tests killed, and which survived (see ``mutants.py``).
+* how many of a sample of mutants of the engine the tests killed, and which survived (see ``mutants.py``);
+* what came of each script of the folder that the variable CASES names, if it names one (see ``run_cases.py``).
 
 Arguments go to pytest; a run that has any ends after it and writes nothing, because they may narrow it.
 """
@@ -30,6 +31,7 @@ from xml.etree import ElementTree
 import pytest
 from code_hash import RESULT, ROOT, code_hash
 from mutants import survey
+from run_cases import run_all
 
 JOBS = os.environ.get("JOBS", "2")
 """Processes that run tests, and mutants that are tried at a time."""
@@ -137,8 +139,16 @@ def mutants_killed(count: int = MUTANTS) -> dict[str, Any]:
         return {"error": "the tests fail without a mutant"}
 
 
+def cases_run(folder: str | None) -> dict[str, dict[str, Any]]:
+    """Case -> its exit status, None for one that took too long, and its seconds. Only the names within the folder are kept."""
+    cases = run_all(Path(folder)) if folder else []
+    return {case.name: {"status": case.status, "seconds": round(case.seconds, 1)} for case in cases}
+
+
 def main(arguments: list[str]) -> int:
-    """Run pytest on everything, then the numeric tests and the mutants; returns 0 if all tests passed."""
+    """Run pytest on everything, then the numeric tests, the mutants and the cases; returns 0 if all passed."""
+    folder = os.environ.get("CASES")
+    folder = folder and os.path.abspath(folder)
     os.chdir(ROOT)
     tested = code_hash()
     outcomes = Outcomes()
@@ -150,10 +160,15 @@ def main(arguments: list[str]) -> int:
         return status
     numeric = numeric_runs()
     mutants = mutants_killed()
+    cases = cases_run(folder)
     if code_hash() != tested:
         print(f"{RESULT.relative_to(ROOT)}: not written, because the sources changed while the tests ran")
         return status or 1
-    if any(run.get("status") for run in numeric.values()) or "error" in mutants:
+    if (
+        any(run.get("status") for run in numeric.values())
+        or "error" in mutants
+        or any(case["status"] != 0 for case in cases.values())
+    ):
         status = status or 1
     result = {
         "code": tested,
@@ -165,6 +180,7 @@ def main(arguments: list[str]) -> int:
         "slowest": outcomes.slowest(),
         "numeric": numeric,
         "mutants": mutants,
+        "cases": cases,
     }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")

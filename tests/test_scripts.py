@@ -200,6 +200,7 @@ class TestFullRuns:
             module, "survey", lambda count, seed, jobs: {"count": count, "killed": 30, "survivors": ["a.py:1: b -> c"]}
         )
         monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("CASES", raising=False)
         return module
 
     def test_the_result_has_all_three_parts_and_the_notice_reads_it(self, full, scripts, monkeypatch):
@@ -270,3 +271,63 @@ class TestFullRuns:
         paths = [name for name in scripts("test_full").NUMERIC if name.startswith("tests/")]
         assert len(paths) > 5
         assert [name for name in paths if not (ROOT / name).exists()] == []
+
+    def test_the_cases_of_a_folder_are_part_of_the_result(self, full, monkeypatch, tmp_path):
+        assert full.main([]) == 0
+        assert json.loads(full.RESULT.read_text())["cases"] == {}
+        folder = tmp_path / "cases"
+        folder.mkdir()
+        (folder / "fine.py").write_text("")
+        monkeypatch.setenv("CASES", "cases")  # relative to where it was called
+        assert full.main([]) == 0
+        (folder / "red.py").write_text("raise SystemExit(3)")
+        assert full.main([]) == 1
+        result = json.loads(full.RESULT.read_text())
+        assert {name: case["status"] for name, case in result["cases"].items()} == {"fine.py": 0, "red.py": 3}
+        assert result["status"] == 1 and str(tmp_path) not in full.RESULT.read_text()
+
+
+CASES = {
+    "a_fine.py": "import hbcore, sys\nfrom helper import word\nprint(word)\nassert sys.argv[1:] == []",
+    "b_red.py": "print('first')\nprint('the reason')\nraise SystemExit(3)",
+    "c/raises.py": "1 / 0",
+    "d_slow.py": "import subprocess, sys\n"
+    "subprocess.run([sys.executable, '-c', 'import time; print(\"begun\", flush=True); time.sleep(60)'])",
+    "e_where.py": "import os, hb_muon\nassert os.path.exists('scripts/run_cases.py')\n"
+    "assert os.path.samefile(os.path.dirname(hb_muon.__file__), 'plugins/hb_muon/src/hb_muon')",
+    "helper.py": "word = 'hello'",
+}
+"""Script -> its source."""
+
+
+class TestRunCases:
+    """scripts/run_cases.py."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        for name, source in CASES.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(source)
+        return tmp_path
+
+    def test_each_script_runs_in_the_root_for_as_long_as_it_may(self, scripts, folder, capsys, monkeypatch):
+        monkeypatch.chdir(folder)
+        cases = scripts("run_cases")
+        found = {case.name: case for case in cases.run_all(Path(), limit=15)}
+        assert {name: case.status for name, case in found.items()} == {
+            "a_fine.py": 0, "b_red.py": 3, "c/raises.py": 1, "d_slow.py": None, "e_where.py": 0, "helper.py": 0,
+        }  # fmt: skip
+        assert 15 <= found["d_slow.py"].seconds < 50 and found["b_red.py"].seconds < 15
+        said = capsys.readouterr().out
+        assert "    | the reason" in said and "ZeroDivisionError" in said and "    | begun" in said and "hello" not in said
+        assert "too long" in said and said.endswith("6 cases, 3 failed\n")
+
+    def test_its_exit_status_says_whether_all_passed(self, scripts, folder, tmp_path):
+        cases = scripts("run_cases")
+        for name in ("b_red.py", "d_slow.py"):
+            (folder / name).unlink()
+        assert cases.main([str(folder)]) == 1
+        (folder / "c/raises.py").unlink()
+        assert cases.main([str(folder), "--seconds", "60"]) == 0
+        with pytest.raises(SystemExit):
+            cases.main([str(folder / "c")])

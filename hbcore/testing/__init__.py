@@ -8,7 +8,10 @@
         assert_conforms("Lion")
 
 ``pytest --pyargs hbcore.testing.suite --hbcore-optimizer Lion`` runs each check as a separate test. The capabilities that the
-optimizer declares select the checks, see :class:`hbcore.api.OptimizerSpec`. They run on the CPU and take less than a minute.
+optimizer declares select the checks, see :class:`hbcore.api.OptimizerSpec`. They run on the CPU and take some 15 seconds.
+
+``assert_conforms("Lion", ranks=2)``, or ``--hbcore-ranks 2``, also trains it on two processes under FSDP2: the numbers must be
+those of one process, and a run must resume exactly. A rule that cannot be sharded may refuse to step, with a RuleError.
 
 Everything is imported on first use: pytest loads :mod:`hbcore.testing.plugin` in every run, which must not import torch.
 """
@@ -21,6 +24,7 @@ from hbcore.registry.lazy import lazy
 
 if TYPE_CHECKING:
     from hbcore.testing.catalog import CHECKS as CHECKS
+    from hbcore.testing.checks_ranks import RANK_CHECKS as RANK_CHECKS
     from hbcore.testing.runner import Finding as Finding
     from hbcore.testing.runner import assert_conforms as assert_conforms
     from hbcore.testing.runner import check as check
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CHECKS": "hbcore.testing.catalog:CHECKS",
     "Check": "hbcore.testing.subject:Check",
+    "RANK_CHECKS": "hbcore.testing.checks_ranks:RANK_CHECKS",
     "Finding": "hbcore.testing.runner:Finding",
     "Subject": "hbcore.testing.subject:Subject",
     "assert_conforms": "hbcore.testing.runner:assert_conforms",

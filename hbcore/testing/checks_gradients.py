@@ -124,12 +124,12 @@ def used_gradients_are_let_go(subject: Subject) -> None:
 
 
 CHECKS = (
-    Check(no_gradient_means_untouched),
-    Check(zero_gradients_stay_finite),
+    Check(no_gradient_means_untouched, stored=True),
+    Check(zero_gradients_stay_finite, stored=True),
     Check(accumulated_gradients_are_one_gradient, excludes=NOT_BY_HAND),
     Check(gradients_are_left_alone, excludes=NOT_BY_HAND),
     Check(used_gradients_are_let_go, excludes=NOT_BY_HAND),
-    Check(global_random_state_is_untouched),
-    Check(results_do_not_depend_on_the_global_seed),
+    Check(global_random_state_is_untouched, stored=True),
+    Check(results_do_not_depend_on_the_global_seed, stored=True),
     Check(the_seed_option_is_used, needs=frozenset({"random"})),
 )

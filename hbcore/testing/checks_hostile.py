@@ -115,6 +115,6 @@ def names_of_attributes_are_only_keys(subject: Subject) -> None:
 
 
 CHECKS = (
-    Check(a_state_that_does_not_fit_is_refused),
+    Check(a_state_that_does_not_fit_is_refused, stored=True),
     Check(names_of_attributes_are_only_keys),
 )

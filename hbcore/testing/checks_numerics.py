@@ -130,10 +130,10 @@ def capturable_steps_are_the_same(subject: Subject) -> None:
 
 
 CHECKS = (
-    Check(every_rule_is_fused),
-    Check(generated_kernels_agree),
+    Check(every_rule_is_fused, stored=True),
+    Check(generated_kernels_agree, stored=True),
     Check(without_a_compiler_the_result_is_the_same),
-    Check(bfloat16_weights_follow_small_updates, excludes=frozenset({"matrix"})),
-    Check(memory_is_as_described),
-    Check(capturable_steps_are_the_same, needs=frozenset({"capturable"})),
+    Check(bfloat16_weights_follow_small_updates, excludes=frozenset({"matrix"}), stored=True),
+    Check(memory_is_as_described, stored=True),
+    Check(capturable_steps_are_the_same, needs=frozenset({"capturable"}), stored=True),
 )

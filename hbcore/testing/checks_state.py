@@ -40,7 +40,7 @@ def _expect_home(trial: Trial, what: str) -> None:
 def resuming_changes_no_bit(subject: Subject) -> None:
     """If this fails, an interrupted run gives a different result from an uninterrupted one."""
     _expect_exact_resume(subject.mlp, "float32 parameters", 10)
-    _expect_exact_resume(lambda: subject.mlp(torch.bfloat16), "bfloat16 parameters", 10)
+    _expect_exact_resume(lambda: subject.mlp(torch.bfloat16), "bfloat16 parameters", 4)
     _expect_exact_resume(subject.convnet, "a convolutional net", 3)
 
 
@@ -183,14 +183,14 @@ def a_skipped_first_step_can_be_saved(subject: Subject) -> None:
 
 
 CHECKS = (
-    Check(loading_keeps_every_dtype_and_value),
-    Check(resuming_changes_no_bit),
+    Check(loading_keeps_every_dtype_and_value, stored=True),
+    Check(resuming_changes_no_bit, stored=True),
     Check(resuming_compiled_changes_no_bit),
-    Check(saving_early_leaves_no_trace),
-    Check(the_dry_step_of_distributed_checkpoints_leaves_no_trace),
-    Check(parameters_without_a_gradient_are_saved),
+    Check(saving_early_leaves_no_trace, stored=True),
+    Check(the_dry_step_of_distributed_checkpoints_leaves_no_trace, stored=True),
+    Check(parameters_without_a_gradient_are_saved, stored=True),
     Check(state_is_matched_by_name),
     Check(loaded_groups_are_obeyed),
-    Check(loading_shares_nothing),
+    Check(loading_shares_nothing, stored=True),
     Check(a_skipped_first_step_can_be_saved, excludes=frozenset({"closure"})),  # a GradScaler does not support closures
 )

@@ -8,14 +8,21 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option, which may be repeated."""
-    parser.getgroup("hbcore").addoption(
+    """Add the options; the first may be repeated."""
+    group = parser.getgroup("hbcore")
+    group.addoption(
         "--hbcore-optimizer",
         action="append",
         default=[],
         metavar="NAME",
         help="run hbcore's conformance checks on this optimizer, in tests that use the fixture hbcore_conformance "
         "(pytest --pyargs hbcore.testing.suite has one)",
+    )
+    group.addoption(
+        "--hbcore-ranks",
+        type=int,
+        metavar="N",
+        help="also run the conformance checks of several processes, on N of them under FSDP2",
     )
 
 
@@ -25,10 +32,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     cases = []
     for name in metafunc.config.getoption("--hbcore-optimizer"):
-        from hbcore.testing import CHECKS, subjects
+        from hbcore.testing import CHECKS, RANK_CHECKS, subjects
 
+        every = (*CHECKS, *RANK_CHECKS) if metafunc.config.getoption("--hbcore-ranks") else CHECKS
         for subject in subjects(name):
-            applicable = [check for check in CHECKS if check.applies(subject.capabilities)]
+            applicable = [c for c in every if c.applies(subject.capabilities) and (c.stored or not subject.options)]
             cases += [pytest.param((check, subject), id=f"{subject}-{check.name}") for check in applicable]
     metafunc.parametrize("hbcore_conformance", cases, indirect=True)
 
@@ -37,4 +45,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def hbcore_conformance(request: pytest.FixtureRequest) -> Callable[[], None]:
     """A function that runs one check on one optimizer."""
     check, subject = request.param
-    return lambda: check.function(subject)
+
+    def run() -> None:
+        from hbcore.testing import RANK_CHECKS
+        from hbcore.testing.ranks import Pool
+
+        if check not in RANK_CHECKS:
+            check.function(subject)
+            return
+        with Pool() as pool:
+            check.function(subject, pool, request.config.getoption("--hbcore-ranks"))
+
+    return run

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 from unittest import SkipTest
 
 from hbcore import registry
 from hbcore.testing.catalog import CHECKS
+from hbcore.testing.checks_ranks import RANK_CHECKS
+from hbcore.testing.ranks import Pool
 from hbcore.testing.subject import Check, Subject
 
 COMPRESSED = "bf16+8"
@@ -51,43 +54,60 @@ def subjects(optimizer: str | type[Any], ecc: Sequence[str] | None = None) -> li
     return [Subject(cls, _capabilities(cls), options) for options in variants]
 
 
-def check(optimizer: str | type[Any], only: Iterable[str] | None = None, ecc: Sequence[str] | None = None) -> list[Finding]:
+def check(
+    optimizer: str | type[Any],
+    only: Iterable[str] | None = None,
+    ecc: Sequence[str] | None = None,
+    ranks: int | None = None,
+) -> list[Finding]:
     """Run every applicable check, or those named in ``only``, and return the failures.
+
+    Compressed state is checked for what a codec can be at fault for, and for everything if you name its codec or the check.
 
     Args:
         optimizer, ecc: see :func:`subjects`.
         only: names of checks.
+        ranks: also run :data:`RANK_CHECKS`, on that many processes under FSDP2.
 
     Raises:
         RegistryError: see :func:`subjects`.
-        ValueError: a name in ``only`` is unknown.
+        ValueError: a name in ``only`` is unknown, or names a check of ranks without ``ranks``; ``ranks`` is less than 1.
     """
-    chosen = CHECKS if only is None else [_named(name) for name in only]
+    if ranks is not None and ranks < 1:
+        raise ValueError(f"ranks={ranks!r} is no number of processes; pass 2, or None for the checks of one process.")
+    every = CHECKS if ranks is None else (*CHECKS, *RANK_CHECKS)
+    chosen = every if only is None else [_named(name, every) for name in only]
+    whole = ecc is not None or only is not None
     findings = []
-    for subject in subjects(optimizer, ecc):
-        for c in chosen:
-            if c.applies(subject.capabilities):
-                findings += _run(c, subject)
+    with ExitStack() as stack:
+        extra = () if ranks is None else (stack.enter_context(Pool()), ranks)
+        for subject in subjects(optimizer, ecc):
+            for c in chosen:
+                if c.applies(subject.capabilities) and (whole or c.stored or "ecc" not in subject.options):
+                    findings += _run(c, subject, *(extra if c in RANK_CHECKS else ()))
     return findings
 
 
-def assert_conforms(optimizer: str | type[Any], ecc: Sequence[str] | None = None) -> None:
+def assert_conforms(optimizer: str | type[Any], ecc: Sequence[str] | None = None, ranks: int | None = None) -> None:
     """Raise an AssertionError that lists all findings, if there are any.
 
     Args:
         optimizer, ecc: see :func:`subjects`.
+        ranks: also check it on that many processes under FSDP2, see :func:`check`. Scripts then need the usual
+            ``if __name__ == "__main__":``, because the processes import them.
 
     Raises:
         RegistryError: see :func:`subjects`.
+        ValueError: ``ranks`` is less than 1.
     """
-    findings = check(optimizer, ecc=ecc)
+    findings = check(optimizer, ecc=ecc, ranks=ranks)
     if findings:
         raise AssertionError("\n".join([f"{len(findings)} checks failed:", *map(str, findings)]))
 
 
-def _run(c: Check, subject: Subject) -> list[Finding]:
+def _run(c: Check, subject: Subject, *ranked: Any) -> list[Finding]:
     try:
-        c.function(subject)
+        c.function(subject, *ranked)
     except SkipTest:
         return []
     except AssertionError as error:
@@ -97,11 +117,11 @@ def _run(c: Check, subject: Subject) -> list[Finding]:
     return []
 
 
-def _named(name: str) -> Check:
-    for c in CHECKS:
+def _named(name: str, every: Sequence[Check]) -> Check:
+    for c in every:
         if c.name == name:
             return c
-    raise ValueError(f"no check is named {name!r}; choose from {', '.join(c.name for c in CHECKS)}")
+    raise ValueError(f"no check is named {name!r}; choose from {', '.join(c.name for c in every)}")
 
 
 def _capabilities(cls: type[Any]) -> frozenset[str]:

@@ -25,11 +25,13 @@ class Check:
             ``unittest.SkipTest`` if it cannot be checked on this machine.
         needs: the check applies only to optimizers that declare all of these capabilities.
         excludes: the check does not apply to optimizers that declare any of these.
+        stored: whether a codec can be at fault: by default, compressed state is checked for these properties only.
     """
 
-    function: Callable[[Subject], None]
+    function: Callable[..., None]
     needs: frozenset[str] = frozenset()
     excludes: frozenset[str] = frozenset()
+    stored: bool = False
 
     @property
     def name(self) -> str:
