@@ -9,7 +9,10 @@ The file is committed. It holds
 * how many of a sample of mutants of the engine the tests killed, and which survived (see ``mutants.py``);
 * what came of each script of the folder that the variable CASES names, if it names one (see ``run_cases.py``).
 
-Arguments go to pytest; a run that has any ends after it and writes nothing, because they may narrow it.
+The four parts take hours together, and may run one at a time, also on several machines: ``--part numeric`` runs one of
+"tests", "numeric", "mutants" and "cases", and keeps what came out in ``build/full``. The result is written once all parts of the
+present code are there, and says where each ran. Other arguments go to pytest; such a run ends after it and keeps nothing,
+because they may narrow it.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,12 @@ from run_cases import run_all
 
 JOBS = os.environ.get("JOBS", "2")
 """Processes that run tests, and mutants that are tried at a time."""
+
+KEPT = ROOT / "build" / "full"
+"""Where the parts of a result wait for one another."""
+
+CASES = Path(os.environ["CASES"]).absolute() if os.environ.get("CASES") else None
+"""The folder of case scripts, if there is one."""
 
 SLOWEST = 25
 """How many of the slowest tests the result names."""
@@ -139,53 +148,81 @@ def mutants_killed(count: int = MUTANTS) -> dict[str, Any]:
         return {"error": "the tests fail without a mutant"}
 
 
-def cases_run(folder: str | None) -> dict[str, dict[str, Any]]:
+def cases_run(folder: Path | None) -> dict[str, dict[str, Any]]:
     """Case -> its exit status, None for one that took too long, and its seconds. Only the names within the folder are kept."""
-    cases = run_all(Path(folder)) if folder else []
+    cases = run_all(folder) if folder else []
     return {case.name: {"status": case.status, "seconds": round(case.seconds, 1)} for case in cases}
 
 
-def main(arguments: list[str]) -> int:
-    """Run pytest on everything, then the numeric tests, the mutants and the cases; returns 0 if all passed."""
-    folder = os.environ.get("CASES")
-    folder = folder and os.path.abspath(folder)
-    os.chdir(ROOT)
-    tested = code_hash()
+def tests_run(arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Run pytest on everything; its counts, and the slowest tests."""
     outcomes = Outcomes()
     started = time.monotonic()
     status = int(pytest.main(["-m", "full or not full", "-n", JOBS, *arguments], plugins=[outcomes]))
     seconds = round(time.monotonic() - started)
-    if arguments:
-        print(f"{RESULT.relative_to(ROOT)}: not written, because arguments may narrow a run: {' '.join(arguments)}")
-        return status
-    numeric = numeric_runs()
-    mutants = mutants_killed()
-    cases = cases_run(folder)
+    return {"status": status, **outcomes.counts, "seconds": seconds, "slowest": outcomes.slowest()}
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "tests": tests_run,
+    "numeric": numeric_runs,
+    "mutants": mutants_killed,
+    "cases": lambda: cases_run(CASES),
+}
+"""Part of the result -> what makes it."""
+
+
+def run_part(part: str) -> None:
+    """Run one part, and keep it beside those that ran before, if the sources did not change meanwhile."""
+    tested = code_hash()
+    content = PARTS[part]()
     if code_hash() != tested:
-        print(f"{RESULT.relative_to(ROOT)}: not written, because the sources changed while the tests ran")
-        return status or 1
-    if (
-        any(run.get("status") for run in numeric.values())
-        or "error" in mutants
-        or any(case["status"] != 0 for case in cases.values())
-    ):
-        status = status or 1
-    result = {
-        "code": tested,
+        print(f"{part}: not kept, because the sources changed while it ran")
+        return
+    KEPT.mkdir(parents=True, exist_ok=True)
+    (KEPT / f"{part}.json").write_text(json.dumps({"code": tested, "where": where(), "content": content}, indent=2) + "\n")
+
+
+def combined(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The result that the parts make."""
+    contents = {part: parts[part]["content"] for part in PARTS}
+    tests = contents.pop("tests")
+    red = any(run.get("status") for run in contents["numeric"].values()) or "error" in contents["mutants"]
+    red = red or any(case["status"] != 0 for case in contents["cases"].values())
+    return {
+        "code": parts["tests"]["code"],
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "status": status,
-        **outcomes.counts,
-        "seconds": seconds,
-        **where(),
-        "slowest": outcomes.slowest(),
-        "numeric": numeric,
-        "mutants": mutants,
-        "cases": cases,
+        **tests,
+        "status": tests["status"] or int(red),
+        **parts["tests"]["where"],
+        **contents,
+        "ran": {part: parts[part]["where"] for part in contents},
     }
+
+
+def main(arguments: list[str]) -> int:
+    """Run all parts, or the one named after ``--part``; write the result once all of the present code are there.
+
+    Returns:
+        0 if all that is there passed.
+    """
+    os.chdir(ROOT)
+    chosen = arguments[1:2] if arguments[:1] == ["--part"] else list(PARTS)
+    if arguments and arguments[0] != "--part":
+        print(f"{RESULT.relative_to(ROOT)}: not written, because arguments may narrow a run: {' '.join(arguments)}")
+        return int(tests_run(arguments)["status"])
+    for part in chosen:
+        run_part(part)
+    kept = {part: json.loads(path.read_text()) for part in PARTS if (path := KEPT / f"{part}.json").exists()}
+    kept = {part: made for part, made in kept.items() if made["code"] == code_hash()}
+    if missing := [part for part in PARTS if part not in kept]:
+        print(f"{RESULT.relative_to(ROOT)}: not written; of this code there is no result yet of: {', '.join(missing)}")
+        return 1 if set(missing) & set(chosen) else 0
+    result = combined(kept)
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {RESULT.relative_to(ROOT)}")
-    return status
+    return int(result["status"])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -191,6 +192,8 @@ class TestFullRuns:
         monkeypatch.setattr(module.pytest, "main", passes)
         monkeypatch.setattr(module, "RESULT", tmp_path / "full" / "result.json")
         monkeypatch.setattr(module, "ROOT", tmp_path)
+        monkeypatch.setattr(module, "KEPT", tmp_path / "build" / "full")
+        monkeypatch.setattr(module, "CASES", None)
         monkeypatch.setattr(module, "code_hash", lambda: "this code")
         monkeypatch.setattr(module, "capabilities", lambda: ("default", "avx2"))
         monkeypatch.setattr(
@@ -200,7 +203,6 @@ class TestFullRuns:
             module, "survey", lambda count, seed, jobs: {"count": count, "killed": 30, "survivors": ["a.py:1: b -> c"]}
         )
         monkeypatch.chdir(tmp_path)
-        monkeypatch.delenv("CASES", raising=False)
         return module
 
     def test_the_result_has_all_three_parts_and_the_notice_reads_it(self, full, scripts, monkeypatch):
@@ -222,14 +224,33 @@ class TestFullRuns:
     def test_a_narrowed_run_ends_after_pytest_and_writes_nothing(self, full, monkeypatch, capsys):
         monkeypatch.setattr(full, "numeric_run", lambda *_: pytest.fail("nothing that would be recorded"))
         assert full.main(["-k", "quick"]) == 0
+        assert not full.KEPT.exists()
         assert not full.RESULT.exists()
         assert "not written, because arguments may narrow a run: -k quick" in capsys.readouterr().out
 
     def test_a_run_whose_sources_changed_writes_nothing(self, full, monkeypatch, capsys):
-        hashes = iter(["before", "after"])
+        hashes = itertools.count()
         monkeypatch.setattr(full, "code_hash", lambda: next(hashes))
         assert full.main([]) == 1
         assert not full.RESULT.exists()
+
+    def test_parts_that_ran_apart_make_one_result(self, full, monkeypatch):
+        for part in ("mutants", "numeric", "cases"):
+            monkeypatch.setattr(full, "where", lambda part=part: {"python": part, "torch": "2", "system": "s", "gpu": None})
+            assert full.main(["--part", part]) == 0
+            assert not full.RESULT.exists()
+        monkeypatch.setattr(full, "where", lambda: {"python": "3", "torch": "2", "system": "s", "gpu": None})
+        assert full.main(["--part", "tests"]) == 0
+        result = json.loads(full.RESULT.read_text())
+        assert (result["passed"], result["python"], result["mutants"]["killed"]) == (2, "3", 30)
+        assert {part: ran["python"] for part, ran in result["ran"].items()} == {p: p for p in ("numeric", "mutants", "cases")}
+
+    def test_parts_of_other_code_make_none(self, full, monkeypatch, capsys):
+        assert full.main(["--part", "numeric"]) == 0
+        monkeypatch.setattr(full, "code_hash", lambda: "other code")
+        assert full.main(["--part", "tests"]) == 0
+        assert not full.RESULT.exists()
+        assert "there is no result yet of: numeric, mutants, cases" in capsys.readouterr().out
 
     @pytest.mark.parametrize("part", ["numeric", "mutants"])
     def test_what_goes_wrong_behind_the_tests_is_a_failure_too(self, full, monkeypatch, part):
@@ -278,7 +299,7 @@ class TestFullRuns:
         folder = tmp_path / "cases"
         folder.mkdir()
         (folder / "fine.py").write_text("")
-        monkeypatch.setenv("CASES", "cases")  # relative to where it was called
+        monkeypatch.setattr(full, "CASES", folder)
         assert full.main([]) == 0
         (folder / "red.py").write_text("raise SystemExit(3)")
         assert full.main([]) == 1
