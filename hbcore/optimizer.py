@@ -172,10 +172,13 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         if not core.state and dry_step.is_dry(core):
             dry_step.allocate(core)
             return loss
+        if core.recorded is not None and core.state.revision.count != core.seen:
+            load.adopt(core)
         if core.plan is None:
             core.plan = plan_for(core)
         core.modes.reset(training=True)
         stepped = core.plan.step(Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
+        core.seen = core.state.revision.count
         if core.settings.consume_grad and not capturing():
             for p in stepped:
                 p.grad = None

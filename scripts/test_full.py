@@ -10,8 +10,8 @@ The file is committed. It holds
 * what came of each script of the folder that the variable CASES names, if it names one (see ``run_cases.py``).
 
 The four parts take hours together, and may run one at a time, also on several machines: ``--part numeric`` runs one of
-"tests", "numeric", "mutants" and "cases", and keeps what came out in ``build/full``. The result is written once all parts of the
-present code are there, and says where each ran. Other arguments go to pytest; such a run ends after it and keeps nothing,
+"tests", "numeric", "mutants" and "cases", and keeps what came out in ``build/full``. The result is written once all parts of
+the present code are there, and says where each ran. Other arguments go to pytest; such a run ends after it and keeps nothing,
 because they may narrow it.
 """
 

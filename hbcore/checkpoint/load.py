@@ -42,6 +42,23 @@ def hooks(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> It
         post(optimizer)
 
 
+def adopt(core: OptimizerCore) -> None:
+    """Take what groups carry from the strings that somebody wrote into them, along with state: wrappers of optimizers, such as
+    ZeroRedundancyOptimizer, load so.
+
+    Called where the state was written to since the last step, and the strings were up to date before.
+
+    Raises:
+        CheckpointError: a string is malformed.
+    """
+    for g, group in enumerate(core.groups):
+        record = schema.read(group.get(schema.KEY), g)
+        if record is not None and dict(record.progress) != dict(core.carried(g)):
+            scalars = core.scalars_of(g)
+            scalars.clear()
+            scalars.update(record.progress)
+
+
 def put(core: OptimizerCore, content: Content) -> None:
     """Install the result of :func:`read`. Raises nothing."""
     for group, values in zip(core.groups, content.groups, strict=True):

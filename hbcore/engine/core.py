@@ -66,6 +66,7 @@ class OptimizerCore:
         exposed: whether somebody outside the engine was handed state tensors, and may put other memory under them at any time.
         options: the options that the user gave, as far as text can hold them.
         recorded: for which of :attr:`Modes.training` the strings in the groups are current; None if they are not.
+        seen: :attr:`state`'s count of writes after the last step.
         group_scalars: what each group carries from step to step, by the group's index.
         report: how steps ran.
         skipping: the steps that ``skip_nonfinite=True`` skipped.
@@ -80,6 +81,7 @@ class OptimizerCore:
         self.exposed = False
         self.options: Mapping[str, Any] = {}
         self.recorded: bool | None = None
+        self.seen = 0
         self.group_scalars: list[GroupScalars] = []
         self.report, self.modes, self.skipping = Report(), Modes(), Skipping()
         self.plan: StepPlan | None = None

@@ -1,8 +1,8 @@
 """Steps that changed nothing because a gradient was not finite: what the host counted is taken back once that is known.
 
 Whether a step is skipped is known on the device alone. The kernels there write back old values, so nothing waits for the host,
-and the host counts the step as taken. The flag follows by an asynchronous copy and is read where it matters: before the next
-step, or when somebody asks for the state. By then the device has long passed the first kernel of the step.
+and the host counts the step as taken. The flag follows by an asynchronous copy, right after the first kernel, and is read where
+it matters: before the next step, or when somebody asks for the state. By then the device has long passed that kernel.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Skipping:
         self.elsewhere: Tensor | None = None
         self._settled = 0
         self._captured: Tensor | None = None
+        self._sent: tuple[Tensor, Any] | None = None
         self.pending: tuple[Tensor, Any, Callable[[], None]] | None = None
 
     @property
@@ -39,21 +40,25 @@ class Skipping:
         self.settle()
         return self._settled + (0 if self._captured is None else int(self._captured))
 
-    def expect(self, flag: Tensor, undo: Callable[[], None]) -> None:
-        """Note a step that the host counted.
+    def send(self, flag: Tensor) -> None:
+        """Send a step's flag to the host, before the kernels that depend on it: the host waits for no more than this.
 
         Args:
-            flag: above 0 if the step changed nothing, 0-d, on any device.
-            undo: takes back what the host counted.
+            flag: above 0 if the step changes nothing, 0-d, on any device.
         """
-        event = None
+        self._sent = (flag, None)
         if flag.device.type == "cuda":
             host = torch.empty((), dtype=flag.dtype, device="cpu", pin_memory=True)
-            flag = host.copy_(flag, non_blocking=True)
+            host.copy_(flag, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        self.pending = (flag, event, undo)
-        if event is None:
+            event.record(torch.cuda.current_stream(flag.device))
+            self._sent = (host, event)
+
+    def expect(self, undo: Callable[[], None]) -> None:
+        """Note a step that the host counted, whose flag was sent; ``undo`` takes back what it counted."""
+        assert self._sent is not None
+        self.pending = (*self._sent, undo)
+        if self._sent[1] is None:
             self.settle()
 
     def add(self, flag: Tensor) -> None:

@@ -96,6 +96,15 @@ def test_maximize_descends_the_negative_gradient():
     assert same([up], [down])
 
 
+@promises("skip_nonfinite")
+def test_skip_nonfinite_leaves_out_a_step_that_is_not_finite():
+    broken = torch.where(GRAD == GRAD[0], torch.nan, GRAD)
+    skipping, optimizer = stepped(GRAD, broken, 2 * GRAD, skip_nonfinite=True)
+    without, _ = stepped(GRAD, 2 * GRAD)
+    assert same([skipping], [without])
+    assert optimizer.report.skipped == 1
+
+
 @promises("division_backend", "atan2_scale")
 def test_each_division_divides_as_its_name_says():
     g, eps = np.append(GRAD.numpy(), 0.0), 0.75

@@ -21,9 +21,6 @@ SHAPES = ((7,), (6, 4), (5,), (4, 6), (3, 5), (1,))
 WHOLE_MODEL = {"MSAMLaProp"}
 """Their rules measure all parameters together, and each rank's optimizer has some of them."""
 
-CARRYING = {"SFAdamW", "SOAP", "PSGDKron"}
-"""Their groups carry numbers from step to step, and ZeroRedundancyOptimizer does not hand them back on loading."""
-
 NAMES = [n for n in hbcore.list_optimizers() if not {"closure", "sparse"} & set(hbcore.info(n).spec.capabilities)]
 NAMES = sorted({*NAMES} - WHOLE_MODEL)
 
@@ -101,8 +98,7 @@ def test_two_ranks_follow_the_optimizer_alone(case):
     train(build(alone), alone, range(6))
     for straight, resumed, rates, saved, middle in on_ranks(2, follow, name, options):
         assert distance(straight, alone) < 1e-5
-        if name not in CARRYING:
-            assert distance(resumed, alone) < 1e-5
+        assert distance(resumed, alone) < 1e-5
         assert rates == pytest.approx([0.02 * 0.9**3, 0.003 * 0.9**3][: len(rates)])
         params = [nn.Parameter(p) for p in middle]
         optimizer = build(params)

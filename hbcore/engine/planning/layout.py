@@ -156,7 +156,7 @@ class Layout:
         for m in primed:
             m.primed = True
         if found is not None and not core.settings.capturable:
-            core.skipping.expect(found, partial(self._retract, before, primed))
+            core.skipping.expect(partial(self._retract, before, primed))
 
     def _take_carried(self, batch: SegmentBatch) -> None:
         """Read the carried numbers that depend on reductions, for which the host waits."""

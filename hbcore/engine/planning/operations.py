@@ -17,7 +17,6 @@ from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.program import NONFINITE, Reduction
 from hbcore.engine.planning.finish import finishes
 from hbcore.engine.planning.segments import SegmentBatch
-from hbcore.engine.skipping import Skipping
 from hbcore.engine.stacks.level import Level
 from hbcore.rules.transform import Domain
 
@@ -56,7 +55,7 @@ def operations_of(batches: Sequence[SegmentBatch], levels: Sequence[Level], core
                 if r.domain == Domain.MODEL:
                     contributing[r.name].discard(b)
                     if not contributing[r.name]:
-                        operations.append(partial(_reduce_over_model, r, batches, core.skipping))
+                        operations.append(partial(_reduce_over_model, r, batches, core))
         feeding = (b for b in batches if b.segment.level == finished and b.segment.key.spec.feeds)
         if finished < len(levels) and all(done[b] == b.segment.phases for b in feeding):
             operations.append(partial(levels[finished].run, batches[0].model))
@@ -87,13 +86,13 @@ def _reduce_over_ranks(batch: SegmentBatch, r: Reduction) -> int:
     return 0
 
 
-def _reduce_over_model(r: Reduction, batches: Sequence[SegmentBatch], skipping: Skipping) -> int:
+def _reduce_over_model(r: Reduction, batches: Sequence[SegmentBatch], core: OptimizerCore) -> int:
     """Make one number of what every segment contributed, and give it to all of them."""
     parts: list[Tensor] = []
     for b in (b for b in batches if any(other.name == r.name for other in reductions(b))):
         own = [x.double() for x in b.sums.get(r.name, ())]
-        if r.name == NONFINITE and skipping.elsewhere is not None:
-            own.append(skipping.elsewhere.to(b.segment.key.device))
+        if r.name == NONFINITE and core.skipping.elsewhere is not None:
+            own.append(core.skipping.elsewhere.to(b.segment.key.device))
         device = b.segment.key.device
         part = _reduced(own, r.how) if own else torch.tensor(NEUTRAL[r.how], dtype=torch.float64, device=device)
         if b.shards is not None:
@@ -102,6 +101,8 @@ def _reduce_over_model(r: Reduction, batches: Sequence[SegmentBatch], skipping: 
     result = _reduced(parts, r.how)
     for b in batches:
         b.model[r.name] = result
+    if r.name == NONFINITE and not core.settings.capturable:
+        core.skipping.send(result)
     return 0
 
 
