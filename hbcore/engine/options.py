@@ -36,11 +36,11 @@ class Settings:
     palm: bool
     use_ema: bool
     clips: tuple[Transform, ...]
-    skip_nonfinite: bool
     consume_grad: bool
     multi_tensor: bool
     capturable: bool
     compile: str
+    skip_nonfinite: bool = False  # options newer than 0.1.0 have a default, which its pickles lack
 
     def stages(self, h: Any, rule: Iterable[Transform]) -> tuple[Transform, ...]:
         """``rule`` with the transforms the options insert, in order, for a group's hyperparameters ``h``."""

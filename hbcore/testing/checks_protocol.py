@@ -280,7 +280,7 @@ CHECKS = (
     Check(a_closure_is_called_and_its_loss_returned),
     Check(copies_train_on, stored=True),
     Check(every_hook_runs_once),
-    Check(schedules_apply_and_compile_nothing),
+    Check(schedules_apply_and_compile_nothing, compiles=True),
     Check(a_tensor_is_as_good_a_rate_as_a_number),
     Check(a_grad_scaler_skips_infinite_steps, excludes=NOT_BY_HAND, stored=True),
     Check(late_and_empty_groups_work),

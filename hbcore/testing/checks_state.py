@@ -185,7 +185,7 @@ def a_skipped_first_step_can_be_saved(subject: Subject) -> None:
 CHECKS = (
     Check(loading_keeps_every_dtype_and_value, stored=True),
     Check(resuming_changes_no_bit, stored=True),
-    Check(resuming_compiled_changes_no_bit),
+    Check(resuming_compiled_changes_no_bit, compiles=True),
     Check(saving_early_leaves_no_trace, stored=True),
     Check(the_dry_step_of_distributed_checkpoints_leaves_no_trace, stored=True),
     Check(parameters_without_a_gradient_are_saved, stored=True),

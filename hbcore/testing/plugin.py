@@ -51,9 +51,9 @@ def hbcore_conformance(request: pytest.FixtureRequest) -> Callable[[], None]:
         from hbcore.testing.ranks import Pool
 
         if check not in RANK_CHECKS:
-            check.function(subject)
+            check.run(subject)
             return
         with Pool() as pool:
-            check.function(subject, pool, request.config.getoption("--hbcore-ranks"))
+            check.run(subject, pool, request.config.getoption("--hbcore-ranks"))
 
     return run

@@ -59,6 +59,7 @@ def check(
     only: Iterable[str] | None = None,
     ecc: Sequence[str] | None = None,
     ranks: int | None = None,
+    compiled: bool = False,
 ) -> list[Finding]:
     """Run every applicable check, or those named in ``only``, and return the failures.
 
@@ -68,6 +69,7 @@ def check(
         optimizer, ecc: see :func:`subjects`.
         only: names of checks.
         ranks: also run :data:`RANK_CHECKS`, on that many processes under FSDP2.
+        compiled: compile the graphs of checks that train with Inductor, which takes longer than all checks together.
 
     Raises:
         RegistryError: see :func:`subjects`.
@@ -84,30 +86,33 @@ def check(
         for subject in subjects(optimizer, ecc):
             for c in chosen:
                 if c.applies(subject.capabilities) and (whole or c.stored or "ecc" not in subject.options):
-                    findings += _run(c, subject, *(extra if c in RANK_CHECKS else ()))
+                    findings += _run(c, subject, *(extra if c in RANK_CHECKS else ()), compiled=compiled)
     return findings
 
 
-def assert_conforms(optimizer: str | type[Any], ecc: Sequence[str] | None = None, ranks: int | None = None) -> None:
+def assert_conforms(
+    optimizer: str | type[Any], ecc: Sequence[str] | None = None, ranks: int | None = None, compiled: bool = False
+) -> None:
     """Raise an AssertionError that lists all findings, if there are any.
 
     Args:
         optimizer, ecc: see :func:`subjects`.
         ranks: also check it on that many processes under FSDP2, see :func:`check`. Scripts then need the usual
             ``if __name__ == "__main__":``, because the processes import them.
+        compiled: see :func:`check`.
 
     Raises:
         RegistryError: see :func:`subjects`.
         ValueError: ``ranks`` is less than 1.
     """
-    findings = check(optimizer, ecc=ecc, ranks=ranks)
+    findings = check(optimizer, ecc=ecc, ranks=ranks, compiled=compiled)
     if findings:
         raise AssertionError("\n".join([f"{len(findings)} checks failed:", *map(str, findings)]))
 
 
-def _run(c: Check, subject: Subject, *ranked: Any) -> list[Finding]:
+def _run(c: Check, subject: Subject, *ranked: Any, compiled: bool) -> list[Finding]:
     try:
-        c.function(subject, *ranked)
+        c.run(subject, *ranked, compiled=compiled)
     except SkipTest:
         return []
     except AssertionError as error:

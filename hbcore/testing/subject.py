@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +28,25 @@ class Check:
         needs: the check applies only to optimizers that declare all of these capabilities.
         excludes: the check does not apply to optimizers that declare any of these.
         stored: whether a codec can be at fault: by default, compressed state is checked for these properties only.
+        compiles: whether it trains with ``compile="inductor"``. By default the graphs then run as they are: compiling takes
+            most of the time, and is the engine's to get right.
     """
 
     function: Callable[..., None]
     needs: frozenset[str] = frozenset()
     excludes: frozenset[str] = frozenset()
     stored: bool = False
+    compiles: bool = False
 
     @property
     def name(self) -> str:
         """The function's name, which states the property."""
         return self.function.__name__
+
+    def run(self, subject: Subject, *ranked: Any, compiled: bool = False) -> None:
+        """Check one optimizer; ``ranked`` is what checks of several processes take besides it."""
+        with nullcontext() if compiled or not self.compiles else patch.object(torch, "compile", lambda graph, **_: graph):
+            self.function(subject, *ranked)
 
     def applies(self, capabilities: frozenset[str]) -> bool:
         """Whether the check applies to an optimizer with these capabilities."""

@@ -27,6 +27,15 @@ def combined(*axes: Iterable[Any], compiled: Sequence[tuple[Any, ...]] = ()) -> 
     return [pytest.param(*c, marks=marks["inductor" not in c or c in compiled]) for c in itertools.product(*axes)]
 
 
+KINDS = ("AdamW", "SFAdamW", "MSAMLaProp", "Adafactor", "Muon", "MuonAdamW", "SOAP", "PSGDKron")
+"""Optimizers of each kind of rule."""
+
+
+def one_of_each(names: Iterable[str]) -> list[Any]:
+    """Names of optimizers, for ``pytest.mark.parametrize``: in ``make test``, those of :data:`KINDS`."""
+    return [pytest.param(name, marks=() if name in KINDS else pytest.mark.broad) for name in names]
+
+
 def mlp(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3)).to(dtype)

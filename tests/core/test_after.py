@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from core.kit import distance, gradients, mlp, parameters, run, same, train, values
+from core.kit import distance, gradients, mlp, one_of_each, parameters, run, same, train, values
 from torch import Tensor
 
 import hbcore
@@ -44,7 +44,7 @@ class HalfSteps(Extension):
 NAMES = [n for n in hbcore.list_optimizers() if not hbcore.info(n).spec.capabilities & {"closure", "sparse"}]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", one_of_each(NAMES))
 def test_a_rule_after_any_optimizer_sees_both_parameters(name: str) -> None:
     """In each parameter's first step, which for some rules follows one that only primes."""
     plain, half = parameters(), parameters()
@@ -64,7 +64,7 @@ def test_a_rule_after_any_optimizer_sees_both_parameters(name: str) -> None:
     assert seen == set(range(len(half)))
 
 
-@pytest.mark.parametrize("name", ["AdamW", "MSAMLaProp", "HyperBallAdamW", "SFAdamW", "Muon"])
+@pytest.mark.parametrize("name", one_of_each(["AdamW", "HyperBallAdamW", "MSAMLaProp", "SFAdamW", "Muon"]))
 @pytest.mark.parametrize("backend", ["inductor", "triton"])
 def test_backends_agree_on_rules_after_the_step(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "inductor" and name != "HyperBallAdamW":

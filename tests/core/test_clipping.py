@@ -60,7 +60,9 @@ def expected(params, steps, stage, name, *numbers, lr=0.1):
     return [torch.tensor(a) for a in p]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("eager", torch.float64), ("triton", torch.float32)])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("eager", torch.float64), pytest.param("triton", torch.float32, marks=pytest.mark.broad)]
+)
 @pytest.mark.parametrize("stage", clipping.STAGES.values())
 @pytest.mark.parametrize(("name", "threshold"), CASES)
 def test_each_clip_at_each_threshold(name, threshold, stage, dtype, backend):

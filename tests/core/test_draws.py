@@ -126,7 +126,9 @@ def test_normal_numbers_are_box_and_mullers() -> None:
     assert torch.equal(uniform_of((a << 32) | b), ((a >> 8).double() * 2.0**-24).float())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(d, marks=pytest.mark.broad) for d in (torch.bfloat16, torch.float64))], ids=str
+)
 @pytest.mark.parametrize("backend", ["inductor", "triton"])
 def test_backends_draw_the_same(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "inductor" and dtype != torch.float32:

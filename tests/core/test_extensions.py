@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from core.kit import gradients, parameters, run, same
+from core.kit import gradients, one_of_each, parameters, run, same
 from torch import Tensor
 
 import hbcore
@@ -87,7 +87,7 @@ class Second(Leaky):
 
 
 NAMES = [n for n in hbcore.list_optimizers() if not hbcore.info(n).spec.capabilities & {"closure", "sparse"}]
-every_base = pytest.mark.parametrize("name", NAMES)
+every_base = pytest.mark.parametrize("name", one_of_each(NAMES))
 
 
 def defaults(cls: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from core.kit import distance
+from core.kit import distance, one_of_each
 from distributed.ranks import on_ranks
 from torch import nn
 
@@ -86,7 +86,7 @@ def follow(rank, name, options):
 
 
 @pytest.mark.filterwarnings("ignore:MuonAdamW. the parameters have no names")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", one_of_each(CASES))
 def test_two_ranks_follow_the_optimizer_alone(case):
     name, options = CASES[case]
     alone = parameters()

@@ -12,11 +12,9 @@ import hbcore
 from hbcore.testing import CHECKS, Check, Subject
 
 VARIANTS = {"plain": {}, "ecc": {"ecc": "bf16+8"}}
-COMPILING = {"schedules_apply_and_compile_nothing", "resuming_compiled_changes_no_bit"}
-"""The checks that train with ``compile="inductor"``."""
 COMPRESSED = {"AdamW", "AdEMAMix", "MSAMLaProp", "Muon", "PSGDKron", "SFAdamW", "SOAP"}
-"""For these, one of each kind of rule, ``make test`` repeats the checks with compressed state; ``make test-full`` does for all:
-a codec is seen by no rule."""
+"""These, one of each kind of rule, conform in ``make test``, with compressed state too. All others do in CI, and with
+compressed state in ``make test-full``: a codec is seen by no rule."""
 COMPILED = {"AdamW": "ecc", "MSAMLaProp": "plain", "OrthoLaProp": "plain", "SOAP": "ecc"}
 """For these, with this state, ``make test`` compiles: one phase, two with a sum over the model, three, and segments around a
 matrix rule. It runs the graphs of all others as they are, and ``make test-full`` compiles them too."""
@@ -32,8 +30,9 @@ def cases() -> Iterator[Any]:
             for check in CHECKS:
                 if not check.applies(hbcore.info(name).spec.capabilities):
                     continue
-                seldom = check.name in COMPILING and COMPILED.get(name) != variant
-                marks = pytest.mark.full if variant == "ecc" and name not in COMPRESSED else ()
+                seldom = check.compiles and COMPILED.get(name) != variant
+                one = name in COMPRESSED
+                marks = () if one else pytest.mark.full if variant == "ecc" else pytest.mark.broad
                 yield pytest.param(check, name, variant, not seldom, id=f"{name}-{variant}-{check.name}", marks=marks)
                 if seldom:
                     marks = pytest.mark.full
@@ -41,12 +40,8 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("check", "name", "variant", "compiles"), list(cases()))
-def test_every_optimizer_conforms(
-    check: Check, name: str, variant: str, compiles: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not compiles:
-        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    check.function(subject_of(name, variant))
+def test_every_optimizer_conforms(check: Check, name: str, variant: str, compiles: bool) -> None:
+    check.run(subject_of(name, variant), compiled=compiles)
 
 
 def test_as_many_phases_as_a_segment_of_any_optimizer_has_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

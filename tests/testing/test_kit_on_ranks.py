@@ -45,7 +45,10 @@ def test_a_correct_one_passes_plain_and_compressed_and_so_does_one_that_refuses(
             each.function(subject, pool, 2)
 
 
-@pytest.mark.parametrize("name", ["Muon", "SOAP", "PSGDKron", "SFAdamW", "MSAMLaProp"])
+BROAD = [pytest.param(name, marks=pytest.mark.broad) for name in ("SOAP", "PSGDKron", "MSAMLaProp")]
+
+
+@pytest.mark.parametrize("name", ["Muon", "SFAdamW", *BROAD])
 @pytest.mark.parametrize("check", RANK_CHECKS, ids=NAMES)
 def test_optimizers_of_each_kind_pass(name, check, pool):
     for subject in subjects(name):

@@ -179,7 +179,7 @@ def record(spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], length: int) ->
         columns = {n: d for n, d in dtypes.items() if n not in spec.numbers}
         tensors = {n: recorder.placeholder(n, torch.empty(length, dtype=d, device=meta), "element") for n, d in columns.items()}
         scalars = {
-            n: recorder.placeholder(n, torch.empty((), dtype=torch.float64, device=meta), "host") for n in spec.scalar_names
+            n: recorder.placeholder(n, torch.ones((), dtype=torch.float64, device="cpu"), "host") for n in spec.scalar_names
         }
         numel = recorder.placeholder("numel", torch.empty((), dtype=torch.float64, device=meta), "scalar")
         for name, dtype in spec.given(dtypes["param"]).items():
