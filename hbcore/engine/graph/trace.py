@@ -1,7 +1,8 @@
 """Trace a segment into one elementwise graph, hoist its scalar arithmetic and split it into phases at reductions.
 
-The segment runs on meta tensors under a dispatch mode that records every ATen call. It runs twice, with different lengths: any
-difference between the graphs is a length that leaked into the rule, which is an error. Each value has one of three kinds:
+The segment runs on meta tensors, and on numbers that are on the host, under a dispatch mode that records every ATen call.
+(Torch computes with a number a hundred times faster than it finds the shape of nothing.) It runs twice, with different lengths:
+any difference between the graphs is a length that leaked into the rule, which is an error. Each value has one of three kinds:
 
 * ``host``: 0-d, computed from hyperparameters and the step only. Hoisted: computed once per (group, step), in float64.
 * ``scalar``: 0-d, but depends on a tensor: a reduction, ``c.numel``, and values computed from them. One per tensor.
@@ -86,7 +87,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             node = self.graph.call_function(REDUCERS[how], (self._nodes[id(x)], int(domain)))
             stem = identifier(f"{rule}_{how}")  # numbered within the rule: segments with other rules must agree on the name
             node.meta["reduction"] = f"{stem}{sum(n.meta.get('reduction', '').startswith(stem) for n in self.graph.nodes)}"
-            self._known[key] = self._remember(torch.empty((), dtype=x.dtype, device="meta"), node, "scalar")
+            self._known[key] = self._remember(torch.empty((), dtype=x.dtype, device="cpu"), node, "scalar")
         return self._known[key]
 
     def node(self, value: Tensor) -> fx.Node:
@@ -181,9 +182,9 @@ def record(spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], length: int) ->
         scalars = {
             n: recorder.placeholder(n, torch.ones((), dtype=torch.float64, device="cpu"), "host") for n in spec.scalar_names
         }
-        numel = recorder.placeholder("numel", torch.empty((), dtype=torch.float64, device=meta), "scalar")
+        numel = recorder.placeholder("numel", torch.ones((), dtype=torch.float64, device="cpu"), "scalar")
         for name, dtype in spec.given(dtypes["param"]).items():
-            tensors[name] = recorder.placeholder(name, torch.empty((), dtype=dtype, device=meta), "scalar")
+            tensors[name] = recorder.placeholder(name, torch.ones((), dtype=dtype, device="cpu"), "scalar")
         with recorder:
             results = spec.update(tensors, scalars, numel, recorder.reduce, recorder.give)
     return recorder.graph, {name: recorder.node(value) for name, value in results.items()}
