@@ -48,8 +48,8 @@ CASES = Path(os.environ["CASES"]).absolute() if os.environ.get("CASES") else Non
 SLOWEST = 25
 """How many of the slowest tests the result names."""
 
-MUTANTS = 40
-"""How many mutants are tried."""
+MUTANTS = int(os.environ.get("MUTANTS", "40"))
+"""How many mutants are tried; a smaller sample is the beginning of a larger one."""
 
 CAPABILITIES = ("default", "avx2", "avx512")
 """What ATEN_CPU_CAPABILITY may be on x86, each above the one before."""
