@@ -158,7 +158,7 @@ def tests_run(arguments: Sequence[str] = ()) -> dict[str, Any]:
     """Run pytest on everything; its counts, and the slowest tests."""
     outcomes = Outcomes()
     started = time.monotonic()
-    status = int(pytest.main(["-m", "full or not full", "-n", JOBS, *arguments], plugins=[outcomes]))
+    status = int(pytest.main(["-m", "full or not full", "-n", JOBS, "--dist", "worksteal", *arguments], plugins=[outcomes]))
     seconds = round(time.monotonic() - started)
     return {"status": status, **outcomes.counts, "seconds": seconds, "slowest": outcomes.slowest()}
 

@@ -39,6 +39,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "gradient_clipping": {"gradient_clipping": "l2_clip_"},
     "update_clipping": {"update_clipping": "trust_region_clip_"},
     "multi_tensor": {"multi_tensor": False},
+    "skip_nonfinite": {"skip_nonfinite": True},
     "capturable": {"capturable": True},
 }  # fmt: skip
 """Option -> a value that is not its default, with what that needs to mean anything."""

@@ -87,7 +87,7 @@ def test_the_option_of_pytest_runs_them():
 
 def test_compressed_state_is_checked_for_what_a_codec_can_be_at_fault_for(monkeypatch):
     ran = []
-    monkeypatch.setattr("hbcore.testing.runner._run", lambda c, subject, *ranked: ran.append((c.name, str(subject))) or [])
+    monkeypatch.setattr("hbcore.testing.runner._run", lambda c, subject, **_: ran.append((c.name, str(subject))) or [])
     check("SGD")
     assert ("every_hook_runs_once", "SGD()") in ran and ("every_hook_runs_once", "SGD(ecc='bf16+8')") not in ran
     assert ("resuming_changes_no_bit", "SGD(ecc='bf16+8')") in ran
