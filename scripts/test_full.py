@@ -13,6 +13,9 @@ The four parts take hours together, and may run one at a time, also on several m
 "tests", "numeric", "mutants" and "cases", and keeps what came out in ``build/full``. The result is written once all parts of
 the present code are there, and says where each ran. Other arguments go to pytest; such a run ends after it and keeps nothing,
 because they may narrow it.
+
+``--part again`` runs the tests that failed once more, for when the tests were at fault and were mended: the hash is of the
+code. How many passed then is in the result.
 """
 
 from __future__ import annotations
@@ -171,11 +174,14 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 """Part of the result -> what makes it."""
 
+AGAIN = "again"
+"""A part for when only tests were at fault: the tests that failed last run once more, on the same code."""
+
 
 def run_part(part: str) -> None:
     """Run one part, and keep it beside those that ran before, if the sources did not change meanwhile."""
     tested = code_hash()
-    content = PARTS[part]()
+    content = tests_run(["--last-failed"]) if part == AGAIN else PARTS[part]()
     if code_hash() != tested:
         print(f"{part}: not kept, because the sources changed while it ran")
         return
@@ -187,6 +193,10 @@ def combined(parts: Mapping[str, Any]) -> dict[str, Any]:
     """The result that the parts make."""
     contents = {part: parts[part]["content"] for part in PARTS}
     tests = contents.pop("tests")
+    again = parts[AGAIN]["content"] if AGAIN in parts else {"passed": 0, "failed": 0}
+    if tests["failed"] and again["passed"] + again["failed"] == tests["failed"]:
+        tests = {**tests, "status": again["status"], "failed": again["failed"], "passed": tests["passed"] + again["passed"]}
+        tests[AGAIN] = again["passed"]
     red = any(run.get("status") for run in contents["numeric"].values()) or "error" in contents["mutants"]
     red = red or any(case["status"] != 0 for case in contents["cases"].values())
     return {
@@ -213,7 +223,7 @@ def main(arguments: list[str]) -> int:
         return int(tests_run(arguments)["status"])
     for part in chosen:
         run_part(part)
-    kept = {part: json.loads(path.read_text()) for part in PARTS if (path := KEPT / f"{part}.json").exists()}
+    kept = {part: json.loads(path.read_text()) for part in (*PARTS, AGAIN) if (path := KEPT / f"{part}.json").exists()}
     kept = {part: made for part, made in kept.items() if made["code"] == code_hash()}
     if missing := [part for part in PARTS if part not in kept]:
         print(f"{RESULT.relative_to(ROOT)}: not written; of this code there is no result yet of: {', '.join(missing)}")

@@ -245,6 +245,28 @@ class TestFullRuns:
         assert (result["passed"], result["python"], result["mutants"]["killed"]) == (2, "3", 30)
         assert {part: ran["python"] for part, ran in result["ran"].items()} == {p: p for p in ("numeric", "mutants", "cases")}
 
+    def test_tests_that_were_at_fault_run_again(self, full, monkeypatch):
+        passes = full.pytest.main
+
+        def fails(arguments, plugins):
+            passes(arguments, plugins)
+            report = SimpleNamespace(nodeid="red", when="call", duration=1, failed=True, skipped=False, outcome="failed")
+            plugins[0].pytest_runtest_logreport(report)
+            return 1
+
+        def mended(arguments, plugins):
+            assert "--last-failed" in arguments
+            report = SimpleNamespace(nodeid="red", when="call", duration=1, failed=False, skipped=False, outcome="passed")
+            plugins[0].pytest_runtest_logreport(report)
+            return 0
+
+        monkeypatch.setattr(full.pytest, "main", fails)
+        assert full.main([]) == 1
+        monkeypatch.setattr(full.pytest, "main", mended)
+        assert full.main(["--part", "again"]) == 0
+        result = json.loads(full.RESULT.read_text())
+        assert (result["status"], result["passed"], result["failed"], result["again"]) == (0, 3, 0, 1)
+
     def test_parts_of_other_code_make_none(self, full, monkeypatch, capsys):
         assert full.main(["--part", "numeric"]) == 0
         monkeypatch.setattr(full, "code_hash", lambda: "other code")
