@@ -46,7 +46,7 @@ def test_triton_agrees_with_the_oracle(cls, oracle, options, spelled, dtype):
 
 @pytest.mark.parametrize(
     ("backend", "case"),
-    combined(["inductor"], COMPILED, compiled=[("inductor", "sign-settings")]),
+    combined(["inductor"], COMPILED),
 )
 def test_inductor_agrees_with_the_oracle(backend, case):
     compiled(backend, *COMPILED[case], torch.float32)
