@@ -56,6 +56,7 @@ def measure(name: str, shapes: str) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measure, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out

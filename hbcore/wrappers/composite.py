@@ -92,18 +92,24 @@ class Composite(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._hand_down()
-        self._agree_on_skipping()
-        for child in self.children:
-            _step_part(child)
+        with self._skipping_together():
+            for child in self.children:
+                _step_part(child)
         return loss
 
-    def _agree_on_skipping(self) -> None:
+    @contextmanager
+    def _skipping_together(self) -> Iterator[None]:
         """A step that one child skips for its gradients is skipped by all that were built with ``skip_nonfinite=True``."""
-        skipping = [child for child in self.children if child.settings.skip_nonfinite]
+        skipping = [child.core for child in self.children if child.settings.skip_nonfinite]
         if len(skipping) > 1:
-            found = nonfinite(p for child in skipping for group in child.core.groups for p in group["params"])
-            for child in skipping:
-                child.core.skipping.elsewhere = found
+            found = nonfinite(p for core in skipping for group in core.groups for p in group["params"])
+            for core in skipping:
+                core.skipping.elsewhere = found
+        try:
+            yield
+        finally:  # a child may also step by itself
+            for core in skipping:
+                core.skipping.elsewhere = None
 
     def train(self, mode: bool = True) -> Self:
         """See :meth:`hbcore.optimizer.Optimizer.train`; applies to all children."""

@@ -117,6 +117,19 @@ def test_parts_of_a_composed_optimizer_skip_together():
     assert all(map(torch.equal, *runs))
 
 
+def test_a_part_that_steps_by_itself_looks_at_its_own_gradients():
+    model = nn.Linear(4, 3)
+    specs = [{"optimizer": "Muon", "when": lambda p: p.ndim > 1}, {"optimizer": "AdamW"}]
+    optimizer = hbcore.SplitOpt(model.named_parameters(), specs, lr=0.1, skip_nonfinite=True)
+    model.weight.grad, model.bias.grad = torch.ones(3, 4), torch.full((3,), math.nan)
+    optimizer.step()
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.ones(3, 4)
+    optimizer.children[0].step()
+    assert optimizer.children[0].report.skipped == 1
+    assert not torch.equal(model.weight, before)
+
+
 def test_sharpness_aware_steps_skip():
     [p] = params = parameters([(5,)])
     before = p.detach().clone()
