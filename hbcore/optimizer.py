@@ -15,8 +15,8 @@ from hbcore.declaration import Declaration, declare
 from hbcore.engine import weight_modes
 from hbcore.engine.chain_spec import ChainSpec
 from hbcore.engine.core import Group, OptimizerCore
+from hbcore.engine.entry_forms import fixed
 from hbcore.engine.graph.scalar_inputs import Amp, capturing
-from hbcore.engine.graph.segment_spec import fixed
 from hbcore.engine.new_group import completed
 from hbcore.engine.options import Settings, resolve
 from hbcore.engine.param_codec import narrow

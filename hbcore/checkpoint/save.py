@@ -13,7 +13,7 @@ from hbcore.checkpoint import schema
 from hbcore.distributed.exchange import broadcast, owners
 from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like
 from hbcore.engine.core import OptimizerCore
-from hbcore.engine.graph.segment_spec import fixed
+from hbcore.engine.entry_forms import fixed
 from hbcore.state.expected import Logical
 from hbcore.state.slots import compact
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hbcore.distributed.placement import local
+from hbcore.engine.entry_forms import fixed, getter, length_of
 from hbcore.engine.graph.draws import draw_names
-from hbcore.engine.graph.segment_spec import Hypers, SegmentSpec, fixed, getter, length_of
+from hbcore.engine.graph.segment_spec import Hypers, SegmentSpec
 from hbcore.engine.options import Settings
 from hbcore.engine.params import is_lazy
 from hbcore.engine.shared_options import SCHEDULED

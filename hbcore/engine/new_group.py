@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hbcore.engine.core import Group, OptimizerCore
-from hbcore.engine.graph.segment_spec import fixed
+from hbcore.engine.entry_forms import fixed
 from hbcore.engine.options import without_options
 from hbcore.engine.params import check_params
 from hbcore.errors import ParameterTypeError

@@ -128,7 +128,7 @@ def momentum_product(beta1: Scalar, decay: Scalar, step: Tensor) -> Tensor:
 
     .. math::
         \log \prod_{i=1}^t (1 - \tfrac12 q^i) = -\sum_{k \ge 1} \frac{2^{-k}}{k} \sum_{i=1}^t q^{ik} =
-        -\sum_{k \ge 1} \frac{2^{-k}}{k}\, \frac{q^k (1 - q^{kt})}{1 - q^k}
+        -\sum_{k \ge 1} \frac{2^{-k}}{k}\, \frac{1 - q^{kt}}{q^{-k} - 1}
 
     Forty terms leave an error of 1e-14.
 
@@ -138,22 +138,10 @@ def momentum_product(beta1: Scalar, decay: Scalar, step: Tensor) -> Tensor:
     """
     rate = torch.as_tensor(decay, dtype=torch.float64) * -math.log(0.96)
     rate = rate.clamp(min=1e-300)  # at q = 1 the quotient is t
-    gap, gap_t = _one_minus_exp(rate), _one_minus_exp(rate * step)
-    a, b, total = gap, gap_t, 0 * step
+    past, total = rate * step, 0 * step
     for k in range(1, 41):
-        total = total + (1 - a) * (b / a) * (0.5**k / k)
-        a, b = a + (1 - a) * gap, b + (1 - b) * gap_t  # 1 - q^(k + 1) and 1 - q^((k + 1) t), without cancellation
-    return beta1**step * torch.exp(-total)
-
-
-def _one_minus_exp(x: Tensor) -> Tensor:
-    """``1 - exp(-x)`` for ``x > 0``, accurate for small ``x`` too (Kahan's method).
-
-    Uses only operations that run on plain floats on the host, which expm1 does not.
-    """
-    x = x.clamp(max=700.0)
-    y = torch.exp(-x)
-    return torch.where(y == 1, x, (y - 1) * (x / torch.log(y).clamp(max=-1e-300)))
+        total = total + torch.expm1(-k * past) / torch.expm1(k * rate) * (0.5**k / k)  # without cancellation
+    return beta1**step * torch.exp(total)
 
 
 @dataclass(frozen=True)

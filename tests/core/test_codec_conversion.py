@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -50,10 +51,10 @@ class OwnName8(Log8):
 
 
 class Coarse8(OwnName8):
-    """Another meaning of the same bytes under the same name."""
+    """Another meaning of the same bytes under the same name; none of the values of the other is halfway between two of it."""
 
     name = "coarse8"
-    per_octave = 1
+    per_octave = math.sqrt(2)
 
 
 class TwoParts(Log8):
@@ -276,13 +277,14 @@ def whole(value):
     return value.int().full_tensor().to(value.dtype) if value.dtype == torch.int16 else value.full_tensor()
 
 
-def convert(rank, name, before, after, gathered):
-    """On shards: the state that was saved by the one codec and loaded by the other, whole."""
+def convert(rank, name, before, after, gathered, state):
+    """On shards: ``state``, saved by the one codec and loaded by the other, whole; and the weights some steps later."""
     install(setattr)
     warnings.simplefilter("ignore")
     options = {"compile": "eager", **({"ecc": before} if before else {})}
     model, optimizer = jobs.build(name, options, "fsdp")
     jobs.train(model, optimizer, range(3))
+    optimizer.load_state_dict(state)  # its own is equal to rounding errors, which a codec of few bits can make large
     saved = optimizer.state_dict()
     if gathered:
         saved["state"] = {i: {k: whole(v) for k, v in entry.items()} for i, entry in saved["state"].items()}
@@ -304,12 +306,13 @@ def test_shards_convert_as_one_process_does(before, after, name, gathered):
     jobs.train(model, optimizer, range(3))
     options = {"compile": "eager", **({"ecc": after} if after else {})}
     other = jobs.class_of(name)(model.named_parameters(), lr=0.01, **options)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    state = copy.deepcopy(optimizer.state_dict())
+    other.load_state_dict(copy.deepcopy(state))
     entries = copy.deepcopy(list(other.state_dict()["state"].values()))
     jobs.train(model, other, range(3, 5))
-    for found, params in on_ranks(2, convert, name, before, after, gathered):
+    for found, params in on_ranks(2, convert, name, before, after, gathered, state):
         for ours, theirs in zip(found, entries, strict=True):
             assert list(ours) == list(theirs)
             for k, v in theirs.items():
-                torch.testing.assert_close(ours[k], v, rtol=1e-5, atol=1e-7)
+                torch.testing.assert_close(ours[k], v, rtol=1e-6, atol=0)
         torch.testing.assert_close(params, jobs.whole(model), rtol=1e-5, atol=1e-6)

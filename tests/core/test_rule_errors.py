@@ -143,6 +143,49 @@ def test_what_a_rule_returns_is_looked_at_where_it_returns(what, make):
     assert torch.equal(p, before)
 
 
+def remembering(self, u, s, c):
+    self.last = u
+    return u, {"m": s["m"]}
+
+
+MISTAKES = {
+    "an attribute of its own": (remembering, r"'last'; a rule keeps nothing from step to step: declare a slot"),
+    "a typo": (lambda self, u, s, c: (u.squared(), {"m": s["m"]}), r"raised AttributeError: .*'squared'"),
+    "a missing key": (lambda self, u, s, c: ({}["scale"] * u, {"m": s["m"]}), r"raised KeyError: 'scale'"),
+    "shapes that do not fit": (lambda self, u, s, c: (u + u.new_ones(17), {"m": s["m"]}), r"raised \w+Error: "),
+    "its own complaint": (lambda self, u, s, c: exec("raise ValueError('beta is odd')"), r"raised ValueError: beta is odd"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::hbcore.errors.FallbackWarning")
+@pytest.mark.parametrize("make", [rule, lambda update: rule(unfusable(update)), matrix], ids=["traced", "not traced", "matrix"])
+@pytest.mark.parametrize("what", MISTAKES)
+def test_whatever_a_rule_raises_names_the_rule(what, make):
+    update, words = MISTAKES[what]
+    p = parameter(4, 3)
+    before = p.detach().clone()
+    with pytest.raises(RuleError, match=rf"{__file__}:\d+: rule 'toy' .ToyRule.update.*{words}") as caught:
+        stepped(make(update), p)
+    assert caught.value.__cause__ is not None
+    assert torch.equal(p, before)
+
+
+def test_an_inner_rule_and_a_priming_are_named_too():
+    inner = rule(lambda self, u, s, c: u.squared(), name="inner")
+    with pytest.raises(RuleError, match=r"rule 'inner'.* raised AttributeError"):
+        stepped(matrix(lambda self, u, s, c: c.apply(inner(0.5), u, s)), parameter(4, 3))
+    with pytest.raises(RuleError, match=r"rule 'toy' .ToyRule.prime.* raised AttributeError"):
+        stepped(matrix(primes=True, prime=lambda self, u, s, c: u.squared()), parameter(4, 3))
+
+
+def test_a_device_without_memory_is_no_fault_of_the_rule():
+    def update(self, u, s, c):
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^no memory$"):
+        stepped(matrix(update), parameter(4, 3))
+
+
 def test_elementwise_rules_return_every_slot_and_matrix_rules_need_not():
     with pytest.raises(RuleError, match=r"'toy'.*no value for the slot 'm'.*s\['m'\]"):
         stepped(rule(lambda self, u, s, c: (u, {})), parameter(3))

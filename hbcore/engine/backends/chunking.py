@@ -177,7 +177,7 @@ def spreads(phase: Phase, dtypes: Mapping[str, torch.dtype], hoisted: Sequence[t
         hoisted: its scalars' dtypes.
     """
     dtype = compute_dtype(dtypes["param"])
-    inputs = [n for n in phase.graph.graph.nodes if n.op == "placeholder"][len(phase.tensors) :]
+    inputs = [n for n in phase.graph.nodes if n.op == "placeholder"][len(phase.tensors) :]
     if phase.reduces or phase.sums or phase.needs_numel or any(hoisted[i] != torch.float64 for i in phase.scalars):
         return False
     for user in (user for scalar in inputs for user in scalar.users):

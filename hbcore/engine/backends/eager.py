@@ -42,7 +42,7 @@ class EagerExecutable:
         spread = [cpu and spreads(p, program.dtypes, program.hoisted) for p in program.phases]
         self._spread = any(spread)
         self._chunked = Chunked(program.phases, [p.tensors for p in program.phases], SLICE if cpu else None, spread)
-        self._graphs: list[Callable[..., tuple[Tensor, ...]]] = [p.graph.forward for p in program.phases]
+        self._graphs: list[Callable[..., tuple[Tensor, ...]]] = [p.run for p in program.phases]
 
     def prepare(self, batch: Batch) -> None:
         values = batch.values
@@ -85,7 +85,7 @@ class EagerExecutable:
         scalars = self._scalars or list(map(self.program.scalars, batch.values))
         for i, row in enumerate(batch.rows):
             columns = columns_at(batch, i)
-            results = p.graph(*(columns[name] for name in p.tensors), *numbers(p, batch, scalars[row], i))
+            results = p.run(*(columns[name] for name in p.tensors), *numbers(p, batch, scalars[row], i))
             for name, value in zip(p.writes, results, strict=False):
                 columns[name].copy_(value)
             for r, value in zip(p.reduces, results[len(p.writes) :], strict=True):

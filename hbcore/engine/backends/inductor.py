@@ -121,7 +121,7 @@ def _in_place(phase: Phase) -> Flat:
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    old = phase.graph.graph
+    old = phase.graph
     inputs = [n for n in old.nodes if n.op == "placeholder"]
     columns = dict(zip(phase.tensors, inputs, strict=False))
     targets: dict[str, fx.Node] = {}

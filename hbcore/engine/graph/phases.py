@@ -50,7 +50,8 @@ def split(
     live = _live(graph, (*stores.values(), *finals.values()))
     hoisted = [n for n in _varying(live) if n in finals.values() or any(u.meta["kind"] != "host" for u in n.users if u in live)]
     level = _levels(live)
-    candidates = (_plan(live, stores, hoisted, level, early) for early in (False, True))
+    one_pass = not any(level[n] for n in live)
+    candidates = (_plan(live, stores, hoisted, level, early) for early in ((False,) if one_pass else (False, True)))
     phases = min(candidates, key=lambda plan: _traffic(plan, dtypes))
     summed = {n: str(n.meta["reduction"]) for n in live if _is_reduction(n)}
     return Program(
@@ -196,7 +197,7 @@ def _phase(
             outputs[i].meta.update(kind="element", dtype=n.meta["dtype"], where=n.meta["where"])
     graph.output(tuple(outputs))
     phase = Phase(
-        graph=module_of(graph),
+        graph=graph,
         tensors=tuple(tensors.values()),
         scalars=tuple(scalars[n] for n in given if n in scalars),
         sums=tuple(summed[n] for n in given if n in summed),

@@ -84,13 +84,18 @@ class Phase:
     ``sums`` are reductions of earlier phases, and 0-d values that the program is given.
     """
 
-    graph: fx.GraphModule
+    graph: fx.Graph
     tensors: tuple[str, ...]
     scalars: tuple[int, ...]
     sums: tuple[str, ...]
     needs_numel: bool
     writes: tuple[str, ...]
     reduces: tuple[Reduction, ...]
+
+    @cached_property
+    def run(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The graph as a function. Made on first use: a backend that generates its own code has no use for Python's."""
+        return module_of(self.graph).forward
 
 
 @dataclass(frozen=True)

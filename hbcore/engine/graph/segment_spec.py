@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hbcore.engine.entry_forms import fixed, getter, length_of
 from hbcore.engine.graph.draws import Draws
 from hbcore.engine.graph.program import CARRIED, NOISE, NONFINITE, STACK
 from hbcore.engine.graph.where import where
 from hbcore.errors import RuleError
+from hbcore.rules.author_errors import naming
 from hbcore.rules.contract import Slots, checked, slots_of, title
 from hbcore.rules.division import Divide
 from hbcore.rules.numerics import compute_dtype
@@ -39,27 +40,6 @@ Reduce = Callable[[Tensor, str, Domain, str], Tensor]
 """``reduce(x, "sum" | "amax", domain, rule)``: the only way for a rule to see more than one element."""
 Give = Callable[[Transform, Iterable[Any]], None]
 """``give(rule, tensors)``: told what each rule is given before it runs."""
-
-
-def getter(keys: Iterable[str]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
-    """A getter of several of a group's entries in one call."""
-    names = tuple(keys)
-    return itemgetter(*names) if len(names) > 1 else lambda group: tuple(group[name] for name in names)
-
-
-def length_of(value: Any) -> int | None:
-    """The length of a tuple hyperparameter; None for a plain number."""
-    value = fixed(value)
-    return len(value) if isinstance(value, tuple) else None
-
-
-def fixed(value: Any) -> Any:
-    """An entry in hashable form: any sequence that users pass (a list, OmegaConf's ListConfig, an array) becomes a tuple."""
-    if isinstance(value, (tuple, str, bytes, Tensor)):
-        return value
-    if isinstance(value, Sequence):
-        return tuple(value)
-    return tuple(value.tolist()) if getattr(value, "ndim", 0) == 1 and hasattr(value, "tolist") else value
 
 
 def unless(skip: Tensor | None, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -206,7 +186,8 @@ class SegmentSpec:
             context = self._context(t, param, grad, scalars, numel, reduce, draws)
             if give is not None:
                 give(t, (update, *state.values(), *context))
-            update, new = checked(t, t.update(update, state, context), update, state)
+            with naming(t):
+                update, new = checked(t, t.update(update, state, context), update, state)
             for name, value in new.items():
                 if name in carried:
                     stored[CARRIED + name] = value

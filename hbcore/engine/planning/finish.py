@@ -55,7 +55,7 @@ class Finish:
         """Compute the new values and write them; carried numbers are left in ``batch.carried``."""
         batch, phase = self._batch, self._phase
         inputs = [*self._hoisted(), *map(self._vector, phase.sums)]
-        results = phase.graph(*inputs, self._numels) if phase.needs_numel else phase.graph(*inputs)
+        results = phase.run(*inputs, self._numels) if phase.needs_numel else phase.run(*inputs)
         for name, value in zip(phase.writes, results, strict=True):
             vector = value.expand(len(batch.everyone))
             if name.startswith(CARRIED):

@@ -15,6 +15,7 @@ from hbcore.engine.stacks.bound_rule import BoundRule
 from hbcore.engine.stacks.stack import Stack
 from hbcore.engine.stacks.stack_state import Rows, StackState, WatchedState
 from hbcore.errors import RuleError
+from hbcore.rules.author_errors import naming
 from hbcore.rules.contract import check_state, checked, title, unknown_slot
 from hbcore.rules.declared import kind
 from hbcore.rules.noise import bits, noise_key, normal, uniform
@@ -100,18 +101,18 @@ class RuleCall:
         given = [each.watched(purity) for each in self._arguments]
         if self.priming:
             for each, arguments in zip(self._arguments, given, strict=True):
-                with purity:
+                with purity, naming(self.rule, "prime"):
                     new = self.rule.prime(*arguments)
                 check_state(self.rule, new, each.shapes(), False, "prime")
                 carried.update(each.keep(new))
             return carried
-        with purity:
+        with purity, naming(self.rule):
             made = self.rule.update_stacks(given)
         if not isinstance(made, Iterable):
             raise RuleError(f"{title(self.rule, 'update_stacks')} returned {kind(made)}; return a result for each stack.")
         results, count = iter(made), 0
         for each, arguments in zip(self._arguments, given, strict=True):
-            with purity:  # a result may be computed only now
+            with purity, naming(self.rule):  # a result may be computed only now
                 result = next(results, MISSING)
             if result is MISSING:
                 break
@@ -173,7 +174,8 @@ class Arguments:
         purity.give(self._call.rule, (update, *self.stack.stored.values(), *context))
 
         def apply(inner: Transform, u: Tensor, s: State) -> tuple[Tensor, dict[str, Tensor]]:
-            return checked(inner, inner.update(u, s, context), u, s, whole=False)
+            with naming(inner):
+                return checked(inner, inner.update(u, s, context), u, s, whole=False)
 
         return update, WatchedState(self._call.rule, state, purity), context._replace(apply=apply)
 

@@ -96,7 +96,7 @@ class PhaseWriter:
             numel_at=len(self.layout.columns),
             n_scalars=self.layout.scalars,
         ).splitlines()[1:]
-        nodes = list(self.phase.graph.graph.nodes)
+        nodes = list(self.phase.graph.nodes)
         output = nodes[-1].args[0]
         inputs = [n for n in nodes if n.op == "placeholder"]
         body = [n for n in nodes if n.op == "call_function" and n.target not in REDUCERS.values()]
