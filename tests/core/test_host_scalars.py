@@ -155,8 +155,9 @@ def graph_of(target, args, inputs, **kwargs):
 
 
 NUMBERS = (0.0, 1.0, -1.0, 0.5, 2.0, 3.7, -2.5, 1e-8, 1e8, 1e-300, 0.1, math.pi)
-NEAREST = {aten.sqrt.default, aten.exp.default, aten.log.default, aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor}
-"""torch's own may come from a vector library that errs in the last bit; chains hoist none of them but ``beta ** step``."""
+NEAREST = {aten.sqrt.default, aten.exp.default, aten.expm1.default, aten.log.default}
+NEAREST |= {aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor}
+"""torch's own may come from a vector library that errs in the last bit. Chains hoist ``beta ** step``, and NAdam the others."""
 
 FORMS = {str(f): f for f in host.FORMS if f not in (aten.full.default, aten.where.self, aten.pow.Scalar)}
 
