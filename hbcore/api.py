@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from hbcore.errors import HyperparameterError as HyperparameterError
     from hbcore.errors import OptionError as OptionError
     from hbcore.optimizer import Optimizer as Optimizer
+    from hbcore.rules import bases as bases
     from hbcore.rules.checks import check_whole as check_whole
     from hbcore.rules.domain import Domain as Domain
+    from hbcore.rules.moments import Average as Average
     from hbcore.rules.moments import CorrectedDecay as CorrectedDecay
     from hbcore.rules.moments import Momentum as Momentum
     from hbcore.rules.moments import ScaleByAdam as ScaleByAdam
@@ -40,8 +42,11 @@ if TYPE_CHECKING:
     from hbcore.rules.numerics import second_moment as second_moment
     from hbcore.rules.parallel import Parallel as Parallel
     from hbcore.rules.parallel import graft as graft
+    from hbcore.rules.products import Products as Products
     from hbcore.rules.route import Route as Route
     from hbcore.rules.route import is_matrix as is_matrix
+    from hbcore.rules.schedule_free import ScaleByRms as ScaleByRms
+    from hbcore.rules.schedule_free import ScheduleFree as ScheduleFree
     from hbcore.rules.slot import Slot as Slot
     from hbcore.rules.slot import scalar as scalar
     from hbcore.rules.slot import zeros as zeros
@@ -53,6 +58,7 @@ if TYPE_CHECKING:
     from hbcore.rules.transform import Transform as Transform
     from hbcore.rules.transform import hyper as hyper
     from hbcore.rules.views import Block as Block
+    from hbcore.rules.views import grid_view as grid_view
     from hbcore.rules.views import matrix_view as matrix_view
     from hbcore.state.codec import StateCodec as StateCodec
     from hbcore.warn import warn_at_caller as warn_at_caller
@@ -60,6 +66,8 @@ if TYPE_CHECKING:
     from hbcore.wrappers.extension import Extension as Extension
 
 _HOMES = {
+    "bases": "hbcore.rules.bases",
+    "Average": "hbcore.rules.moments:Average",
     "Block": "hbcore.rules.views:Block",
     "Composite": "hbcore.wrappers.composite:Composite",
     "Context": "hbcore.rules.transform:Context",
@@ -75,6 +83,7 @@ _HOMES = {
     "OptionError": "hbcore.errors:OptionError",
     "Options": "hbcore.engine.shared_options:Options",
     "Parallel": "hbcore.rules.parallel:Parallel",
+    "Products": "hbcore.rules.products:Products",
     "Role": "hbcore.rules.transform:Role",
     "Route": "hbcore.rules.route:Route",
     "STAGES": "hbcore.rules.domain:ORDER",
@@ -83,21 +92,24 @@ _HOMES = {
     "ScaleByAdam": "hbcore.rules.moments:ScaleByAdam",
     "ScaleByLaProp": "hbcore.rules.moments:ScaleByLaProp",
     "ScaleByNAdam": "hbcore.rules.moments:ScaleByNAdam",
+    "ScaleByRms": "hbcore.rules.schedule_free:ScaleByRms",
+    "ScheduleFree": "hbcore.rules.schedule_free:ScheduleFree",
     "Slot": "hbcore.rules.slot:Slot",
-    "StateCodec": "hbcore.state.codec:StateCodec",
     "State": "hbcore.rules.transform:State",
+    "StateCodec": "hbcore.state.codec:StateCodec",
     "Transform": "hbcore.rules.transform:Transform",
     "check_whole": "hbcore.rules.checks:check_whole",
     "compute_dtype": "hbcore.rules.numerics:compute_dtype",
     "debiased": "hbcore.rules.numerics:debiased",
     "debiased_second_moment": "hbcore.rules.numerics:debiased_second_moment",
     "ema": "hbcore.rules.numerics:ema",
-    "scalar": "hbcore.rules.slot:scalar",
-    "second_moment": "hbcore.rules.numerics:second_moment",
     "graft": "hbcore.rules.parallel:graft",
+    "grid_view": "hbcore.rules.views:grid_view",
+    "hyper": "hbcore.rules.transform:hyper",
     "is_matrix": "hbcore.rules.route:is_matrix",
     "matrix_view": "hbcore.rules.views:matrix_view",
-    "hyper": "hbcore.rules.transform:hyper",
+    "scalar": "hbcore.rules.slot:scalar",
+    "second_moment": "hbcore.rules.numerics:second_moment",
     "warn_at_caller": "hbcore.warn:warn_at_caller",
     "zeros": "hbcore.rules.slot:zeros",
 }

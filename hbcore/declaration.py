@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from hbcore.engine.entry_forms import fixed
 from hbcore.engine.shared_options import OPTIONS
 from hbcore.errors import RuleError
 
@@ -141,6 +142,18 @@ def constructs(declared: Declaration, construct: Callable[..., None]) -> Callabl
         base.__init__(self, params, **given, **options)
 
     return through
+
+
+def entries(optimizer: Any) -> dict[str, Any]:
+    """The group entries that an optimizer's class declares, and their defaults: a pickle may be older than some of them.
+
+    None if it writes ``__init__`` itself, whose parameters need not be entries.
+    """
+    declared: Declaration = optimizer._declared
+    if declared.written is not None:
+        return {}
+    found = optimizer.normalise(dict(declared.fields))
+    return {k: fixed(v) for k, v in found.items() if k not in OPTIONS and v is not inspect.Parameter.empty}
 
 
 def signature(declared: Declaration, with_self: bool = False) -> inspect.Signature:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from hbcore.checkpoint import dry_step, load, save, schema
-from hbcore.declaration import Declaration, declare
+from hbcore.declaration import Declaration, declare, entries
 from hbcore.engine import weight_modes
 from hbcore.engine.chain_spec import ChainSpec
 from hbcore.engine.core import Group, OptimizerCore
@@ -281,9 +281,11 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         if "_structure" not in rest:  # some users reset an optimizer so, with {"state": ...} and perhaps "param_groups"
             self.param_groups, self.state = rest.get("param_groups", self.param_groups), rest.get("state", self.core.state)
             return
-        chain = ChainSpec(type(self).chain, *rest.pop("_structure"))
+        settings, defaults, hyper = rest.pop("_structure")
+        newer = {k: v for k, v in entries(self).items() if k not in defaults}
+        chain = ChainSpec(type(self).chain, settings, {**defaults, **newer}, hyper)
         core = self.core = OptimizerCore(type(self).__name__, chain, self.sparse_gradients)
-        core.state, core.groups = StateMap(rest.pop("state")), rest.pop("param_groups")
+        core.state, core.groups = StateMap(rest.pop("state")), [{**newer, **g} for g in rest.pop("param_groups")]
         core.group_scalars, core.modes.training = rest.pop("_progress"), rest.pop("_training", True)
         core.options = schema.given_again(core.name, core.groups)
         super().__setstate__(rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from hbcore.rules.transform import Domain, Transform
 
@@ -14,17 +15,33 @@ SLACK = 2**-10
 """A sum of rates this close below a whole number counts as having reached it: ten times 0.1 is less than 1."""
 
 
-def advanced(scalars: GroupScalars, transforms: Iterable[Transform]) -> tuple[GroupScalars, dict[str, bool]]:
+class Due(NamedTuple):
+    """The sum of a rule's rates before a step and after it."""
+
+    before: float
+    after: float
+
+    @property
+    def whole(self) -> bool:
+        """Whether the rule refreshes: the sum passes a whole number."""
+        return self.at(0.0)
+
+    def at(self, phase: float) -> bool:
+        """The same for matrices that are ahead of the others by ``phase``, in [0, 1)."""
+        return math.floor(self.after + phase + SLACK) > math.floor(self.before + phase + SLACK)
+
+
+def advanced(scalars: GroupScalars, transforms: Iterable[Transform]) -> tuple[GroupScalars, dict[str, Due]]:
     """What the group carries after a step, its rules' scalars excepted, and for each matrix rule whether it refreshes."""
     k = scalars.get("step", 0.0) + 1
-    after, refresh = {**scalars, "step": k}, {}
+    after, due = {**scalars, "step": k}, dict[str, Due]()
     for t in transforms:
-        if t.domain == Domain.MATRIX and t.name not in refresh:
+        if t.domain == Domain.MATRIX and t.name not in due:
             key = f"{t.name}.refreshes"
             before = scalars.get(key, 0.0)
             after[key] = before + t.rate(int(k))
-            refresh[t.name] = math.floor(after[key] + SLACK) > math.floor(before + SLACK)
-    return after, refresh
+            due[t.name] = Due(before, after[key])
+    return after, due
 
 
 def carried(scalars: Mapping[str, float], transforms: Iterable[Transform]) -> dict[str, float]:

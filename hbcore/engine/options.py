@@ -15,6 +15,7 @@ from hbcore.engine.shared_options import OPTIONS, REMOVED, SCHEDULED
 from hbcore.errors import OptionError, RuleError
 from hbcore.rules import clipping, division, roles, route, stages
 from hbcore.rules.mars import Mars
+from hbcore.rules.products import PRECISIONS
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.codec import StateCodec, cast_codec
 from hbcore.warn import warn_at_caller
@@ -41,6 +42,7 @@ class Settings:
     capturable: bool
     compile: str
     skip_nonfinite: bool = False  # options newer than 0.1.0 have a default, which its pickles lack
+    matmul_precision: str | None = None
 
     def stages(self, h: Any, rule: Iterable[Transform]) -> tuple[Transform, ...]:
         """``rule`` with the transforms the options insert, in order, for a group's hyperparameters ``h``."""
@@ -96,6 +98,10 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
             f"{optimizer}: stochastic_rounding=True seeds its noise with the step count, which the host does not know in a "
             "captured step; pass capturable=False or stochastic_rounding=False."
         )
+    if values["matmul_precision"] not in (None, *PRECISIONS):
+        raise OptionError(
+            f"{optimizer}: matmul_precision={values['matmul_precision']!r} is not one of {', '.join(PRECISIONS)}, or None."
+        )
     settings = Settings(
         caution=bool(values["caution"]),
         cautious_weight_decay=bool(values["cautious_weight_decay"]),
@@ -114,6 +120,7 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
             if (clip := clipping.resolve(values[option], stage)) is not None
         ),
         skip_nonfinite=bool(values["skip_nonfinite"]),
+        matmul_precision=values["matmul_precision"],
         consume_grad=bool(values["consume_grad"]),
         multi_tensor=bool(values["multi_tensor"]),
         capturable=bool(values["capturable"]),

@@ -28,18 +28,20 @@ def autocast_off() -> Iterator[None]:
 
 
 @contextmanager
-def exact_products() -> Iterator[None]:
-    """Products of float32 matrices in float32, whatever precision the model asked torch for: TF32 would spoil a basis."""
+def products_as(precision: str | None) -> Iterator[None]:
+    """Products of float32 matrices in TF32 if ``precision`` is ``"tf32"``, and otherwise in float32, whatever the model asked
+    torch for: TF32 would spoil a basis."""
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # torch 2.9's fp32_precision was set, and the two do not mix
-        with _ieee_products():
+        with _fp32_precision("tf32" if precision == "tf32" else "ieee"):
             yield
         return
-    if before == "highest":
+    wanted = "high" if precision == "tf32" else "highest"
+    if before == wanted:
         yield
         return
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(wanted)
     try:
         yield
     finally:
@@ -47,13 +49,13 @@ def exact_products() -> Iterator[None]:
 
 
 @contextmanager
-def _ieee_products() -> Iterator[None]:
+def _fp32_precision(wanted: str) -> Iterator[None]:
     """The same in terms of ``fp32_precision``."""
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
-            backend.fp32_precision = "ieee"
+            backend.fp32_precision = wanted
         yield
     finally:
         for backend, precision in zip(backends, before, strict=True):

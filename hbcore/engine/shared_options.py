@@ -12,6 +12,7 @@ from typing_extensions import TypedDict, dataclass_transform
 
 from hbcore.engine.backends import select
 from hbcore.rules import clipping, division
+from hbcore.rules.products import PRECISIONS
 
 
 class Option(NamedTuple):
@@ -74,6 +75,9 @@ class SharedOptions(Declared):
     skip_nonfinite: bool = option(
         default=False, doc="a step in which any gradient holds an inf or a NaN changes nothing; counted in optimizer.report"
     )
+    matmul_precision: str | None = option(
+        default=None, doc=f"how matrix rules multiply float32: {', '.join(PRECISIONS)}; None is ieee"
+    )
     consume_grad: bool = option(default=True, doc="step() clears p.grad once it is used")
     multi_tensor: bool = option(
         default=True, doc="run many parameters together; False runs one at a time, with the same results"
@@ -133,6 +137,7 @@ class Options(TypedDict, total=False):
     gradient_clipping: Any
     update_clipping: Any
     skip_nonfinite: bool
+    matmul_precision: str | None
     consume_grad: bool
     multi_tensor: bool
     capturable: bool

@@ -21,7 +21,7 @@ def lazy(
 
     Args:
         module: the package's ``__name__``.
-        targets: name -> ``"module:attribute"``; or a manifest's optimizers.
+        targets: name -> ``"module:attribute"``, or ``"module"`` for the module itself; or a manifest's optimizers.
         more: names that are public and there already.
         hint: what the error for another name says before the list of public ones.
     """
@@ -32,7 +32,7 @@ def lazy(
         if name not in homes:
             raise AttributeError(f"module {module!r} has no attribute {name!r}; {hint} {', '.join(public)}")
         home, _, attribute = homes[name].partition(":")
-        value = getattr(import_module(home), attribute)
+        value = getattr(import_module(home), attribute) if attribute else import_module(home)
         setattr(sys.modules[module], name, value)  # the next access does not come here
         return value
 

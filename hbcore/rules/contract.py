@@ -16,7 +16,7 @@ from hbcore.rules.declared import check_instance, inner, kind, lines_of
 from hbcore.rules.domain import Domain
 from hbcore.rules.route import Route
 from hbcore.rules.transform import Slot, Transform
-from hbcore.rules.views import Block
+from hbcore.rules.views import Block, covers
 
 RESERVED = ("param", "grad", "update", "step", "numel")
 """Names that segments and ``state[p]`` use themselves."""
@@ -84,15 +84,10 @@ def blocks_of(t: Transform, shape: torch.Size) -> tuple[Block, ...]:
     blocks: Any = t.blocks(shape)
     if not isinstance(blocks, (tuple, list)) or not all(isinstance(b, Block) for b in blocks):
         raise RuleError(f"{title(t, 'blocks')} returned {kind(blocks)}; return a tuple of Blocks, as matrix_view does.")
-    end = 0
-    for block in blocks:
-        if block.start != end:
-            break
-        end += block.numel
-    if end != shape.numel():
+    if not covers(blocks, shape):
         raise RuleError(
-            f"{title(t, 'blocks')} cuts shape {tuple(shape)} into {', '.join(map(str, blocks))}; blocks follow one another, "
-            "and together are the whole parameter."
+            f"{title(t, 'blocks')} cuts shape {tuple(shape)} into {', '.join(map(str, blocks))}; blocks follow one another, or "
+            "are regions that do not overlap, and together are the whole parameter."
         )
     return tuple(blocks)
 

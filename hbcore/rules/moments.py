@@ -41,6 +41,21 @@ class ScaleByAdam(Transform):
 
 
 @dataclass(frozen=True)
+class Average(Transform):
+    r"""A running average, :math:`m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t`, which is not corrected for its start at zero."""
+
+    beta: float = hyper(0.9, ge=0, lt=1, role="first_moment")
+    name = "average"
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        return {"exp_avg": zeros(param, "rotate")}
+
+    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        m = ema(s["exp_avg"], u, self.beta)
+        return m, {"exp_avg": m}
+
+
+@dataclass(frozen=True)
 class Momentum(Transform):
     r"""Polyak or Nesterov momentum as in torch.optim.SGD, Sutskever et al. 2013.
 

@@ -19,6 +19,7 @@ from hbcore.rules.bounds import Bounds, check_bounds
 from hbcore.rules.declared import check_class
 from hbcore.rules.domain import Domain as Domain
 from hbcore.rules.numerics import Scalar, compute_dtype
+from hbcore.rules.products import IEEE, Products
 from hbcore.rules.slot import Slot as Slot
 from hbcore.rules.slot import scalar as scalar
 from hbcore.rules.slot import zeros as zeros
@@ -87,8 +88,11 @@ class Context(NamedTuple):
 
     * ``param`` and ``grad`` are available if the rule's ``needs`` name them; reading them otherwise is an error.
     * ``refresh``: the expensive part is due this step, see :meth:`Transform.rate`.
-    * ``apply(inner, u, s)``: run the elementwise rule ``inner`` on the stack as one segment: ``inner.update(u, s, c)``, fused
-      where the backend supports it. Returns its update and new slot values, which the rule returns along with its own.
+    * ``products``: multiplies matrices at the precision that the user chose with ``matmul_precision``, see
+      :mod:`hbcore.rules.products`. Operators of torch multiply in float32, or in TF32 where the user chose that.
+    * ``apply(inner, u, s)``: run the elementwise rule ``inner`` on the stack: ``inner.update(u, s, c)``, compiled where
+      ``inner`` is a field of the rule and ``s`` the state that the rule was given. Returns its update, and new slot values
+      that the rule returns along with its own. Those of a compiled rule are in the state already, and need not be.
     """
 
     param: Tensor
@@ -102,6 +106,7 @@ class Context(NamedTuple):
     probe: Callable[[Tensor], Tensor] = unavailable
     noise: Callable[[Tensor], Tensor] = unavailable
     apply: Callable[[Transform, Tensor, State], tuple[Tensor, dict[str, Tensor]]] = unavailable
+    products: Products = IEEE
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of ``x`` over the rule's domain, 0-d."""
@@ -212,6 +217,12 @@ class Transform:
         """
         return 1.0
 
+    @property
+    def staggers(self) -> bool:
+        """Matrix rules with a :meth:`refresh`: whether each matrix has its turn in another step, each as often as :meth:`rate`
+        says, instead of all in one."""
+        return False
+
     def blocks(self, shape: torch.Size) -> tuple[Block, ...]:
         """Matrix rules: how a parameter of ``shape`` is cut into stacks of equal blocks; see :mod:`hbcore.rules.views`."""
         raise NotImplementedError(f"{type(self).__name__} is a matrix rule but does not define blocks(shape)")
@@ -240,6 +251,16 @@ class Transform:
         default they are computed one after another. Override this where one operation can process several stacks.
         """
         return (self.update(u, s, c) for u, s, c in stacks)
+
+    def refresh(self, stacks: Sequence[tuple[State, Context]]) -> Iterable[dict[str, Tensor]]:
+        """Matrix rules: new slot values for several stacks, after an ``update`` in a step whose :meth:`rate` makes it due.
+
+        A rule that can do its expensive part without the update does it here: the state is what ``update`` left, the matrices
+        of all stacks are at hand at once, and where it :attr:`staggers`, they are the rows whose turn it is. As with
+        :meth:`update_stacks`, each result is written before the next is requested; slots that are not in it keep their values.
+        Once every stack is updated, this is called for all of them. ``c.param`` and ``c.grad`` are not available.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no refresh of its own")
 
     def swap(self, param: Tensor, s: State, training: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Rules with two sets of weights: the other set's parameter and the slots that change with it. Pure, elementwise.

@@ -4,20 +4,62 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate, combinations, product
 from typing import NamedTuple
+
+from torch import Tensor
 
 
 class Block(NamedTuple):
-    """A run of a parameter's elements in row-major order: ``batch`` consecutive blocks of one shape."""
+    """A part of a parameter: a run of its elements in row-major order, or a region of it.
+
+    Attributes:
+        start: the index of the first element.
+        batch: how many consecutive blocks of ``shape`` the run is; 1 for a region.
+        shape: of one block.
+        whole: for a region, the shape that the parameter is viewed as.
+        corner: for a region, the index of its first element along each dimension of ``whole``.
+    """
 
     start: int
     batch: int
     shape: tuple[int, ...]
+    whole: tuple[int, ...] = ()
+    corner: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
-        """The number of elements in the run."""
+        """The number of elements."""
         return self.batch * math.prod(self.shape)
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """This part of a contiguous tensor of the parameter's elements, as a view ``[batch, *shape]``."""
+        if not self.whole:
+            return parameter.view(-1)[self.start : self.start + self.numel].view(self.batch, *self.shape)
+        region = tuple(slice(first, first + n) for first, n in zip(self.corner, self.shape, strict=True))
+        return parameter.view(self.whole)[region].unsqueeze(0)
+
+
+def grid_view(shape: Sequence[int], size: int, merge_dims: bool | int = True) -> tuple[Block, ...]:
+    """Cut a parameter along every dimension into pieces of ``size``, the last of which may be shorter.
+
+    Args:
+        shape: the parameter's shape.
+        size: the longest side of a block.
+        merge_dims: how dimensions are merged first, see :func:`matrix_view`.
+
+    Returns:
+        The blocks, in row-major order of the grid; one run if nothing is cut.
+    """
+    whole = merged(tuple(shape), merge_dims)
+    if all(n <= size for n in whole):
+        return (Block(0, 1, whole),)
+    steps = [math.prod(whole[i + 1 :]) for i in range(len(whole))]
+    blocks = []
+    for corner in product(*(range(0, n, size) for n in whole)):
+        start = sum(first * step for first, step in zip(corner, steps, strict=True))
+        blocks.append(Block(start, 1, tuple(min(size, n - c) for c, n in zip(corner, whole, strict=True)), whole, corner))
+    return tuple(blocks)
 
 
 def matrix_view(
@@ -69,6 +111,25 @@ def matrix_view(
                 blocks.append(Block(start, 1, block_shape))
             start += rows * math.prod(inner[1:])
     return tuple(blocks)
+
+
+def covers(blocks: Sequence[Block], shape: Sequence[int]) -> bool:
+    """Whether blocks are a parameter of ``shape``: they follow one another, or are regions of one view that do not overlap."""
+    if not any(b.whole for b in blocks):
+        ends = [0, *accumulate(b.numel for b in blocks)]
+        return [b.start for b in blocks] == ends[:-1] and ends[-1] == math.prod(shape)
+    whole = blocks[0].whole
+    sides = [[range(c, c + n) for c, n in zip(b.corner, b.shape, strict=False)] for b in blocks]
+    inside = all(
+        b.whole == whole and b.batch == 1 and len(some) == len(whole) == len(b.shape)
+        and all(r.start >= 0 and r.stop <= n for r, n in zip(some, whole, strict=True))
+        for b, some in zip(blocks, sides, strict=True)
+    )  # fmt: skip
+    apart = inside and all(
+        any(r.stop <= q.start or q.stop <= r.start for r, q in zip(one, other, strict=True))
+        for one, other in combinations(sides, 2)
+    )
+    return apart and math.prod(whole) == math.prod(shape) == sum(b.numel for b in blocks)
 
 
 def merged(shape: Sequence[int], merge_dims: bool | int) -> tuple[int, ...]:

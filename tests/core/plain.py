@@ -93,24 +93,25 @@ def _arranged(chain: Callable[[Any], Sequence[Transform]], h: Mapping[str, Any],
 
 def _matrix(t: Transform, u: Tensor, c: Context, state: dict[str, Any], scalars: dict[str, Any], primes: bool) -> Tensor:
     """One matrix rule over the stacks that it cuts a parameter into."""
-    result = torch.zeros_like(u).flatten()
-    flat = u.reshape(-1)
+    result = torch.zeros_like(u, memory_format=torch.contiguous_format)
     for i, block in enumerate(t.blocks(u.shape)):
-        part = slice(block.start, block.start + block.numel)
         shape = (block.batch, *block.shape)
         slots = state.setdefault(
             (t.name, i), {n: _filled((block.batch,), s, u) for n, s in t.slots(u.new_empty(block.shape)).items()}
         )
-        needed = {n: getattr(c, n).reshape(-1)[part].reshape(shape) for n in t.needs}
-        stack = flat[part].reshape(shape)
+        needed = {n: block.of(getattr(c, n).contiguous()) for n in t.needs}
+        stack = block.of(u.contiguous())
         if primes and t.primes:
             new = t.prime(stack, {**slots, **scalars}, c._replace(**needed))
         else:
             out, new = t.update(stack, {**slots, **scalars}, c._replace(**needed))
             assert out.shape == shape
-            result[part] = out.reshape(-1).to(result.dtype)
+            block.of(result).copy_(out)
         _keep(new, slots, scalars)
-    return result.reshape(u.shape)
+        if c.refresh and type(t).refresh is not Transform.refresh and not (primes and t.primes):
+            [new] = t.refresh([({**slots, **scalars}, c)])
+            _keep(new, slots, scalars)
+    return result
 
 
 def _keep(new: Mapping[str, Tensor], slots: dict[str, Tensor], scalars: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ NAMES = {
     "hyper", "is_matrix", "matrix_view", "zeros",
 }  # fmt: skip
 CONTEXT = (
-    "param", "grad", "step", "divide", "sum", "amax", "numel", "refresh", "probe", "noise", "apply",
+    "param", "grad", "step", "divide", "sum", "amax", "numel", "refresh", "probe", "noise", "apply", "products",
 )  # fmt: skip
 METHODS = {
     "slots": ["self", "param"],
@@ -27,6 +27,7 @@ METHODS = {
     "working_dtype": ["self", "param"],
     "prime": ["self", "u", "s", "c"],
     "update": ["self", "u", "s", "c"],
+    "refresh": ["self", "stacks"],
     "swap": ["self", "param", "s", "training"],
     "hypers": ["self"],
 }
@@ -48,7 +49,7 @@ def test_rules_are_called_as_they_were_written():
 
 def test_slots_blocks_and_codecs_keep_their_shape():
     assert [f.name for f in dataclasses.fields(Slot)][:4] == ["shape", "fill", "basis", "exact"]
-    assert Block._fields == ("start", "batch", "shape")
+    assert Block._fields[:3] == ("start", "batch", "shape")
     assert list(inspect.signature(StateCodec.parts).parameters) == ["self", "slot", "dtype"]
     assert list(inspect.signature(StateCodec.read).parameters) == ["self", "stored", "slot", "dtype"]
     assert list(inspect.signature(StateCodec.write).parameters) == ["self", "stored", "slot", "value", "noise"]

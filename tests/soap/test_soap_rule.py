@@ -15,15 +15,16 @@ from reference.soap import soap
 
 import hbcore
 from hb_soap import SOAP, PreconditionBySOAP
-from hb_soap import soap as module
-from hbcore.api import ScaleByAdam
+from hbcore.api import ScaleByAdam, bases
 from hbcore.engine.shared_options import OPTIONS
 from hbcore.errors import HyperparameterError, OptionError
+from hbcore.rules.products import IEEE
+from hbcore.rules.views import Block
 
 STEPS = 18
 HYPERS = {"lr": 0.05, "betas": (0.9, 0.95), "shampoo_beta": 0.9, "eps": 1e-8}
 STRUCTURE = {n: p.default for n, p in inspect.signature(PreconditionBySOAP).parameters.items()} | {"merge_dims": False}
-del STRUCTURE["inner"], STRUCTURE["shampoo_beta"]
+STRUCTURE = {n: default for n, default in STRUCTURE.items() if n in inspect.signature(SOAP).parameters and n not in HYPERS}
 
 # A side may exceed the rank of the first gradient by one: the missing eigenvector is unique then, and free otherwise.
 CASES = {
@@ -77,7 +78,8 @@ def ours(param, grads, *, structure=None, **hypers):
 def wanted(param, grads, *, structure=None, **hypers):
     options = {**STRUCTURE, **(structure or {})}
     scheduler, scheduled = options.pop("precond_scheduler"), options.pop("use_precond_schedule")
-    options.pop("split")
+    for ours_alone in ("split", "stagger", "solver"):
+        options.pop(ours_alone)
     settings = {**HYPERS, **options, "schedule": scheduler if scheduled else None, **hypers}
     return torch.tensor(soap(param.double().numpy(), [g.double().numpy() for g in grads], **settings))
 
@@ -129,9 +131,9 @@ def test_signs_of_basis_vectors_do_not_matter(monkeypatch):
     def flipped(q):
         return q * (2 * torch.randint(2, (q.shape[0], 1, q.shape[-1]), generator=coins) - 1)
 
-    eigenbasis, refreshed = module.eigenbasis, module.refreshed
-    monkeypatch.setattr(module, "eigenbasis", lambda p: flipped(eigenbasis(p)))
-    monkeypatch.setattr(module, "refreshed", lambda p, q: (lambda new, order: (flipped(new), order))(*refreshed(p, q)))
+    eigenbasis, refreshed = bases.eigenbasis, bases.refreshed
+    monkeypatch.setattr(bases, "eigenbasis", lambda p: flipped(eigenbasis(p)))
+    monkeypatch.setattr(bases, "refreshed", lambda *arguments: flipped(refreshed(*arguments)))
     assert distance([ours(start, grads)[0]], [expected]) < 1e-12
 
 
@@ -156,17 +158,17 @@ def test_what_has_no_factor_is_adam_from_the_first_step_on(shape):
         assert "adam" in state
 
 
-def test_a_refresh_turns_the_first_moment_and_permutes_the_second():
-    """The second column's eigenvalue has overtaken the first's; both bases are unit vectors before and after."""
+def test_a_refresh_turns_the_first_moment_and_leaves_the_second_with_its_columns():
+    """The second column's eigenvalue has overtaken the first's: it is orthonormalized first, and stays the second."""
     rule = PreconditionBySOAP(ScaleByAdam((0.5, 0.5)), shampoo_beta=0.5)
-    eye, g = torch.eye(2, dtype=torch.float64)[None], torch.tensor([[[1.0, 0.0], [0.0, 2.0]]], dtype=torch.float64)
+    eye, g = torch.eye(2, dtype=torch.float64)[None], torch.tensor([[[1.0, 0.1], [0.2, 2.0]]], dtype=torch.float64)
     moments = {"exp_avg": torch.zeros_like(g), "exp_avg_sq": torch.zeros_like(g)}
     state = {"GG_0": eye, "GG_1": eye, "Q_0": eye, "Q_1": eye, **moments}
     kept, turned = (run(rule, g, state, refresh)[1] for refresh in (False, True))
-    assert {"Q_0", "Q_1"}.isdisjoint(kept)
-    assert torch.equal(kept["exp_avg_sq"], torch.tensor([[[0.5, 0.0], [0.0, 2.0]]], dtype=torch.float64))
-    assert torch.equal(turned["exp_avg_sq"], torch.tensor([[[2.0, 0.0], [0.0, 0.5]]], dtype=torch.float64))
-    assert torch.allclose(turned["Q_0"].abs(), eye.flip(-1), atol=1e-12)
+    assert torch.equal(kept["Q_0"], eye)
+    assert torch.equal(turned["exp_avg_sq"], kept["exp_avg_sq"])
+    second = kept["GG_0"][0, :, 1] / kept["GG_0"][0, :, 1].norm()
+    assert torch.allclose((turned["Q_0"][0, :, 1] @ second).abs(), torch.ones((), dtype=torch.float64), atol=1e-12)
     back = turned["Q_0"] @ turned["exp_avg"] @ turned["Q_1"].mT
     assert torch.allclose(back, kept["exp_avg"], atol=1e-12)
     assert not torch.allclose(turned["exp_avg"], kept["exp_avg"], atol=1e-3)
@@ -175,8 +177,13 @@ def test_a_refresh_turns_the_first_moment_and_permutes_the_second():
 def run(rule, u, s, refresh, prime=False):
     """One step of the rule on a stack, with no driver between; its update and its slots."""
     c = SimpleNamespace(step=torch.tensor(2.0, dtype=torch.float64), refresh=refresh, divide=lambda x, y, eps: x / (y + eps))
-    c.apply = lambda inner, u, s: inner.update(u, s, c)
-    return rule.prime(u, s, c) if prime else rule.update(u, s, c)
+    c.apply, c.products = lambda inner, u, s: inner.update(u, s, c), IEEE
+    if prime:
+        empty = {n: u.new_zeros(len(u), *slot.shape) for n, slot in rule.slots(u[0]).items()}
+        return rule.prime(u, {**empty, **s}, c)
+    update, new = rule.update(u, s, c)
+    new = {**s, **new}
+    return update, {**new, **(next(iter(rule.refresh([(new, c)]))) if refresh else {})}
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (3, 2, 4)], ids=str)
@@ -250,7 +257,7 @@ def test_slots_are_named_by_dimension_and_factors_are_exact():
 )
 def test_neighbours_are_merged_while_they_fit(merge_dims, limit, shape, block):
     [found] = PreconditionBySOAP(merge_dims=merge_dims, max_precond_dim=limit).blocks(torch.Size(shape))
-    assert found == (0, 1, block)
+    assert found == Block(0, 1, block)
 
 
 @pytest.mark.parametrize(("steps", "total"), [(10, 10), (100, 99), (1_000, 738), (10_000, 2_168), (100_000, 4_049)])
@@ -278,7 +285,8 @@ def test_names_and_defaults_are_those_of_heavyball():
         "use_precond_schedule": False, "precond_scheduler": (1 / 3, 9), "split": False,
     }  # fmt: skip
     assert {n: defaults[n] for n in wanted} == wanted
-    assert {n for n in defaults if n not in OPTIONS} - {"params"} == set(wanted) - {"weight_decay"}
+    ours_alone = {"params", "stagger", "solver"}
+    assert {n for n in defaults if n not in OPTIONS} - ours_alone == set(wanted) - {"weight_decay"}
 
 
 def test_old_names_resolve():
@@ -290,7 +298,16 @@ def test_old_names_resolve():
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
-        ({"split": True}, OptionError, "split=True"),
+        ({"split": 3}, OptionError, "split=3 is neither"),
+        ({"stagger": None}, OptionError, "stagger=None is neither"),
+        ({"solver": "svd"}, OptionError, "solver='svd' does not exist; pass one of qr, eigh"),
+        ({"covariance": "full"}, OptionError, "covariance='full' does not exist; pass one of plain, kl"),
+        ({"init_factor": 0}, HyperparameterError, "init_factor=0"),
+        ({"dampening": -1.0}, HyperparameterError, "dampening=-1.0"),
+        ({"precondition_frequency": 2.5}, HyperparameterError, "precondition_frequency=2.5"),
+        ({"merge_dims": "x"}, HyperparameterError, "merge_dims='x'"),
+        ({"precond_scheduler": (1 / 3,)}, HyperparameterError, "precond_scheduler="),
+        ({"precond_scheduler": None}, HyperparameterError, "precond_scheduler=None"),
         ({"precondition_frequency": 0}, HyperparameterError, "precondition_frequency=0"),
         ({"max_precond_dim": 0}, HyperparameterError, "max_precond_dim=0"),
         ({"shampoo_beta": 1.0}, HyperparameterError, "shampoo_beta=1.0"),

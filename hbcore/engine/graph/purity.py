@@ -6,6 +6,7 @@ Tracing finds such a rule, and names the line. This is for those that are not tr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +46,15 @@ class Purity(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def take_back(self) -> None:
         """The rule has no more use for what it was lent."""
         self._lent.clear()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Within it the engine writes, and compiles, not the rule."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

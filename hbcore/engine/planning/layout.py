@@ -14,7 +14,7 @@ from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.program import NONFINITE
 from hbcore.engine.graph.scalar_inputs import Amp, device_values, numbers
 from hbcore.engine.graph.segment_spec import SegmentSpec
-from hbcore.engine.group_scalars import GroupScalars, advanced, carried
+from hbcore.engine.group_scalars import Due, GroupScalars, advanced, carried
 from hbcore.engine.planning.compiling import Compiler
 from hbcore.engine.planning.operations import Operation, operations_of
 from hbcore.engine.planning.segments import Addresses, Member, SegmentBatch, batches_of
@@ -77,7 +77,7 @@ class Layout:
     def __init__(self, core: OptimizerCore, members: list[Member], compiler: Compiler, watch: Watch) -> None:
         self.core, self.members, self._compiler, self._watch = core, members, compiler, watch
         self.params = [m.param for m in members]
-        self.levels = levels_of(members)
+        self.levels = levels_of(members, compiler.setting)
         for level in self.levels:
             level.open()  # batches have views of the inputs, which need memory
         self.batches = batches_of(members)
@@ -89,7 +89,7 @@ class Layout:
         self._model_numel = float(sum(m.numel for m in members))
         self._stepping = stepping(members)
         self._coming: dict[int, GroupScalars] = {}
-        self._refreshes: dict[int, dict[str, bool]] = {}
+        self._due: dict[int, dict[str, Due]] = {}
         self.operations: list[Operation] = []
         watch.settled()
 
@@ -115,7 +115,7 @@ class Layout:
         carries, every = dict[int, dict[str, float]](), core.all_scalars()
         for g, transforms in self._stepping.items():
             scalars = every[g]
-            self._coming[g], self._refreshes[g] = advanced(scalars, transforms)
+            self._coming[g], self._due[g] = advanced(scalars, transforms)
             carries[g] = carried(scalars, transforms) if transforms else {}
         read: Readings = {}
         changed = not self.operations
@@ -127,7 +127,7 @@ class Layout:
                 self._host_values(batch, rows, carries, read)
             changed = self._compiler.prepare(batch) or changed
         for level in self.levels:
-            level.fill(base, ahead, read, self._refreshes, self._coming)
+            level.fill(base, ahead, read, self._due, self._coming)
         if changed:
             self.operations = operations_of(self.batches, self.levels, core)
             core.report.backend = "+".join(sorted({b.segment.backend for b in self.batches} - {""})) or core.report.backend

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from hbcore.distributed.exchange import from_owners, to_owners
 from hbcore.engine.graph.program import NONFINITE
-from hbcore.engine.group_scalars import GroupScalars
-from hbcore.engine.stacks.rule_call import Part, RuleCall
+from hbcore.engine.group_scalars import Due, GroupScalars
+from hbcore.engine.stacks.arguments import Part
+from hbcore.engine.stacks.rule_call import RuleCall
+from hbcore.engine.stacks.setting import Setting
 from hbcore.engine.stacks.stack import ShardedView, Stack, StackView
 
 Readings = dict[tuple[int, tuple[str, ...]], list[float]]
@@ -84,6 +86,7 @@ class Level:
     Args:
         members: all active parameters.
         level: how many matrix rules come before this one.
+        setting: what all calls share.
 
     Attributes:
         stacks: each stack's rows: the member, its index among all active ones, and its rows.
@@ -91,8 +94,8 @@ class Level:
         notes: why rows of some stacks do not run together.
     """
 
-    def __init__(self, members: Sequence[StackMember], level: int) -> None:
-        self.level, self._traffic = level, Traffic(members, level)
+    def __init__(self, members: Sequence[StackMember], level: int, setting: Setting) -> None:
+        self.level, self._traffic, self._setting = level, Traffic(members, level), setting
         self.stacks: dict[Stack, list[tuple[StackMember, int, range]]] = {}
         for position, m in enumerate(members):
             if level < min(m.reach, len(m.views)):
@@ -126,7 +129,7 @@ class Level:
         base: list[float],
         ahead: int,
         read: Readings,
-        refreshes: Mapping[int, Mapping[str, bool]],
+        due: Mapping[int, Mapping[str, Due]],
         coming: Mapping[int, GroupScalars],
     ) -> None:
         """Hand each call this step's numbers.
@@ -135,7 +138,7 @@ class Level:
             base: the step counts of all active parameters, the same list while they advance together.
             ahead: what to add to them.
             read: the groups' numbers, which the segments before the rules have read.
-            refreshes: whether each rule of a group, by name, refreshes.
+            due: whether each rule of a group, by name, refreshes.
             coming: what each group will carry to the next step; :meth:`run` adds to it.
         """
         kinds: dict[tuple[float, ...], int] = {}
@@ -144,14 +147,16 @@ class Level:
         for i, (g, spec, stack) in enumerate(self.readers):
             values = read[g, stack.key.spec.numbered]
             own = [values[k] for k in stack.reads]
-            found.append(kinds.setdefault((spec, stack.key.index, refreshes[g][stack.rule], *own), i))
+            turn = due[g][stack.rule]
+            refresh = turn if stack.staggers else (turn.whole,)
+            found.append(kinds.setdefault((spec, stack.key.index, *refresh, *own), i))
             given.append(values)
         if self._base is not base or self._kinds != found:
             self._base, self._kinds = base, found
             self._arrange(base)
         self._coming = coming
         for (kind, _, step, _), call, some in self._calls:
-            call.fill(given[kind], step + ahead, refreshes[some[0]][call.rule.name])
+            call.turn.fill(given[kind], step + ahead, due[some[0]][call.turn.rule.name])
 
     def run(self, model: Mapping[str, Tensor]) -> int:
         """Bring the rules' inputs to the stacks, run the rules, and bring the results back.
@@ -188,7 +193,7 @@ class Level:
                 index = None if whole else torch.tensor(chosen, device=stack.key.device)
                 parts.setdefault(together, []).append(Part(stack, index, [stack.names[r] for r in chosen]))
         self.notes = list(notes)
-        self._calls = [Call(t, RuleCall(some, t.priming), list(groups[t])) for t, some in parts.items()]
+        self._calls = [Call(t, RuleCall(some, t.priming, self._setting), list(groups[t])) for t, some in parts.items()]
 
 
 def _reader(m: StackMember, stack: Stack) -> tuple[int, int, int]:
@@ -196,9 +201,9 @@ def _reader(m: StackMember, stack: Stack) -> tuple[int, int, int]:
     return m.group, id(stack.key.spec), stack.key.index
 
 
-def levels_of(members: Sequence[StackMember]) -> list[Level]:
+def levels_of(members: Sequence[StackMember], setting: Setting) -> list[Level]:
     """The levels of matrix rules that a step has, on any rank."""
-    return [Level(members, level) for level in range(max((min(m.reach, len(m.views)) for m in members), default=0))]
+    return [Level(members, level, setting) for level in range(max((min(m.reach, len(m.views)) for m in members), default=0))]
 
 
 def whole_view(view: StackView | ShardedView) -> StackView:

@@ -55,18 +55,20 @@ class Stack:
     Attributes:
         names: what each row's random numbers are drawn by.
         rule: the name of the rule that takes it.
+        staggers: whether the rule's refreshes of its rows are spread over steps.
         reads: which of a group's numbers that rule reads, see :class:`~hbcore.engine.stacks.bound_rule.BoundRule`.
         inputs: what the segment before writes: ``update``, and what else the rule needs. The rule's result replaces ``update``.
         stored: the slots as the codec stores them, ``[rows, *slot.shape]`` each.
-        checked: whether the rule ran on it and was seen to be pure, and to return what it may.
+        checked: the rule's methods that ran on it and were seen to be pure, and to return what they may.
     """
 
     def __init__(
         self, key: StackKey, rule: Transform, feeds: Mapping[str, torch.dtype], names: list[str], reads: tuple[int, ...]
     ) -> None:
         self.key, self.names, self.rule, self.reads = key, names, rule.name, reads
+        self.staggers = rule.staggers
         self.slots = slots_of(rule, torch.empty(key.shape, dtype=key.dtype, device="meta"))
-        self.checked = False
+        self.checked: set[str] = set()
         rows = len(names)
         self.inputs = {n: torch.zeros(rows, *key.shape, dtype=d, device=key.device) for n, d in feeds.items()}
         self._addresses = list(map(Tensor.data_ptr, self.inputs.values()))
@@ -123,7 +125,7 @@ class StackView:
 
     def column(self, name: str) -> Tensor:
         """What the segments see of the stacks' input ``name``: a tensor of the parameter's shape."""
-        if len(self.runs) == 1:
+        if len(self.runs) == 1:  # a region is never alone
             [(block, stack, row)] = self.runs
             return stack.inputs[name][row : row + block.batch].view(self.shape)
         if name not in self.scratch:
@@ -135,13 +137,13 @@ class StackView:
         """Copy what a segment wrote to the stacks, where it did not write there itself."""
         for name, whole in self.scratch.items():
             for block, stack, row in self.runs:
-                stack.inputs[name][row : row + block.batch].view(-1).copy_(_run(whole, block))
+                stack.inputs[name][row : row + block.batch].copy_(block.of(whole))
 
     def gather(self) -> None:
         """Copy the stacks' results to where the next segment reads them."""
         if "update" in self.scratch:
             for block, stack, row in self.runs:
-                _run(self.scratch["update"], block).copy_(stack.inputs["update"][row : row + block.batch].view(-1))
+                block.of(self.scratch["update"]).copy_(stack.inputs["update"][row : row + block.batch])
 
     def recall(self, state: Mapping[str, Tensor]) -> None:
         """Have the stacks find their memory again, by the parameter's own state tensors."""
@@ -196,7 +198,3 @@ class ShardedView:
     def state(self) -> dict[str, Tensor]:
         """As :meth:`StackView.state`."""
         return self.inner.state()
-
-
-def _run(whole: Tensor, block: Block) -> Tensor:
-    return whole.view(-1)[block.start : block.start + block.numel]

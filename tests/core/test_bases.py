@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hb_soap import basis
+from hbcore.rules import bases as basis
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -64,25 +64,18 @@ def test_projecting_back_undoes_projecting(shape, skipped):
 
 
 @pytest.mark.parametrize("dim", range(4))
-def test_outer_is_the_unfolding_times_itself(dim):
+def test_a_factor_averages_the_unfolding_times_itself(dim):
     x = normal(2, 3, 2, 4, 5)
     letters = "abcd"
     other = letters.replace(letters[dim], "y")
     wanted = torch.einsum(f"z{letters},z{other}->z{letters[dim]}y", x, x)
-    assert torch.allclose(basis.outer(x, dim), wanted, atol=1e-13)
+    mean = normal(*wanted.shape, seed=1)
+    assert torch.allclose(basis.averaged(mean, x, dim, 0.75), 0.75 * mean + 0.25 * wanted, atol=1e-13)
 
 
-def test_outer_of_a_vector():
+def test_the_factor_of_a_vector():
     x = normal(2, 3)
-    assert torch.equal(basis.outer(x, 0), x[:, :, None] * x[:, None, :])
-
-
-def test_permuting_orders_each_block_by_its_own():
-    x = normal(2, 3, 4)
-    rows, columns = torch.tensor([[2, 0, 1], [0, 2, 1]]), torch.tensor([[3, 2, 1, 0], [1, 0, 3, 2]])
-    wanted = torch.stack([a[r][:, c] for a, r, c in zip(x, rows, columns, strict=True)])
-    assert torch.equal(basis.permuted(x, [rows, columns]), wanted)
-    assert torch.equal(basis.permuted(x, [None, columns])[1], x[1][:, columns[1]])
+    assert torch.equal(basis.averaged(torch.zeros(2, 3, 3, dtype=x.dtype), x, 0, 0.0), x[:, :, None] * x[:, None, :])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -120,23 +113,25 @@ def test_float64_takes_over_where_the_solver_fails(monkeypatch):
 
 def test_a_refresh_is_qr_of_the_sorted_image():
     p, q = spectrum([5, 4, 3, 2, 1]), orthogonal(1, 5, 5, seed=7)
-    fresh, order = basis.refreshed(p, q)
-    values = (q.mT @ p @ q)[0].diagonal()
-    assert torch.equal(order[0], values.argsort(descending=True))
-    wanted = torch.linalg.qr(p[0] @ q[0][:, order[0]])[0]
-    signs = (fresh[0] * wanted).sum(0)
+    fresh = basis.refreshed(p, q)
+    order = (q.mT @ p @ q)[0].diagonal().argsort(descending=True)
+    assert not torch.equal(order, order.sort().values)
+    wanted = torch.linalg.qr(p[0] @ q[0][:, order])[0]
+    signs = (fresh[0][:, order] * wanted).sum(0)
     assert torch.allclose(signs.abs(), torch.ones_like(signs), atol=1e-12)
-    assert torch.allclose(fresh[0] * signs, wanted, atol=1e-12)
+    assert torch.allclose(fresh[0][:, order] * signs, wanted, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_refreshes_find_the_eigenvectors(dtype):
     p, q = spectrum([16, 8, 4, 2, 1], dtype=dtype), orthogonal(1, 5, 5, seed=7, dtype=dtype)
     for _ in range(60):  # each halves what the columns have of their neighbours: 16 / 2**60 is far below rounding
-        q, order = basis.refreshed(p, q)
-    assert torch.equal(order[0], torch.arange(5))
-    wanted = torch.tensor([16, 8, 4, 2, 1], dtype=dtype)
-    assert torch.allclose(q.mT @ p @ q, torch.diag(wanted)[None], atol=1e-4 if dtype == torch.float32 else 1e-11)
+        q = basis.refreshed(p, q)
+    values = q.mT @ p @ q
+    wanted = torch.tensor([1, 2, 4, 8, 16], dtype=dtype)
+    near = 1e-4 if dtype == torch.float32 else 1e-11
+    assert torch.allclose(values[0].diagonal().sort().values, wanted, atol=near)
+    assert torch.allclose(values, torch.diag_embed(values.diagonal(dim1=-2, dim2=-1)), atol=near)
 
 
 SPECTRA = {
@@ -155,16 +150,17 @@ SPECTRA = {
 def test_a_refreshed_basis_is_orthonormal_whatever_the_spectrum(dtype, name, start):
     p = spectrum(SPECTRA[name], dtype=dtype)
     q = orthogonal(1, 96, 96, seed=5, dtype=dtype) if start == "random" else basis.eigenbasis(p)
-    fresh, _ = basis.refreshed(p, q)
+    fresh = basis.refreshed(p, q)
     assert fresh.dtype == dtype
-    assert defect(fresh) < (1e-5 if dtype == torch.float32 else 1e-13)
+    near = 1e-13 if dtype == torch.float64 else 1e-4 if start == "random" else 1e-5  # a run starts from eigenvectors
+    assert defect(fresh) < near
 
 
 def test_directions_that_the_gradients_never_showed_stay_about_where_they_are():
     q = basis.eigenbasis(spectrum([4, 3, 2, 1, 0.5, 0.2]))
     p = (q[:, :, :2] * torch.tensor([3.0, 1.0], dtype=torch.float64)) @ q[:, :, :2].mT
-    fresh, order = basis.refreshed(p, q)
-    moved = (fresh.mT @ q.gather(-1, order[:, None].expand_as(q))).abs()
+    fresh = basis.refreshed(p, q)
+    moved = (fresh.mT @ q).abs()
     assert torch.allclose(moved, torch.eye(6, dtype=torch.float64)[None], atol=0.1)
 
 
@@ -173,17 +169,17 @@ def test_steep_spectra_converge_as_fast_as_with_qr():
     p, q = spectrum([10.0**-i for i in range(7)]), orthogonal(1, 7, 7, seed=3)
     plain = q
     for _ in range(3):
-        q, _ = basis.refreshed(p, q)
+        q = basis.refreshed(p, q)
         columns = (plain.mT @ p @ plain)[0].diagonal().argsort(descending=True)
-        plain = torch.linalg.qr(p @ plain[:, :, columns])[0]
+        plain = torch.linalg.qr(p @ plain[:, :, columns])[0][:, :, columns.argsort()]
     assert torch.allclose((q.mT @ plain).abs(), torch.eye(7, dtype=torch.float64)[None], atol=1e-7)
 
 
 def test_a_matrix_that_is_not_finite_keeps_its_basis():
     q = orthogonal(2, 4, 4)
     p = spectrum([4, 3, 2, 1]).repeat(2, 1, 1)
-    alone, _ = basis.refreshed(p[1:], q[1:])
+    alone = basis.refreshed(p[1:], q[1:])
     p[0, 1, 2] = float("nan")
-    fresh, order = basis.refreshed(p, q)
-    assert torch.equal(fresh[0], q[0][:, order[0]])
+    fresh = basis.refreshed(p, q)
+    assert torch.equal(fresh[0], q[0])
     assert torch.allclose(fresh[1:], alone, atol=1e-14)

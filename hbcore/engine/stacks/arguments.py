@@ -1,0 +1,252 @@
+"""What a matrix rule is given for some rows of a stack, and what is kept of its results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hbcore.engine.graph.purity import Purity
+from hbcore.engine.group_scalars import Due
+from hbcore.engine.stacks.absent import Absent
+from hbcore.engine.stacks.bound_rule import BoundRule
+from hbcore.engine.stacks.inner_segment import InnerSegment, Place, place_of
+from hbcore.engine.stacks.setting import Setting
+from hbcore.engine.stacks.stack import Stack, StackKey
+from hbcore.engine.stacks.stack_state import Rows, StackState, WatchedState
+from hbcore.errors import RuleError
+from hbcore.rules.author_errors import naming
+from hbcore.rules.contract import checked, unknown_slot
+from hbcore.rules.noise import bits, noise_key, normal, uniform
+from hbcore.rules.transform import Context, State, Transform
+from hbcore.state.codec import codec_of
+
+
+class Part(NamedTuple):
+    """Rows of one stack that take the same step.
+
+    Attributes:
+        rows: which of the stack's rows; None for all of them.
+        names: what their random numbers are drawn by.
+    """
+
+    stack: Stack
+    rows: Tensor | None
+    names: list[str]
+
+    def where(self, chosen: Callable[[str], bool]) -> Part | None:
+        """The rows with such names; None if there are none."""
+        some = [i for i, name in enumerate(self.names) if chosen(name)]
+        if len(some) == len(self.names):
+            return self
+        rows = torch.tensor(some, device=self.stack.key.device)
+        return Part(self.stack, rows if self.rows is None else self.rows[rows], [self.names[i] for i in some]) if some else None
+
+
+class Turn:
+    """A rule, bound to the numbers of one call in one step.
+
+    Args:
+        key: of any stack that the rule takes.
+        setting: what the optimizer's calls share.
+
+    Attributes:
+        rule: the rule.
+        carried: what the groups carry for it.
+        step: the rows' step.
+        due: whether the rule's expensive part is due.
+        row: the numbers themselves, as in ``spec.scalar_names``.
+    """
+
+    def __init__(self, key: StackKey, setting: Setting) -> None:
+        self.spec, self.index, self.setting = key.spec, key.index, setting
+        self._bound = BoundRule(key.spec, key.index)
+        self.rule, self.carried = self._bound.rule, self._bound.carried
+        self.step, self.due = 0, Due(0.0, 1.0)
+        self.row: list[float] = []
+
+    @property
+    def step_tensor(self) -> Tensor:
+        """The rows' step, 0-d float64 on the host."""
+        return self._bound.scalars["step"]
+
+    def fill(self, numbers: Sequence[float], step: float, due: Due) -> None:
+        """Take this step's numbers: hyperparameters and what a group carries."""
+        self.step, self.due, self.row = int(step), due, [*numbers, step, 1.0]
+        self.rule = self._bound.fill(numbers, step)
+
+
+class Arguments:
+    """What a rule is given for one part, and what is kept of its results."""
+
+    def __init__(self, turn: Turn, part: Part) -> None:
+        self._turn, self.part = turn, part
+        stack, rows = part.stack, part.rows
+        self.stack = stack
+        self._stored: Mapping[str, Tensor] = stack.stored if rows is None else Rows(stack.stored, rows)
+        self._state = StackState(self._stored, stack.slots, stack.key, turn.carried)
+        self._absent: dict[str, Any] = {name: Absent(turn.rule, name) for name in ("param", "grad")}
+        self._dims = tuple(range(1, len(stack.key.shape) + 1))
+        self._numel = torch.tensor(float(torch.Size(stack.key.shape).numel()), dtype=torch.float64, device="cpu")
+        self._draws = 0
+        self._skip: Tensor | None = None
+        self.nonfinite: Tensor | None = None
+        self._inner: dict[Place, InnerSegment | None] = {}
+        self._context = Context(
+            **self._absent,
+            products=turn.setting.products(stack.key.device),
+            step=turn.step_tensor,
+            divide=turn.spec.divide,
+            sum=self._sum,
+            amax=self._amax,
+            numel=self._numel,
+            probe=self._probe,
+            noise=self._noise,
+        )
+
+    def given(self) -> tuple[Tensor, State, Context]:
+        """The arguments of the rule's ``update`` in this step."""
+        stack, rows = self.part.stack, self.part.rows
+        inputs = stack.inputs if rows is None else {name: t[rows] for name, t in stack.inputs.items()}
+        self._draws = 0
+        context = self._context._replace(
+            param=inputs.get("param", self._absent["param"]),
+            grad=inputs.get("grad", self._absent["grad"]),
+            refresh=self._turn.due.whole,
+        )
+        return inputs["update"], self._state, context._replace(apply=partial(self._apply, context))
+
+    def settled(self) -> tuple[State, Context]:
+        """The arguments of the rule's ``refresh`` in this step."""
+        return self._state, self._context
+
+    def take(self, nonfinite: Tensor | None) -> None:
+        """Take this step's flag: where it is above 0, nothing is kept."""
+        self.nonfinite = nonfinite
+        self._skip = None if nonfinite is None else nonfinite.to(self.stack.key.device) > 0
+
+    def watched(self, purity: Purity, settled: bool = False) -> tuple[Tensor, State, Context]:
+        """The same for a rule whose writes ``purity`` watches, and what its inner rules return."""
+        update, state, context = (self._numel, *self.settled()) if settled else self.given()
+        purity.give(self._turn.rule, (update, *self.stack.stored.values(), *context))
+        watched = WatchedState(self._turn.rule, state, purity)
+
+        def apply(inner: Transform, u: Tensor, s: State) -> tuple[Tensor, dict[str, Tensor]]:
+            with purity.pause():
+                segment = self._segment(inner, u, state if s is watched else s)
+                if segment is not None:
+                    return self._compiled(segment, u)
+            with naming(inner):
+                return checked(inner, inner.update(u, s, context), u, s, whole=False)
+
+        return update, watched, context._replace(apply=apply)
+
+    def _apply(self, context: Context, inner: Transform, u: Tensor, s: State) -> tuple[Tensor, dict[str, Tensor]]:
+        segment = self._segment(inner, u, s)
+        return self._compiled(segment, u) if segment is not None else inner.update(u, s, context)
+
+    def _segment(self, inner: Transform, u: Tensor, s: State) -> InnerSegment | None:
+        """What runs ``inner`` on ``u``; None if it runs as it is written."""
+        if s is not self._state or u.shape != (len(self.part.names), *self.stack.key.shape) or not u.is_contiguous():
+            return None
+        turn = self._turn
+        place = place_of(turn.rule, inner)
+        if place is None:
+            return None
+        if place not in self._inner:
+            self._inner[place] = turn.setting.inner.find(turn.spec, turn.index, place, inner, u[0])
+        return self._inner[place]
+
+    def _compiled(self, segment: InnerSegment, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run an inner rule that is compiled; it writes to the stack."""
+        rows, stored = self.part.rows, self.stack.stored
+        if rows is None:
+            return segment.run(self.stack, u, stored, self._turn.row, self.nonfinite), Written(self._state)
+        some = {name: stored[name][rows] for name in segment.kept(stored)}
+        out = segment.run(self.stack, u, some, self._turn.row, self.nonfinite)
+        for name, value in some.items():
+            _put(stored[name], rows, value)
+        return out, Written(self._state)
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Tensors of the shapes of the rows' slots, and of what the group carries; without memory."""
+        rows = len(self.part.names)
+        slots = {n: torch.empty((rows, *slot.shape), device="meta") for n, slot in self.part.stack.slots.items()}
+        return {**slots, **self._turn.carried}
+
+    def keep(self, new: Mapping[str, Tensor], update: Tensor | None = None) -> dict[str, float]:
+        """Write what the rule returned to the stack; return what the group carries."""
+        stack, rows, carried = self.part.stack, self.part.rows, dict[str, float]()
+        # Results that are views of this stack's memory are copied first: it is overwritten below. Rows are copies already.
+        memory = _memory((*stack.inputs.values(), *stack.stored.values())) if rows is None else set()
+        kept = [(name, value.clone() if _memory((value,)) <= memory else value) for name, value in new.items()]
+        if update is not None:
+            update = update.clone() if update is not stack.inputs["update"] and _memory((update,)) <= memory else update
+            _put(stack.inputs["update"], rows, update)
+        for name, value in kept:
+            if name in self._turn.carried:
+                carried[name] = float(value)
+            else:
+                self._write(name, value)
+        return carried
+
+    def _write(self, name: str, value: Tensor) -> None:
+        stack, turn = self.part.stack, self._turn
+        if name not in stack.slots:
+            raise RuleError(unknown_slot(turn.rule, name, stack.slots, "returned"))
+        slot, spec = stack.slots[name], turn.spec
+        noise = None
+        if spec.stochastic and not slot.exact and spec.codec.rounds:
+            noise = bits(self._keys(f"round.{name}"), slot.shape.numel(), stack.key.device).view(-1, *slot.shape)
+        for part, kept in codec_of(slot, spec.codec).write(self._stored, name, value, noise).items():
+            new = kept if self._skip is None else torch.where(self._skip, self._stored[part], kept)
+            _put(stack.stored[part], self.part.rows, new)
+
+    def _keys(self, what: str) -> Tensor:
+        """A key for each row, int64."""
+        keys = [noise_key(name, what, self._turn.step) for name in self.part.names]
+        return torch.tensor(keys, dtype=torch.int64, device="cpu")
+
+    def _drawn(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
+        self._draws += 1
+        keys = self._keys(f"{self._turn.rule.name}.{self._draws}")
+        return draw(keys, like[0].numel(), like.device).view(like.shape).to(like.dtype)
+
+    def _probe(self, like: Tensor) -> Tensor:
+        return self._drawn(normal, like)
+
+    def _noise(self, like: Tensor) -> Tensor:
+        return self._drawn(uniform, like)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return x.sum(self._dims, keepdim=True) if self._dims else x  # no dimensions would mean all of them
+
+    def _amax(self, x: Tensor) -> Tensor:
+        return x.amax(self._dims, keepdim=True) if self._dims else x
+
+
+class Written(dict[str, Tensor]):
+    """The slots of an inner rule that wrote them itself: nothing is left to return, and what is asked for is read again."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self._state = state
+
+    def __missing__(self, name: str) -> Tensor:
+        return self._state[name]
+
+
+def _memory(tensors: Iterable[Tensor]) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+def _put(target: Tensor, rows: Tensor | None, value: Tensor) -> None:
+    if value is target:
+        return
+    if rows is None:
+        torch._foreach_copy_([target], [value])  # reads and writes whole words where copy_, between dtypes, does not
+    else:
+        target[rows] = value.to(target.dtype)

@@ -1,0 +1,219 @@
+"""Eigenbases of a block's second moments, one for each dimension, and changes of basis: what SOAP and LATHER share.
+
+Everything works on stacks: blocks ``[B, *shape]``, and for dimension ``i`` of a block either ``[B, n_i, n_i]`` or None, which
+keeps that dimension unchanged. Pure functions; results have the dtype of the arguments. ``products`` is a rule's
+``c.products``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hbcore.rules.products import IEEE, Products
+
+Bases = Sequence["Tensor | None"]
+
+PASSES = 3
+"""Passes of :func:`orthonormal`. In float32, at 256 columns, two leave 5e-1 of a basis of gradients of rank 4; three 2e-5."""
+
+BLOCK = 128
+"""The size of matrices that a GPU's library factorizes; larger ones are made of them by products."""
+
+CHUNK = 2**24
+"""How many elements of factors are worked on at once, which bounds the memory for intermediate results."""
+
+
+def project(x: Tensor, bases: Bases, products: Products = IEEE) -> Tensor:
+    r"""Into the bases: :math:`Q_0^\top X Q_1` for a matrix, and the same along every dimension of any block.
+
+    Args:
+        x: ``[B, *shape]``.
+        bases: for each dimension of ``shape``, ``[B, n_i, n_i]`` or None; the columns are the basis.
+        products: how to multiply.
+    """
+    for i, q in enumerate(bases):
+        x = x if q is None else along(x, q, i, products)
+    return x
+
+
+def project_back(x: Tensor, bases: Bases, products: Products = IEEE) -> Tensor:
+    r"""Out of the bases, :math:`Q_0 X Q_1^\top`: undoes :func:`project`."""
+    return project(x, [q if q is None else q.mT for q in bases], products)
+
+
+def along(x: Tensor, q: Tensor, dim: int, products: Products = IEEE) -> Tensor:
+    """``x`` times ``q`` ``[B, n, k]`` along dimension ``dim`` of its blocks."""
+    before, after = math.prod(x.shape[1 : dim + 1]), math.prod(x.shape[dim + 2 :])
+    count, n, k = q.shape
+    if before == 1:
+        product = products.matmul(q.mT, x.reshape(count, n, after))
+    elif after == 1:
+        product = products.matmul(x.reshape(count, before, n), q)
+    else:
+        moved = x.reshape(count, before, n, after).transpose(2, 3).reshape(count, before * after, n)
+        product = products.matmul(moved, q).view(count, before, after, k).transpose(2, 3)
+    return product.reshape(*x.shape[: dim + 1], k, *x.shape[dim + 2 :])
+
+
+def averaged(mean: Tensor, x: Tensor, dim: int, decay: float, products: Products = IEEE) -> Tensor:
+    r"""A running second moment of a dimension, :math:`\beta P + (1 - \beta)\,G G^\top` with that dimension's unfolding ``G``.
+
+    Args:
+        mean: :math:`P`, ``[B, n, n]``.
+        x: ``[B, *shape]``.
+        dim: a dimension of ``shape``, from 0.
+        decay: :math:`\beta`.
+        products: how to multiply.
+    """
+    n = x.shape[dim + 1]
+    if math.prod(x.shape[dim + 2 :]) == 1:
+        rows = x.reshape(len(x), -1, n).mT  # a view
+    else:
+        rows = x.movedim(dim + 1, 1).reshape(len(x), n, -1)
+    return products.averaged(mean, rows, decay)
+
+
+def eigenvalues(p: Tensor, q: Tensor, products: Products = IEEE) -> Tensor:
+    r"""The diagonal of :math:`Q^\top P Q`, ``[B, n]``: the eigenvalues of ``p``, if ``q`` is its eigenbasis."""
+    return (q * products.matmul(p, q)).sum(-2)
+
+
+def eigenbasis(p: Tensor) -> Tensor:
+    """Eigenvectors of symmetric matrices ``[B, n, n]`` as columns, largest eigenvalue first.
+
+    Zero gives the unit vectors. So does a matrix that is not finite, on which the solver would raise. Where the solver fails
+    it runs again in float64.
+    """
+    p = torch.where(p.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), p, 0.0)
+    try:
+        vectors: Tensor = torch.linalg.eigh(p)[1]
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        vectors = torch.linalg.eigh(p.double())[1].to(p.dtype)
+    return vectors.flip(-1)
+
+
+def refreshed(p: Tensor, q: Tensor, products: Products = IEEE, solver: str = "qr") -> Tensor:
+    r"""The basis that follows ``q`` for the second moments ``p``.
+
+    ``"qr"`` takes one step of power iteration towards the eigenvectors, Vyas et al. 2024 (arXiv:2409.11321), Algorithm 4, with
+    the sorting of the authors' code:
+
+    .. math::
+        \pi = \operatorname{argsort}(-\operatorname{diag}(Q^\top P Q)) \qquad Q'_{:, \pi} = \operatorname{QR}((P Q)_{:, \pi})
+
+    Each column stays where it was: what is stored along with it needs no sorting. ``P`` is first shifted by 8 rounding errors
+    of its largest eigenvalue. Directions in its null space then stay unchanged instead of becoming noise; a larger shift would
+    slow the directions of small eigenvalues too. ``"eigh"`` takes the eigenvectors themselves, and assigns them in the order
+    of the eigenvalues. It waits for the device.
+
+    Args:
+        p: symmetric, positive semidefinite, ``[B, n, n]``.
+        q: orthonormal columns, ``[B, n, n]``.
+        products: how to multiply.
+        solver: ``"qr"`` or ``"eigh"``.
+
+    Returns:
+        The new basis; the old one for matrices where it cannot be computed, because ``p`` is not finite.
+    """
+    image = products.matmul(p, q)
+    values = (q * image).sum(-2)
+    columns = values.argsort(dim=-1, descending=True, stable=True).unsqueeze(-2).expand_as(q)
+    if solver == "eigh":
+        fresh, good = eigenbasis(p), p.isfinite().all(-1).all(-1)
+    else:
+        info = torch.finfo(p.dtype)
+        largest = values.amax(-1)[:, None, None].clamp(min=info.tiny)
+        image = image.div_(largest).add_(q, alpha=8 * info.eps)
+        fresh, good = orthonormal(image.gather(-1, columns), products)
+    return torch.where(good[:, None, None], torch.empty_like(q).scatter_(-1, columns, fresh), q)
+
+
+def all_refreshed(factors: Sequence[tuple[Tensor, Tensor]], products: Products = IEEE, solver: str = "qr") -> list[Tensor]:
+    """:func:`refreshed` for several stacks ``(p, q)``; factors of one size are worked on together, :data:`CHUNK` at a time."""
+    fresh = [torch.empty_like(q) for _, q in factors]
+    sizes: dict[int, list[tuple[int, int]]] = {}
+    for k, (_, q) in enumerate(factors):
+        sizes.setdefault(q.shape[-1], []).extend((k, row) for row in range(len(q)))
+    for n, rows in sizes.items():
+        some = max(1, CHUNK // n**2)
+        for first in range(0, len(rows), some):
+            pieces = _runs(rows[first : first + some])
+            p, q = (torch.cat([factors[k][side][part] for k, part in pieces]) for side in (0, 1))
+            made, done = refreshed(p, q, products, solver), 0
+            for k, part in pieces:
+                fresh[k][part] = made[done : done + part.stop - part.start]
+                done += part.stop - part.start
+    return fresh
+
+
+def _runs(rows: Sequence[tuple[int, int]]) -> list[tuple[int, slice]]:
+    """Rows ``(stack, row)`` in order, as slices of each stack."""
+    found: dict[int, slice] = {}
+    for k, row in rows:
+        found[k] = slice(found[k].start if k in found else row, row + 1)
+    return [*found.items()]
+
+
+def orthonormal(y: Tensor, products: Products = IEEE) -> tuple[Tensor, Tensor]:
+    r"""The orthonormal factor of QR up to signs, by matrix products only: batched, and without synchronising with the host.
+
+    .. math:: R^\top R = Y^\top Y + n \epsilon I \qquad Y \leftarrow Y R^{-1} \quad\text{with its columns normalised}
+
+    Shifted Cholesky QR, Fukaya et al. 2020 (arXiv:1809.11085). ``R`` is triangular, so the span of the first ``j`` columns
+    does not change, however often this is repeated; QR has the same property.
+
+    Args:
+        y: ``[B, n, n]``, with a condition number up to about 1 / (8 rounding errors).
+        products: how to multiply.
+
+    Returns:
+        The factor, and ``[B]`` booleans: whether every pass succeeded. Failed matrices are undefined.
+    """
+    info = torch.finfo(y.dtype)
+    y = y / y.norm(dim=-2, keepdim=True).clamp(min=info.tiny)
+    good = torch.ones_like(y[:, 0, 0], dtype=torch.bool)
+    for _ in range(PASSES):
+        square = products.matmul(y.mT, y)
+        square.diagonal(dim1=-2, dim2=-1).add_(y.shape[-1] * info.eps)
+        inverse, worked = inverse_factor(square, products)
+        del square  # before the product takes memory
+        y = products.matmul(y, inverse.mT)
+        y /= y.norm(dim=-2, keepdim=True).clamp(min=info.tiny)
+        good &= worked
+    return y, good & y.isfinite().all(-1).all(-1)
+
+
+def inverse_factor(p: Tensor, products: Products = IEEE) -> tuple[Tensor, Tensor]:
+    r""":math:`L^{-1}` for :math:`L L^\top = P`, by halves, and where it exists.
+
+    .. math::
+        \begin{pmatrix} L_1 & \\ M & L_2 \end{pmatrix}^{-1} =
+        \begin{pmatrix} L_1^{-1} & \\ -L_2^{-1} M L_1^{-1} & L_2^{-1} \end{pmatrix} \qquad
+        M = P_{21} L_1^{-\top} \qquad L_2 L_2^\top = P_{22} - M M^\top
+
+    A GPU multiplies matrices ten times as fast as its library factorizes them and solves with the factors.
+
+    Args:
+        p: symmetric, ``[B, n, n]``; the lower half is read.
+        products: how to multiply.
+
+    Returns:
+        Lower triangular matrices ``[B, n, n]``, and ``[B]`` booleans. Where ``p`` is not positive definite they are undefined.
+    """
+    n = p.shape[-1]
+    if n <= BLOCK:
+        factor, failed = torch.linalg.cholesky_ex(p)
+        eye = torch.eye(n, dtype=p.dtype, device=p.device).expand_as(p)
+        return torch.linalg.solve_triangular(factor, eye, upper=False), failed == 0
+    h = -(-n // 2 // BLOCK) * BLOCK
+    first, worked = inverse_factor(p[:, :h, :h], products)
+    m = products.matmul(p[:, h:, :h], first.mT)
+    second, worked_too = inverse_factor(p[:, h:, h:] - products.matmul(m, m.mT), products)
+    whole = torch.zeros_like(p)
+    whole[:, :h, :h], whole[:, h:, h:] = first, second
+    whole[:, h:, :h] = products.matmul(second, products.matmul(m, first)).neg_()
+    return whole, worked & worked_too
