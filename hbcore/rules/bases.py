@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hbcore.rules.products import IEEE, Products
+from hbcore.rules.products import IEEE, Products, has_triton
 
 Bases = Sequence["Tensor | None"]
 
@@ -127,9 +127,11 @@ def refreshed(p: Tensor, q: Tensor, products: Products = IEEE, solver: str = "qr
     else:
         info = torch.finfo(p.dtype)
         largest = values.amax(-1)[:, None, None].clamp(min=info.tiny)
-        image = image.div_(largest).add_(q, alpha=8 * info.eps)
-        fresh, good = orthonormal(image.gather(-1, columns), products)
-    return torch.where(good[:, None, None], torch.empty_like(q).scatter_(-1, columns, fresh), q)
+        image.div_(largest).add_(q, alpha=8 * info.eps)
+        image = image.gather(-1, columns)  # in place of the other: memory is short here
+        fresh, good = orthonormal(image, products)
+    sorted_back = torch.empty_like(q).scatter_(-1, columns, fresh)
+    return torch.where(good[:, None, None], sorted_back, q)
 
 
 def all_refreshed(factors: Sequence[tuple[Tensor, Tensor]], products: Products = IEEE, solver: str = "qr") -> list[Tensor]:
@@ -179,7 +181,7 @@ def orthonormal(y: Tensor, products: Products = IEEE) -> tuple[Tensor, Tensor]:
     for _ in range(PASSES):
         square = products.matmul(y.mT, y)
         square.diagonal(dim1=-2, dim2=-1).add_(y.shape[-1] * info.eps)
-        inverse, worked = inverse_factor(square, products)
+        inverse, worked = inverse_factor(square)
         del square  # before the product takes memory
         y = products.matmul(y, inverse.mT)
         y /= y.norm(dim=-2, keepdim=True).clamp(min=info.tiny)
@@ -187,7 +189,7 @@ def orthonormal(y: Tensor, products: Products = IEEE) -> tuple[Tensor, Tensor]:
     return y, good & y.isfinite().all(-1).all(-1)
 
 
-def inverse_factor(p: Tensor, products: Products = IEEE) -> tuple[Tensor, Tensor]:
+def inverse_factor(p: Tensor) -> tuple[Tensor, Tensor]:
     r""":math:`L^{-1}` for :math:`L L^\top = P`, by halves, and where it exists.
 
     .. math::
@@ -198,22 +200,33 @@ def inverse_factor(p: Tensor, products: Products = IEEE) -> tuple[Tensor, Tensor
     A GPU multiplies matrices ten times as fast as its library factorizes them and solves with the factors.
 
     Args:
-        p: symmetric, ``[B, n, n]``; the lower half is read.
-        products: how to multiply.
+        p: symmetric, ``[B, n, n]``; the lower half is read, and ``p`` is overwritten.
 
     Returns:
         Lower triangular matrices ``[B, n, n]``, and ``[B]`` booleans. Where ``p`` is not positive definite they are undefined.
     """
+    inverse, good = torch.zeros_like(p), torch.ones(len(p), dtype=torch.int32, device=p.device)
+    _invert(p, inverse, good)
+    return inverse, good > 0
+
+
+def _invert(p: Tensor, inverse: Tensor, good: Tensor) -> None:
     n = p.shape[-1]
     if n <= BLOCK:
+        if p.is_cuda and p.dtype == torch.float32 and has_triton():
+            from hbcore.rules import factor_kernel  # Triton is slow to import, and not everywhere
+
+            factor_kernel.inverse(p, inverse, good)
+            return
         factor, failed = torch.linalg.cholesky_ex(p)
         eye = torch.eye(n, dtype=p.dtype, device=p.device).expand_as(p)
-        return torch.linalg.solve_triangular(factor, eye, upper=False), failed == 0
+        inverse.copy_(torch.linalg.solve_triangular(factor, eye, upper=False))
+        good.masked_fill_(failed != 0, 0)
+        return
     h = -(-n // 2 // BLOCK) * BLOCK
-    first, worked = inverse_factor(p[:, :h, :h], products)
-    m = products.matmul(p[:, h:, :h], first.mT)
-    second, worked_too = inverse_factor(p[:, h:, h:] - products.matmul(m, m.mT), products)
-    whole = torch.zeros_like(p)
-    whole[:, :h, :h], whole[:, h:, h:] = first, second
-    whole[:, h:, :h] = products.matmul(second, products.matmul(m, first)).neg_()
-    return whole, worked & worked_too
+    first, second, corner = inverse[:, :h, :h], inverse[:, h:, h:], inverse[:, h:, :h]
+    _invert(p[:, :h, :h], first, good)
+    m = torch.bmm(p[:, h:, :h], first.mT)
+    p[:, h:, h:].baddbmm_(m, m.mT, alpha=-1)
+    _invert(p[:, h:, h:], second, good)
+    corner.baddbmm_(second, torch.bmm(m, first), beta=0, alpha=-1)

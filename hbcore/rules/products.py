@@ -16,6 +16,8 @@ which are one product of three times the depth; Ootomo and Yokota 2022 (arXiv:22
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -27,8 +29,14 @@ PRECISIONS = ("ieee", "split", "tf32")
 EXPONENT = 13
 """The largest element of a scaled matrix is below two to this power: float16 reaches 2^16, and its smallest step is 2^-24."""
 
-DEPTH = 1024
-"""How many float16 products are summed at once. Tensor cores drop bits from long sums: at 3,072 1.5e-5 of a covariance."""
+SCALES = (-101, 63)
+"""The range of the scale's exponent: the inverse of two scales is a float32. Matrices below 1e-21 lose bits for it."""
+
+HALVED = 512
+"""The side from which a symmetric product is worth computing by blocks."""
+
+DEPTH = 2304
+"""How many float16 products are summed at once. Tensor cores drop bits from long sums: at 9,216, 1.5e-5 of a covariance."""
 
 
 class Products(Protocol):
@@ -48,7 +56,14 @@ class Exact:
         return torch.bmm(a, b)
 
     def averaged(self, mean: Tensor, x: Tensor, decay: float) -> Tensor:
-        return torch.baddbmm(mean, x, x.mT, beta=decay, alpha=1 - decay)
+        n = x.shape[1]
+        if not x.is_cuda or n < HALVED:
+            return torch.baddbmm(mean, x, x.mT, beta=decay, alpha=1 - decay)
+        h, new = n // 2, mean.clone()  # three quarters of a symmetric product, and the mirror of one
+        for rows, columns in ((slice(0, h), slice(0, h)), (slice(h, n), slice(0, h)), (slice(h, n), slice(h, n))):
+            new[:, rows, columns].baddbmm_(x[:, rows], x[:, columns].mT, beta=decay, alpha=1 - decay)
+        new[:, :h, h:] = new[:, h:, :h].mT
+        return new
 
 
 class Split:
@@ -61,19 +76,23 @@ class Split:
         if a.dtype != torch.float32:
             return torch.bmm(a, b)
         (x, s), (y, r) = parts(a, "hhl", 2), parts(b, "hlh", 1)
-        return _product(x, y).mul_(_inverse(s, r))
+        return _product(x, y).mul_(1 / s / r)
 
     def averaged(self, mean: Tensor, x: Tensor, decay: float) -> Tensor:
         if x.dtype != torch.float32:
             return Exact().averaged(mean, x, decay)
-        n = x.shape[1]
         both, s = parts(x, "hl", 1)
-        total = _product(both[:, :n], both.mT)  # of the other half, the low parts' own product is below float32's precision
-        total = total[:, :, :n] + total[:, :, n:] + total[:, :, n:].mT
-        return (mean * decay).add_(total.mul_((1 - decay) * _inverse(s, s)))
+        # of the other half, the low parts' own product is below float32's precision
+        return _combined(mean, _product(both[:, : x.shape[1]], both.mT), s, decay)
 
 
 IEEE: Products = Exact()
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Whether kernels can be generated; torch for GPUs usually brings Triton with it."""
+    return find_spec("triton") is not None
 
 
 def parts(x: Tensor, order: str, dim: int) -> tuple[Tensor, Tensor]:
@@ -84,29 +103,21 @@ def parts(x: Tensor, order: str, dim: int) -> tuple[Tensor, Tensor]:
         order: ``h`` and ``l``, the high and the low part, as they follow one another.
         dim: 1 or 2.
     """
-    largest = torch.linalg.vector_norm(x, float("inf"), dim=(1, 2), keepdim=True)
-    exponent = (EXPONENT - torch.frexp(largest)[1]).clamp(max=120)  # of nothing but denormals, or zeros
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
     if not x.is_contiguous() and x.mT.is_contiguous():
-        return _laid_out(x.mT, scale, order, 3 - dim).mT, scale
-    return _laid_out(x.contiguous(), scale, order, dim), scale
-
-
-def _inverse(s: Tensor, r: Tensor) -> Tensor:
-    """What to multiply a product of scaled factors by. float64: two scales together may be outside float32's range."""
-    return (s.double() * r.double()).reciprocal()
-
-
-def _laid_out(x: Tensor, scale: Tensor, order: str, dim: int) -> Tensor:
-    """The parts of a contiguous ``x``."""
-    if x.is_cuda:
+        both, scale = parts(x.mT, order, 3 - dim)
+        return both.mT, scale
+    x = x.contiguous()
+    if x.is_cuda and has_triton():
         from hbcore.rules import products_kernel  # Triton is slow to import, and not everywhere
 
-        return products_kernel.laid_out(x, scale, order, dim)
+        return products_kernel.parts(x, order, dim)
+    largest = torch.linalg.vector_norm(x, float("inf"), dim=(1, 2), keepdim=True)
+    exponent = (EXPONENT - torch.frexp(largest)[1]).clamp(*SCALES)
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
     scaled = x * scale
     high = scaled.half()
     low = (scaled - high.float()).half()
-    return torch.cat([high if which == "h" else low for which in order], dim=dim)
+    return torch.cat([high if which == "h" else low for which in order], dim=dim), scale
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -114,7 +125,23 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     total: Tensor | None = None
     for k in range(0, a.shape[2], DEPTH):
         x, y = a[:, :, k : k + DEPTH], b[:, k : k + DEPTH]
-        piece = torch.bmm(x, y, out_dtype=torch.float32) if x.is_cuda else torch.bmm(x.float(), y.float())
-        total = piece if total is None else total.add_(piece)
+        if not x.is_cuda:
+            piece = torch.bmm(x.float(), y.float())
+            total = piece if total is None else total.add_(piece)
+        elif total is None:
+            total = torch.bmm(x, y, out_dtype=torch.float32)
+        else:
+            total = torch.baddbmm(total, x, y, out_dtype=torch.float32)
     assert total is not None
     return total
+
+
+def _combined(mean: Tensor, total: Tensor, scale: Tensor, decay: float) -> Tensor:
+    r""":math:`\beta M + (1 - \beta) (H H^\top + H L^\top + L H^\top) / s^2`, from the first two side by side in ``total``."""
+    if mean.is_cuda and has_triton():
+        from hbcore.rules import products_kernel
+
+        return products_kernel.combined(mean, total, scale, decay)
+    n = mean.shape[1]
+    total = total[:, :, :n] + total[:, :, n:] + total[:, :, n:].mT
+    return (mean * decay).add_(total.mul_((1 - decay) / scale / scale))
