@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hbcore.errors import OptionError as OptionError
     from hbcore.optimizer import Optimizer as Optimizer
     from hbcore.rules import bases as bases
+    from hbcore.rules import launching as launching
     from hbcore.rules.checks import check_whole as check_whole
     from hbcore.rules.domain import Domain as Domain
     from hbcore.rules.moments import Average as Average
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "bases": "hbcore.rules.bases",
+    "launching": "hbcore.rules.launching",
     "Average": "hbcore.rules.moments:Average",
     "Block": "hbcore.rules.views:Block",
     "Composite": "hbcore.wrappers.composite:Composite",

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hbcore.rules.products import IEEE, Products, has_triton
+from hbcore.rules.launching import has_triton
+from hbcore.rules.products import IEEE, Products
 
 Bases = Sequence["Tensor | None"]
 
@@ -119,19 +120,21 @@ def refreshed(p: Tensor, q: Tensor, products: Products = IEEE, solver: str = "qr
     Returns:
         The new basis; the old one for matrices where it cannot be computed, because ``p`` is not finite.
     """
-    image = products.matmul(p, q)
+    return _followed(p, q, products.matmul(p, q), products, solver)
+
+
+def _followed(p: Tensor, q: Tensor, image: Tensor, products: Products, solver: str) -> Tensor:
+    """:func:`refreshed`, given ``p @ q``, which is overwritten. ``p`` is used by ``"eigh"`` alone."""
     values = (q * image).sum(-2)
     columns = values.argsort(dim=-1, descending=True, stable=True).unsqueeze(-2).expand_as(q)
     if solver == "eigh":
         fresh, good = eigenbasis(p), p.isfinite().all(-1).all(-1)
     else:
-        info = torch.finfo(p.dtype)
-        largest = values.amax(-1)[:, None, None].clamp(min=info.tiny)
-        image.div_(largest).add_(q, alpha=8 * info.eps)
-        image = image.gather(-1, columns)  # in place of the other: memory is short here
-        fresh, good = orthonormal(image, products)
-    sorted_back = torch.empty_like(q).scatter_(-1, columns, fresh)
-    return torch.where(good[:, None, None], sorted_back, q)
+        info = torch.finfo(q.dtype)
+        image.div_(values.amax(-1)[:, None, None].clamp(min=info.tiny)).add_(q, alpha=8 * info.eps)
+        fresh, good = orthonormal(image.gather(-1, columns), products)
+    image.scatter_(-1, columns, fresh)
+    return torch.where(good[:, None, None], image, q)
 
 
 def all_refreshed(factors: Sequence[tuple[Tensor, Tensor]], products: Products = IEEE, solver: str = "qr") -> list[Tensor]:
@@ -141,15 +144,22 @@ def all_refreshed(factors: Sequence[tuple[Tensor, Tensor]], products: Products =
     for k, (_, q) in enumerate(factors):
         sizes.setdefault(q.shape[-1], []).extend((k, row) for row in range(len(q)))
     for n, rows in sizes.items():
-        some = max(1, CHUNK // n**2)
+        chunks = -(-len(rows) * n**2 // CHUNK)
+        some = -(-len(rows) // chunks)
         for first in range(0, len(rows), some):
             pieces = _runs(rows[first : first + some])
-            p, q = (torch.cat([factors[k][side][part] for k, part in pieces]) for side in (0, 1))
-            made, done = refreshed(p, q, products, solver), 0
+            q = _joined([factors[k][1][part] for k, part in pieces])
+            image = _joined([products.matmul(factors[k][0][part], factors[k][1][part]) for k, part in pieces])
+            p = _joined([factors[k][0][part] for k, part in pieces]) if solver == "eigh" else image
+            made, done = _followed(p, q, image, products, solver), 0
             for k, part in pieces:
                 fresh[k][part] = made[done : done + part.stop - part.start]
                 done += part.stop - part.start
     return fresh
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
 
 
 def _runs(rows: Sequence[tuple[int, int]]) -> list[tuple[int, slice]]:
@@ -169,14 +179,14 @@ def orthonormal(y: Tensor, products: Products = IEEE) -> tuple[Tensor, Tensor]:
     does not change, however often this is repeated; QR has the same property.
 
     Args:
-        y: ``[B, n, n]``, with a condition number up to about 1 / (8 rounding errors).
+        y: ``[B, n, n]``, with a condition number up to about 1 / (8 rounding errors); overwritten.
         products: how to multiply.
 
     Returns:
         The factor, and ``[B]`` booleans: whether every pass succeeded. Failed matrices are undefined.
     """
     info = torch.finfo(y.dtype)
-    y = y / y.norm(dim=-2, keepdim=True).clamp(min=info.tiny)
+    y /= y.norm(dim=-2, keepdim=True).clamp(min=info.tiny)
     good = torch.ones_like(y[:, 0, 0], dtype=torch.bool)
     for _ in range(PASSES):
         square = products.matmul(y.mT, y)

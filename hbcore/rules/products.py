@@ -16,12 +16,13 @@ which are one product of three times the depth; Ootomo and Yokota 2022 (arXiv:22
 
 from __future__ import annotations
 
-from functools import lru_cache
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from hbcore.rules.launching import has_triton
 
 PRECISIONS = ("ieee", "split", "tf32")
 """What ``matmul_precision`` may be."""
@@ -32,11 +33,12 @@ EXPONENT = 13
 SCALES = (-101, 63)
 """The range of the scale's exponent: the inverse of two scales is a float32. Matrices below 1e-21 lose bits for it."""
 
-HALVED = 512
-"""The side from which a symmetric product is worth computing by blocks."""
+DEPTH = 768
+"""How many products of high parts are summed at once, and half as many of a second moment's, which do not cancel. Tensor cores
+drop bits from long sums: an H200 is 4e-6 off at 2,304, and 1.5e-5 in a second moment at 9,216."""
 
-DEPTH = 2304
-"""How many float16 products are summed at once. Tensor cores drop bits from long sums: at 9,216, 1.5e-5 of a covariance."""
+SMALL = 4608
+"""The same for products with low parts."""
 
 
 class Products(Protocol):
@@ -56,14 +58,7 @@ class Exact:
         return torch.bmm(a, b)
 
     def averaged(self, mean: Tensor, x: Tensor, decay: float) -> Tensor:
-        n = x.shape[1]
-        if not x.is_cuda or n < HALVED:
-            return torch.baddbmm(mean, x, x.mT, beta=decay, alpha=1 - decay)
-        h, new = n // 2, mean.clone()  # three quarters of a symmetric product, and the mirror of one
-        for rows, columns in ((slice(0, h), slice(0, h)), (slice(h, n), slice(0, h)), (slice(h, n), slice(h, n))):
-            new[:, rows, columns].baddbmm_(x[:, rows], x[:, columns].mT, beta=decay, alpha=1 - decay)
-        new[:, :h, h:] = new[:, h:, :h].mT
-        return new
+        return torch.baddbmm(mean, x, x.mT, beta=decay, alpha=1 - decay)
 
 
 class Split:
@@ -75,24 +70,38 @@ class Split:
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         if a.dtype != torch.float32:
             return torch.bmm(a, b)
-        (x, s), (y, r) = parts(a, "hhl", 2), parts(b, "hlh", 1)
-        return _product(x, y).mul_(1 / s / r)
+        k = a.shape[2]
+        small = [2 * k] if 2 * k <= SMALL else [k, k]  # the products with a low part, whose own errors do not matter
+        lengths = [*small, *_lengths(k, DEPTH)]
+        if not (a.is_cuda and has_triton() and a.numel() and b.numel()):
+            (x, s), (y, r) = parts(a, "lhh", 2), parts(b, "hlh", 1)
+            return _product(x, y, lengths).mul_(1 / s / r)
+        from hbcore.rules import products_kernel  # Triton is slow to import, and not everywhere
+
+        (a, turned_a), (b, turned_b) = _in_memory_order(a), _in_memory_order(b)
+        x, y, scales = products_kernel.parts(a, b, ("lhh", "hlh"), (1 if turned_a else 2, 2 if turned_b else 1))
+        product = _product(x.mT if turned_a else x, y.mT if turned_b else y, lengths)
+        return products_kernel.unscale(product, scales)
 
     def averaged(self, mean: Tensor, x: Tensor, decay: float) -> Tensor:
         if x.dtype != torch.float32:
             return Exact().averaged(mean, x, decay)
-        both, s = parts(x, "hl", 1)
+        n, lengths = x.shape[1], _lengths(x.shape[2], DEPTH // 2)
         # of the other half, the low parts' own product is below float32's precision
-        return _combined(mean, _product(both[:, : x.shape[1]], both.mT), s, decay)
+        if not (x.is_cuda and has_triton() and x.numel()):
+            both, s = parts(x, "hl", 1)
+            total = _product(both[:, :n], both.mT, lengths)
+            total = total[:, :, :n] + total[:, :, n:] + total[:, :, n:].mT
+            return (mean * decay).add_(total.mul_((1 - decay) / s / s))
+        from hbcore.rules import products_kernel
+
+        x, turned = _in_memory_order(x)
+        both, _, scales = products_kernel.parts(x, x, ("hl", "hl"), (2 if turned else 1,) * 2)
+        both = both.mT if turned else both
+        return products_kernel.combined(mean, _product(both[:, :n], both.mT, lengths), scales, decay)
 
 
 IEEE: Products = Exact()
-
-
-@lru_cache(maxsize=1)
-def has_triton() -> bool:
-    """Whether kernels can be generated; torch for GPUs usually brings Triton with it."""
-    return find_spec("triton") is not None
 
 
 def parts(x: Tensor, order: str, dim: int) -> tuple[Tensor, Tensor]:
@@ -103,14 +112,6 @@ def parts(x: Tensor, order: str, dim: int) -> tuple[Tensor, Tensor]:
         order: ``h`` and ``l``, the high and the low part, as they follow one another.
         dim: 1 or 2.
     """
-    if not x.is_contiguous() and x.mT.is_contiguous():
-        both, scale = parts(x.mT, order, 3 - dim)
-        return both.mT, scale
-    x = x.contiguous()
-    if x.is_cuda and has_triton():
-        from hbcore.rules import products_kernel  # Triton is slow to import, and not everywhere
-
-        return products_kernel.parts(x, order, dim)
     largest = torch.linalg.vector_norm(x, float("inf"), dim=(1, 2), keepdim=True)
     exponent = (EXPONENT - torch.frexp(largest)[1]).clamp(*SCALES)
     scale = torch.ldexp(torch.ones_like(largest), exponent)
@@ -120,28 +121,27 @@ def parts(x: Tensor, order: str, dim: int) -> tuple[Tensor, Tensor]:
     return torch.cat([high if which == "h" else low for which in order], dim=dim), scale
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``[B, m, k] @ [B, k, n]`` of float16, summed in float32."""
+def _lengths(k: int, most: int) -> list[int]:
+    """``k`` in pieces of ``most``, the last of which may be shorter."""
+    return [min(most, k - first) for first in range(0, k, most)]
+
+
+def _product(a: Tensor, b: Tensor, lengths: Sequence[int]) -> Tensor:
+    """``[B, m, k] @ [B, k, n]`` of float16, summed in float32 piece by piece, of these lengths."""
     total: Tensor | None = None
-    for k in range(0, a.shape[2], DEPTH):
-        x, y = a[:, :, k : k + DEPTH], b[:, k : k + DEPTH]
+    for x, y in zip(a.split(lengths, 2), b.split(lengths, 1), strict=True):  # type: ignore[no-untyped-call]
         if not x.is_cuda:
             piece = torch.bmm(x.float(), y.float())
             total = piece if total is None else total.add_(piece)
         elif total is None:
             total = torch.bmm(x, y, out_dtype=torch.float32)
         else:
-            total = torch.baddbmm(total, x, y, out_dtype=torch.float32)
+            torch.ops.aten.baddbmm.dtype_out(total, x, y, torch.float32, out=total)  # without the copy that a result would be
     assert total is not None
     return total
 
 
-def _combined(mean: Tensor, total: Tensor, scale: Tensor, decay: float) -> Tensor:
-    r""":math:`\beta M + (1 - \beta) (H H^\top + H L^\top + L H^\top) / s^2`, from the first two side by side in ``total``."""
-    if mean.is_cuda and has_triton():
-        from hbcore.rules import products_kernel
-
-        return products_kernel.combined(mean, total, scale, decay)
-    n = mean.shape[1]
-    total = total[:, :, :n] + total[:, :, n:] + total[:, :, n:].mT
-    return (mean * decay).add_(total.mul_((1 - decay) / scale / scale))
+def _in_memory_order(x: Tensor) -> tuple[Tensor, bool]:
+    """``x`` or its transpose, contiguous, and whether it is the transpose."""
+    turned = not x.is_contiguous() and x.mT.is_contiguous()
+    return (x.mT if turned else x.contiguous()), turned

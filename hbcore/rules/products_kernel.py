@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from hbcore.rules.launching import pieces, run
 
 BLOCK = 2048
 PIECES = 64
@@ -18,37 +17,47 @@ TILE = 32
 
 
 @triton.jit
-def largest_kernel(x, out, numel, run, PIECES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The bits of the largest magnitude in piece ``pid0`` of matrix ``pid1``; as integers they order like the numbers."""
-    item = tl.program_id(1).to(tl.int64)
+def largest_of(x, out, numel, run, PIECES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The bits of the largest magnitude in one piece of a matrix; as integers they order like the numbers."""
     first = tl.program_id(0) * run
     most = tl.zeros((BLOCK,), dtype=tl.int32)
     for at in range(0, run, BLOCK):
         index = first + at + tl.arange(0, BLOCK)
-        value = tl.load(x + item * numel + index, mask=(index < numel) & (at + tl.arange(0, BLOCK) < run), other=0.0)
+        value = tl.load(x + index, mask=(index < numel) & (at + tl.arange(0, BLOCK) < run), other=0.0)
         most = tl.maximum(most, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    tl.store(out + item * PIECES + tl.program_id(0), tl.max(most, 0))
+    tl.store(out + tl.program_id(0), tl.max(most, 0))
 
 
 @triton.jit
-def split_kernel(  # type: ignore[no-untyped-def]
-    x, out, largest, scales, numel, run, PIECES: tl.constexpr, COPIES: tl.constexpr, LOW: tl.constexpr,
-    TOP: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Parts of matrix ``pid1``: its rows of ``run`` elements follow one another ``COPIES`` times; bit ``i`` of ``LOW`` says
-    whether copy ``i`` is the low part. The scale is a power of two, made of its exponent's bits."""
+def largest_kernel(  # type: ignore[no-untyped-def]
+    a, b, out, numel_a, run_a, numel_b, run_b, count, PIECES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """:func:`largest_of` for piece ``pid0`` of matrix ``pid1``, ``count`` of which are ``a``'s and the others ``b``'s."""
     item = tl.program_id(1).to(tl.int64)
+    if item < count:
+        largest_of(a + item * numel_a, out + item * PIECES, numel_a, run_a, PIECES, BLOCK)
+    else:
+        largest_of(b + (item - count) * numel_b, out + item * PIECES, numel_b, run_b, PIECES, BLOCK)
+
+
+@triton.jit
+def scale_of(largest, item, PIECES: tl.constexpr, TOP: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A power of two, made of its exponent's bits."""
     most = tl.max(tl.load(largest + item * PIECES + tl.arange(0, PIECES)), 0)
     exponent = tl.minimum(tl.maximum(TOP + 126 - (most >> 23), LEAST), MOST)
-    scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-    if tl.program_id(0) == 0:
-        tl.store(scales + item, scale)
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_one(x, out, scale, numel, run, COPIES: tl.constexpr, LOW: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One block of a matrix in parts: its rows of ``run`` elements follow one another ``COPIES`` times; bit ``i`` of ``LOW``
+    says whether copy ``i`` is the low part."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
-    scaled = tl.load(x + item * numel + at, mask=inside, other=0.0) * scale
+    scaled = tl.load(x + at, mask=inside, other=0.0) * scale
     high = scaled.to(tl.float16)
     low = (scaled - high.to(tl.float32)).to(tl.float16)
-    to = out + item * numel * COPIES + (at // run).to(tl.int64) * (run * COPIES) + at % run
+    to = out + (at // run).to(tl.int64) * (run * COPIES) + at % run
     for i in tl.static_range(COPIES):
         if (LOW >> i) & 1:
             tl.store(to + i * run, low, mask=inside)
@@ -57,7 +66,35 @@ def split_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def combine_kernel(mean, total, scales, out, n, decay, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def split_kernel(  # type: ignore[no-untyped-def]
+    a, b, out_a, out_b, largest, scales, numel_a, run_a, numel_b, run_b, count, PIECES: tl.constexpr,
+    COPIES: tl.constexpr, LOW_A: tl.constexpr, LOW_B: tl.constexpr, TOP: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """:func:`split_one` for matrix ``pid1``, ``count`` of which are ``a``'s and the others ``b``'s; and its scale."""
+    item = tl.program_id(1).to(tl.int64)
+    scale = scale_of(largest, item, PIECES, TOP, LEAST, MOST)
+    if tl.program_id(0) == 0:
+        tl.store(scales + item, scale)
+    if item < count:
+        split_one(a + item * numel_a, out_a + item * numel_a * COPIES, scale, numel_a, run_a, COPIES, LOW_A, BLOCK)
+    else:
+        item -= count
+        split_one(b + item * numel_b, out_b + item * numel_b * COPIES, scale, numel_b, run_b, COPIES, LOW_B, BLOCK)
+
+
+@triton.jit
+def unscale_kernel(total, scales, numel, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Divide a product by the scales of its factors, ``scales[item]`` and ``scales[count + item]``, in place."""
+    item = tl.program_id(1).to(tl.int64)
+    factor = (1 / tl.load(scales + item)) * (1 / tl.load(scales + count + item))
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < numel
+    tl.store(total + item * numel + at, tl.load(total + item * numel + at, mask=inside) * factor, mask=inside)
+
+
+@triton.jit
+def combine_kernel(mean, total, scales, out, decay, n, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """One tile of :func:`hbcore.rules.products._combined`."""
     item = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
@@ -76,41 +113,51 @@ def combine_kernel(mean, total, scales, out, n, decay, TILE: tl.constexpr):  # t
     tl.store(out + at, new, mask=inside)
 
 
-def parts(x: Tensor, order: str, dim: int) -> tuple[Tensor, Tensor]:
-    """See :func:`hbcore.rules.products.parts`; ``x`` is contiguous."""
+def parts(a: Tensor, b: Tensor, orders: tuple[str, str], dims: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts of two stacks of as many matrices, see :func:`hbcore.rules.products.parts`, and both scales in a row.
+
+    Args:
+        a, b: contiguous; the same tensor if one is to be split alone, whose parts are returned twice.
+        orders, dims: of each.
+    """
     from hbcore.rules.products import EXPONENT, SCALES
 
-    count, rows, columns = x.shape
-    copies, low = len(order), sum(1 << i for i, which in enumerate(order) if which == "l")
-    shape = (count, rows * copies, columns) if dim == 1 else (count, rows, columns * copies)
-    out, scales = torch.empty(shape, dtype=torch.float16, device=x.device), x.new_ones(count, 1, 1)
-    numel = rows * columns
-    if not count or not numel:
-        return out, scales
-    largest = torch.empty(count, PIECES, dtype=torch.int32, device=x.device)
-    run = -(-numel // PIECES)
-    with on(x.device):
-        largest_kernel[(PIECES, count)](x, largest, numel, run, PIECES, BLOCK, num_warps=8)
-        split_kernel[(-(-numel // BLOCK), count)](
-            x, out, largest, scales, numel, columns if dim == 2 else numel, PIECES, copies, low, EXPONENT, *SCALES, BLOCK,
-            num_warps=8,
-        )  # fmt: skip
-    return out, scales
+    both = (a,) if a is b else (a, b)
+    outs, runs, lows, numels = [], [], [], []
+    for x, order, dim in zip(both, orders, dims, strict=False):
+        count, rows, columns = x.shape
+        copies = len(order)
+        shape = (count, rows * copies, columns) if dim == 1 else (count, rows, columns * copies)
+        outs.append(torch.empty(shape, dtype=torch.float16, device=x.device))
+        runs.append(columns if dim == 2 else rows * columns)
+        lows.append(sum(1 << i for i, which in enumerate(order) if which == "l"))
+        numels.append(rows * columns)
+    items = count * len(both)
+    scales = torch.empty(items, dtype=torch.float32, device=a.device)
+    largest = torch.empty(items, PIECES, dtype=torch.int32, device=a.device)
+    sizes = (numels[0], pieces(numels[0], PIECES), numels[-1], pieces(numels[-1], PIECES), count)
+    run(largest_kernel, (PIECES, items, 1), (a, b, largest), sizes=sizes, constants=(PIECES, BLOCK), num_warps=8)
+    sizes = (numels[0], runs[0], numels[-1], runs[-1], count)
+    constants = (PIECES, copies, lows[0], lows[-1], EXPONENT, *SCALES, BLOCK)
+    tensors = (a, b, outs[0], outs[-1], largest, scales)
+    run(split_kernel, (pieces(max(numels), BLOCK), items, 1), tensors, sizes=sizes, constants=constants, num_warps=8)
+    return outs[0], outs[-1], scales
+
+
+def unscale(total: Tensor, scales: Tensor) -> Tensor:
+    """``total`` ``[B, m, n]`` divided by the scales of both factors, in place."""
+    count, numel = len(total), total.shape[1] * total.shape[2]
+    run(
+        unscale_kernel, (pieces(numel, BLOCK), count, 1), (total, scales), sizes=(numel, count), constants=(BLOCK,), num_warps=8
+    )
+    return total
 
 
 def combined(mean: Tensor, total: Tensor, scales: Tensor, decay: float) -> Tensor:
     """See :func:`hbcore.rules.products._combined`."""
     mean, n = mean.contiguous(), mean.shape[1]
     out = torch.empty_like(mean)
-    tiles = -(-n // TILE)
     if len(mean):
-        with on(mean.device):
-            combine_kernel[(tiles, tiles, len(mean))](mean, total, scales, out, n, decay, TILE, num_warps=4)
+        tiles = pieces(n, TILE)
+        run(combine_kernel, (tiles, tiles, len(mean)), (mean, total, scales, out), (decay,), (n,), (TILE,))
     return out
-
-
-def on(device: torch.device) -> Any:
-    """A context in which ``device`` is the current one; free if it already is."""
-    if device.type != "cuda" or torch.cuda.current_device() == device.index:
-        return nullcontext()
-    return torch.cuda.device(device)

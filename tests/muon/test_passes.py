@@ -30,7 +30,8 @@ def close(dtype):
 @pytest.fixture
 def kernels():
     pytest.importorskip("triton")
-    from hb_muon import launching, passes_kernel
+    from hb_muon import passes_kernel
+    from hbcore.api import launching
 
     if not (launching.INTERPRETED or torch.cuda.is_available()):
         pytest.skip("needs Triton's interpreter or a GPU")

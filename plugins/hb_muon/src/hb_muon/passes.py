@@ -6,15 +6,13 @@ change of dtype.
 
 from __future__ import annotations
 
-import importlib.util
-from functools import lru_cache
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from hb_muon.coefficients import Row, Table
-from hbcore.api import compute_dtype
+from hbcore.api import compute_dtype, launching
 
 Number: TypeAlias = "Tensor | float"
 
@@ -83,7 +81,7 @@ def small_factor(gram: Tensor, rows: Table, least: float | None) -> Tensor | Non
         rows: the coefficients of the steps, at least one.
         least: as in :func:`begun`, if the first of the steps takes the bound; otherwise None.
     """
-    if not (gram.is_cuda and gram.dtype == torch.float16 and gram.shape[1] <= SMALL and available()):
+    if not (gram.is_cuda and gram.dtype == torch.float16 and gram.shape[1] <= SMALL and launching.has_triton()):
         return None
     from hb_muon.small_kernel import STEPS, launch_small
 
@@ -114,10 +112,4 @@ def at_least(x: Tensor, least: Number) -> Tensor:
 
 def fits(x: Tensor) -> bool:
     """Whether the kernels support a stack ``[B, m, n]`` and are faster."""
-    return x.is_cuda and x.is_contiguous() and x.numel() >= LEAST and x.shape[0] < 2**16 and available()
-
-
-@lru_cache(maxsize=1)
-def available() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+    return x.is_cuda and x.is_contiguous() and x.numel() >= LEAST and x.shape[0] < 2**16 and launching.has_triton()

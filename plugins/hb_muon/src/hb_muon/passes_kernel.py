@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hb_muon.coefficients import Row
-from hb_muon.launching import launch, pieces, power_of_two
+from hbcore.api import launching
 
 BLOCK = 4096
 WARPS = 8
@@ -82,20 +82,20 @@ def launch_begin(q: Tensor, gram: Tensor, square: Tensor, least: float, row: Row
 def sums_of(x: Tensor) -> Tensor:
     """Sums of the squares of each matrix of ``x`` ``[B, m, n]``, contiguous: ``[B, parts]`` in float32."""
     numel = x.shape[1] * x.shape[2]
-    parts = min(PARTS, power_of_two(pieces(numel, BLOCK)))
+    parts = min(PARTS, launching.power_of_two(launching.pieces(numel, BLOCK)))
     sums = torch.empty(len(x), parts, dtype=torch.float32, device=x.device)
     tensors = (sums, x)
     make = partial(compiled, add_squares, x.device.index, (sums.dtype, x.dtype), (numel,), 0, parts)
-    launch(add_squares, (parts, len(x), 1), tensors, make, (*tensors, numel, parts, BLOCK), num_warps=WARPS)
+    launching.launch(add_squares, (parts, len(x), 1), tensors, make, (*tensors, numel, parts, BLOCK), num_warps=WARPS)
     return sums
 
 
 def _over_blocks(kernel: Any, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], size: int) -> None:
     """Run a kernel over the first of ``tensors``; the last one holds sums. ``size`` is passed after the ``numbers``."""
     out, parts = tensors[0], tensors[-1].shape[1]
-    grid = (pieces(out.shape[1] * out.shape[2], BLOCK), out.shape[0], 1)
+    grid = (launching.pieces(out.shape[1] * out.shape[2], BLOCK), out.shape[0], 1)
     make = partial(compiled, kernel, out.device.index, tuple(t.dtype for t in tensors), (size,), len(numbers), parts)
-    launch(kernel, grid, tensors, make, (*tensors, *numbers, size, parts, BLOCK), num_warps=WARPS)
+    launching.launch(kernel, grid, tensors, make, (*tensors, *numbers, size, parts, BLOCK), num_warps=WARPS)
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hb_muon.coefficients import Table
-from hb_muon.launching import launch, power_of_two
+from hbcore.api import launching
 
 STEPS = 3
 """The most steps that the kernel takes."""
@@ -59,12 +59,12 @@ def launch_small(out: Tensor, gram: Tensor, rows: Table, least: float | None) ->
     ``gram`` is contiguous like ``out``. ``least`` bounds the norm of its square from below if the first step takes the bound.
     """
     side = gram.shape[1]
-    steps, tile = len(rows), max(16, power_of_two(side))
+    steps, tile = len(rows), max(16, launching.power_of_two(side))
     numbers = [number for row in (*rows, *[(0.0, 0.0, 0.0)] * (STEPS - steps)) for number in row]
     tensors = (out, gram)
     arguments = (*tensors, -1.0 if least is None else least, side, *numbers, steps, tile)
     make = partial(compiled, gram.device.index, gram.dtype, side, steps, tile)
-    launch(small, (len(gram), 1, 1), tensors, make, arguments, num_warps=8 if tile == 128 else 4)
+    launching.launch(small, (len(gram), 1, 1), tensors, make, arguments, num_warps=8 if tile == 128 else 4)
 
 
 @lru_cache(maxsize=64)

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hb_muon.launching import INTERPRETED, launch, pieces
+from hbcore.api import launching
 
-WIDENS = tl.constexpr(INTERPRETED)
+WIDENS = tl.constexpr(launching.INTERPRETED)
 """Triton's interpreter multiplies the bits of bfloat16 as if they were integers; it is given float32 instead, whose products of
 bfloat16 numbers are as exact as a GPU's."""
 
@@ -169,7 +169,7 @@ def launch_half(out: Tensor, a: Tensor, b: Tensor, d: Tensor | None, alpha: floa
     batch, n, k = a.shape
     if batch * n == 0:
         return
-    across = pieces(n, tiling.tile)
+    across = launching.pieces(n, tiling.tile)
     if d is not None and d.stride(2) != 1:
         d = d.mT if d.stride(1) == 1 else d.contiguous()  # symmetric: its transpose is itself
     a, b = (x if 1 in x.stride()[1:] else x.contiguous() for x in (a, b))
@@ -188,7 +188,7 @@ def launch_half(out: Tensor, a: Tensor, b: Tensor, d: Tensor | None, alpha: floa
     operands = (x if whole else a, y if whole else b, added, out, *numbers, float(alpha), beta, *settings)
     grid = (batch * across * (across + 1) // 2, 1, 1)
     make = partial(compiled, out.device.index, out.dtype, numbers, settings, tiling.warps, tiling.stages)
-    launch(half_product, grid, (a, b, added, out), make, operands, num_warps=tiling.warps, num_stages=tiling.stages)
+    launching.launch(half_product, grid, (a, b, added, out), make, operands, num_warps=tiling.warps, num_stages=tiling.stages)
 
 
 @lru_cache(maxsize=256)

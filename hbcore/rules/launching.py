@@ -1,10 +1,12 @@
-"""Launching hb_muon's Triton kernels."""
+"""Launching hand-written Triton kernels, in less time than Triton itself needs to find the compiled one."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,6 +42,42 @@ def launch(
             kernel[grid](*arguments, **meta)
         else:
             compiled()[grid](*arguments)
+
+
+def run(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[float, ...] = (),
+    sizes: tuple[int, ...] = (),
+    constants: tuple[int, ...] = (),
+    num_warps: int = 4,
+) -> None:
+    """The same for a kernel that takes tensors, then floats, then integers, then ``constexpr`` integers."""
+    make = partial(
+        _compiled, kernel, tensors[-1].device.index, tuple(t.dtype for t in tensors), len(numbers), sizes, constants, num_warps
+    )
+    launch(kernel, grid, tensors, make, (*tensors, *numbers, *sizes, *constants), num_warps=num_warps)
+
+
+@lru_cache(maxsize=512)
+def _compiled(
+    kernel: Any,
+    device: int,
+    dtypes: tuple[torch.dtype, ...],
+    numbers: int,
+    sizes: tuple[int, ...],
+    constants: tuple[int, ...],
+    num_warps: int,
+) -> Any:
+    """A compiled kernel for 16-byte aligned tensors on the current ``device``."""
+    return kernel.warmup(*dtypes, *[1.0] * numbers, *sizes, *constants, grid=(1, 1, 1), num_warps=num_warps)
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Whether kernels can be compiled at all; torch for GPUs usually brings Triton with it."""
+    return find_spec("triton") is not None
 
 
 def pieces(length: int, size: int) -> int:
