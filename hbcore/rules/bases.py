@@ -8,7 +8,7 @@ keeps that dimension unchanged. Pure functions; results have the dtype of the ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,8 +24,11 @@ PASSES = 3
 BLOCK = 128
 """The size of matrices that a GPU's library factorizes; larger ones are made of them by products."""
 
+TOGETHER = 2**26
+"""How many elements of factors are orthonormalized at once, which bounds the memory for intermediate results."""
+
 CHUNK = 2**24
-"""How many elements of factors are worked on at once, which bounds the memory for intermediate results."""
+"""How many of them are multiplied at once. Factorizations take as long for one matrix as for many; products do not."""
 
 
 def project(x: Tensor, bases: Bases, products: Products = IEEE) -> Tensor:
@@ -120,46 +123,56 @@ def refreshed(p: Tensor, q: Tensor, products: Products = IEEE, solver: str = "qr
     Returns:
         The new basis; the old one for matrices where it cannot be computed, because ``p`` is not finite.
     """
-    return _followed(p, q, products.matmul(p, q), products, solver)
-
-
-def _followed(p: Tensor, q: Tensor, image: Tensor, products: Products, solver: str) -> Tensor:
-    """:func:`refreshed`, given ``p @ q``, which is overwritten. ``p`` is used by ``"eigh"`` alone."""
-    values = (q * image).sum(-2)
-    columns = values.argsort(dim=-1, descending=True, stable=True).unsqueeze(-2).expand_as(q)
-    if solver == "eigh":
-        fresh, good = eigenbasis(p), p.isfinite().all(-1).all(-1)
-    else:
-        info = torch.finfo(q.dtype)
-        image.div_(values.amax(-1)[:, None, None].clamp(min=info.tiny)).add_(q, alpha=8 * info.eps)
-        fresh, good = orthonormal(image.gather(-1, columns), products)
-    image.scatter_(-1, columns, fresh)
-    return torch.where(good[:, None, None], image, q)
+    return all_refreshed([(p, q)], products, solver)[0]
 
 
 def all_refreshed(factors: Sequence[tuple[Tensor, Tensor]], products: Products = IEEE, solver: str = "qr") -> list[Tensor]:
-    """:func:`refreshed` for several stacks ``(p, q)``; factors of one size are worked on together, :data:`CHUNK` at a time."""
+    """:func:`refreshed` for several stacks ``(p, q)``; factors of one size are worked on together, up to :data:`TOGETHER`."""
     fresh = [torch.empty_like(q) for _, q in factors]
     sizes: dict[int, list[tuple[int, int]]] = {}
     for k, (_, q) in enumerate(factors):
         sizes.setdefault(q.shape[-1], []).extend((k, row) for row in range(len(q)))
     for n, rows in sizes.items():
-        chunks = -(-len(rows) * n**2 // CHUNK)
+        chunks = -(-len(rows) * n**2 // TOGETHER)
         some = -(-len(rows) // chunks)
         for first in range(0, len(rows), some):
-            pieces = _runs(rows[first : first + some])
-            q = _joined([factors[k][1][part] for k, part in pieces])
-            image = _joined([products.matmul(factors[k][0][part], factors[k][1][part]) for k, part in pieces])
-            p = _joined([factors[k][0][part] for k, part in pieces]) if solver == "eigh" else image
-            made, done = _followed(p, q, image, products, solver), 0
-            for k, part in pieces:
-                fresh[k][part] = made[done : done + part.stop - part.start]
-                done += part.stop - part.start
+            for (k, part), made in _together(factors, _runs(rows[first : first + some]), products, solver):
+                fresh[k][part] = made
     return fresh
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat([*parts])
+def _together(
+    factors: Sequence[tuple[Tensor, Tensor]], pieces: Sequence[tuple[int, slice]], products: Products, solver: str
+) -> Iterator[tuple[tuple[int, slice], Tensor]]:
+    """:func:`refreshed` for rows of several stacks of one size, piece by piece of them."""
+    count, n = sum(part.stop - part.start for _, part in pieces), factors[pieces[0][0]][1].shape[-1]
+    like = factors[pieces[0][0]][1]
+    made, good = like.new_empty(count, n, n), torch.ones(count, dtype=torch.bool, device=like.device)
+    spans, orders, done = [], [], 0
+    for k, part in pieces:
+        spans.append(slice(done, done := done + part.stop - part.start))
+        p, q = (side[part] for side in factors[k])
+        image, order = _image(p, q, products)
+        orders.append(order)
+        if solver == "eigh":
+            made[spans[-1]], good[spans[-1]] = eigenbasis(p), p.isfinite().all(-1).all(-1)
+        else:
+            torch.gather(image, -1, order.unsqueeze(-2).expand_as(q), out=made[spans[-1]])
+        del image
+    if solver == "qr":
+        made, good = orthonormal(made, products)
+    for (k, part), span, order in zip(pieces, spans, orders, strict=True):
+        old = factors[k][1][part]
+        fresh = torch.empty_like(old).scatter_(-1, order.unsqueeze(-2).expand_as(old), made[span])
+        yield (k, part), torch.where(good[span, None, None], fresh, old)
+
+
+def _image(p: Tensor, q: Tensor, products: Products) -> tuple[Tensor, Tensor]:
+    """The shifted image of a basis, and the order of its columns by eigenvalue."""
+    image, info = products.matmul(p, q), torch.finfo(q.dtype)
+    values = (q * image).sum(-2)
+    image.div_(values.amax(-1)[:, None, None].clamp(min=info.tiny)).add_(q, alpha=8 * info.eps)
+    return image, values.argsort(dim=-1, descending=True, stable=True)
 
 
 def _runs(rows: Sequence[tuple[int, int]]) -> list[tuple[int, slice]]:
@@ -188,12 +201,16 @@ def orthonormal(y: Tensor, products: Products = IEEE) -> tuple[Tensor, Tensor]:
     info = torch.finfo(y.dtype)
     y /= y.norm(dim=-2, keepdim=True).clamp(min=info.tiny)
     good = torch.ones_like(y[:, 0, 0], dtype=torch.bool)
+    square = torch.empty_like(y)
+    some = max(1, CHUNK // y.shape[-1] ** 2)
     for _ in range(PASSES):
-        square = products.matmul(y.mT, y)
+        for rows in (slice(i, i + some) for i in range(0, len(y), some)):
+            square[rows] = products.matmul(y[rows].mT, y[rows])
         square.diagonal(dim1=-2, dim2=-1).add_(y.shape[-1] * info.eps)
         inverse, worked = inverse_factor(square)
-        del square  # before the product takes memory
-        y = products.matmul(y, inverse.mT)
+        for rows in (slice(i, i + some) for i in range(0, len(y), some)):
+            y[rows] = products.matmul(y[rows], inverse[rows].mT)
+        del inverse
         y /= y.norm(dim=-2, keepdim=True).clamp(min=info.tiny)
         good &= worked
     return y, good & y.isfinite().all(-1).all(-1)

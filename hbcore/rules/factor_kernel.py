@@ -83,4 +83,4 @@ def inverse(p: Tensor, out: Tensor, good: Tensor) -> None:
     n = p.shape[-1]
     sizes = (n, p.stride(0), p.stride(1), out.stride(0), out.stride(1))
     constants = (HALF, 1) if n > HALF else (max(16, power_of_two(n)), 0)
-    run(inverse_kernel, (len(p), 1, 1), (p, out, good), sizes=sizes, constants=constants)
+    run(inverse_kernel, (len(p), 1, 1), (p, out, good), sizes=sizes, constants=constants, num_warps=8)  # fewer would spill

@@ -33,6 +33,9 @@ EXPONENT = 13
 SCALES = (-101, 63)
 """The range of the scale's exponent: the inverse of two scales is a float32. Matrices below 1e-21 lose bits for it."""
 
+HALVED = 512
+"""The side from which a GPU computes a symmetric product by blocks: on an H200 at 768 it takes four fifths of the time."""
+
 DEPTH = 768
 """How many products of high parts are summed at once, and half as many of a second moment's, which do not cancel. Tensor cores
 drop bits from long sums: an H200 is 4e-6 off at 2,304, and 1.5e-5 in a second moment at 9,216."""
@@ -58,7 +61,14 @@ class Exact:
         return torch.bmm(a, b)
 
     def averaged(self, mean: Tensor, x: Tensor, decay: float) -> Tensor:
-        return torch.baddbmm(mean, x, x.mT, beta=decay, alpha=1 - decay)
+        n = x.shape[1]
+        if not x.is_cuda or n < HALVED:
+            return torch.baddbmm(mean, x, x.mT, beta=decay, alpha=1 - decay)
+        h, new = n // 2, mean.clone()  # three quarters of a symmetric product, and the mirror of one
+        for rows, columns in ((slice(0, h), slice(0, h)), (slice(h, n), slice(0, h)), (slice(h, n), slice(h, n))):
+            new[:, rows, columns].baddbmm_(x[:, rows], x[:, columns].mT, beta=decay, alpha=1 - decay)
+        new[:, :h, h:] = new[:, h:, :h].mT
+        return new
 
 
 class Split:
@@ -129,7 +139,10 @@ def _lengths(k: int, most: int) -> list[int]:
 def _product(a: Tensor, b: Tensor, lengths: Sequence[int]) -> Tensor:
     """``[B, m, k] @ [B, k, n]`` of float16, summed in float32 piece by piece, of these lengths."""
     total: Tensor | None = None
-    for x, y in zip(a.split(lengths, 2), b.split(lengths, 1), strict=True):  # type: ignore[no-untyped-call]
+    first = 0
+    for length in lengths:
+        x, y = a.narrow(2, first, length), b.narrow(1, first, length)
+        first += length
         if not x.is_cuda:
             piece = torch.bmm(x.float(), y.float())
             total = piece if total is None else total.add_(piece)
