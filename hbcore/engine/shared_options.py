@@ -76,7 +76,8 @@ class SharedOptions(Declared):
         default=False, doc="a step in which any gradient holds an inf or a NaN changes nothing; counted in optimizer.report"
     )
     matmul_precision: str | None = option(
-        default=None, doc=f"how matrix rules multiply float32: {', '.join(PRECISIONS)}; None is ieee"
+        default=None,
+        doc=f"how matrix rules multiply float32: {', '.join(PRECISIONS)}; None is split on GPUs for data centers, else ieee",
     )
     consume_grad: bool = option(default=True, doc="step() clears p.grad once it is used")
     multi_tensor: bool = option(

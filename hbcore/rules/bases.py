@@ -128,7 +128,7 @@ def refreshed(p: Tensor, q: Tensor, products: Products = IEEE, solver: str = "qr
 
 def all_refreshed(factors: Sequence[tuple[Tensor, Tensor]], products: Products = IEEE, solver: str = "qr") -> list[Tensor]:
     """:func:`refreshed` for several stacks ``(p, q)``; factors of one size are worked on together, up to :data:`TOGETHER`."""
-    fresh = [torch.empty_like(q) for _, q in factors]
+    fresh: list[Tensor | None] = [None] * len(factors)
     sizes: dict[int, list[tuple[int, int]]] = {}
     for k, (_, q) in enumerate(factors):
         sizes.setdefault(q.shape[-1], []).extend((k, row) for row in range(len(q)))
@@ -137,8 +137,11 @@ def all_refreshed(factors: Sequence[tuple[Tensor, Tensor]], products: Products =
         some = -(-len(rows) // chunks)
         for first in range(0, len(rows), some):
             for (k, part), made in _together(factors, _runs(rows[first : first + some]), products, solver):
-                fresh[k][part] = made
-    return fresh
+                whole = fresh[k]
+                if whole is None:
+                    whole = fresh[k] = torch.empty_like(factors[k][1])
+                whole[part] = made
+    return [q for q in fresh if q is not None]
 
 
 def _together(
@@ -201,13 +204,14 @@ def orthonormal(y: Tensor, products: Products = IEEE) -> tuple[Tensor, Tensor]:
     info = torch.finfo(y.dtype)
     y /= y.norm(dim=-2, keepdim=True).clamp(min=info.tiny)
     good = torch.ones_like(y[:, 0, 0], dtype=torch.bool)
-    square = torch.empty_like(y)
     some = max(1, CHUNK // y.shape[-1] ** 2)
     for _ in range(PASSES):
+        square = torch.empty_like(y)
         for rows in (slice(i, i + some) for i in range(0, len(y), some)):
             square[rows] = products.matmul(y[rows].mT, y[rows])
         square.diagonal(dim1=-2, dim2=-1).add_(y.shape[-1] * info.eps)
         inverse, worked = inverse_factor(square)
+        del square  # memory is short here
         for rows in (slice(i, i + some) for i in range(0, len(y), some)):
             y[rows] = products.matmul(y[rows], inverse[rows].mT)
         del inverse

@@ -33,12 +33,11 @@ EXPONENT = 13
 SCALES = (-101, 63)
 """The range of the scale's exponent: the inverse of two scales is a float32. Matrices below 1e-21 lose bits for it."""
 
-HALVED = 512
-"""The side from which a GPU computes a symmetric product by blocks: on an H200 at 768 it takes four fifths of the time."""
-
 DEPTH = 768
-"""How many products of high parts are summed at once, and half as many of a second moment's, which do not cancel. Tensor cores
-drop bits from long sums: an H200 is 4e-6 off at 2,304, and 1.5e-5 in a second moment at 9,216."""
+"""How many products of high parts are summed at once. Tensor cores drop bits from long sums: an H200 is 4e-6 off at 2,304."""
+
+SQUARES = 512
+"""The same for second moments, whose terms do not cancel: 1.5e-5 off at 9,216."""
 
 SMALL = 4608
 """The same for products with low parts."""
@@ -61,14 +60,7 @@ class Exact:
         return torch.bmm(a, b)
 
     def averaged(self, mean: Tensor, x: Tensor, decay: float) -> Tensor:
-        n = x.shape[1]
-        if not x.is_cuda or n < HALVED:
-            return torch.baddbmm(mean, x, x.mT, beta=decay, alpha=1 - decay)
-        h, new = n // 2, mean.clone()  # three quarters of a symmetric product, and the mirror of one
-        for rows, columns in ((slice(0, h), slice(0, h)), (slice(h, n), slice(0, h)), (slice(h, n), slice(h, n))):
-            new[:, rows, columns].baddbmm_(x[:, rows], x[:, columns].mT, beta=decay, alpha=1 - decay)
-        new[:, :h, h:] = new[:, h:, :h].mT
-        return new
+        return torch.baddbmm(mean, x, x.mT, beta=decay, alpha=1 - decay)
 
 
 class Split:
@@ -96,7 +88,7 @@ class Split:
     def averaged(self, mean: Tensor, x: Tensor, decay: float) -> Tensor:
         if x.dtype != torch.float32:
             return Exact().averaged(mean, x, decay)
-        n, lengths = x.shape[1], _lengths(x.shape[2], DEPTH // 2)
+        n, lengths = x.shape[1], _lengths(x.shape[2], SQUARES)
         # of the other half, the low parts' own product is below float32's precision
         if not (x.is_cuda and has_triton() and x.numel()):
             both, s = parts(x, "hl", 1)

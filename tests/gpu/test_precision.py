@@ -1,0 +1,116 @@
+"""Products at each precision on a CUDA device: what the default rests on (docs/adr/0028)."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+import hbcore
+from hbcore.rules import bases, factor_kernel, products_kernel
+from hbcore.rules.products import IEEE, Exact, Split, parts
+
+pytestmark = pytest.mark.gpu
+EXACT = ("ieee", "split")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+
+
+def off(found, wanted):
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("rows", [64, 768, 2048])
+def test_split_products_are_as_exact_as_float32(rows):
+    x, q = normal(2, rows, 3072) * 0.02, torch.linalg.qr(normal(2, rows, rows, seed=1))[0]
+    for a, b in ((q.mT, x), (x.mT, q), (q, q.mT)):
+        assert off(Split().matmul(a, b), a.double() @ b.double()) < 3 * off(IEEE.matmul(a, b), a.double() @ b.double()) + 1e-6
+    mean = normal(2, rows, rows, seed=2)
+    for y in (x, x.mT[:, :, :rows].mT):
+        wanted = 0.5 * mean.double() + 0.5 * y.double() @ y.double().mT
+        assert off(Split().averaged(mean, y, 0.5), wanted) < 2e-6
+
+
+@pytest.mark.parametrize("shape", [(3, 33, 40), (2, 5, 7), (1, 768, 768)], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-19, 1e18])
+def test_the_kernel_splits_as_torch_does(shape, size):
+    x = normal(*shape) * size
+    for order, dim in (("lhh", 2), ("hlh", 1), ("hl", 1)):
+        found, _, scales = products_kernel.parts(x, x, (order, order), (dim, dim))
+        wanted, scale = parts(x, order, dim)
+        assert torch.equal(found, wanted) and torch.equal(scales, scale.flatten())
+
+
+@pytest.mark.parametrize("n", [5, 16, 64, 65, 100, 128])
+def test_the_kernel_factorizes_as_the_library_does(n):
+    x = normal(4, n, 2 * n)
+    p = x @ x.mT
+    p[1] = torch.eye(n, device="cuda")
+    p[1, n // 2, n // 2] = -1
+    out, good = torch.zeros_like(p), torch.ones(4, dtype=torch.int32, device="cuda")
+    factor_kernel.inverse(p.clone(), out, good)
+    assert good.tolist() == [1, 0, 1, 1]
+    fine = [0, 2, 3]
+    eye = torch.eye(n, dtype=torch.float64, device="cuda")
+    assert float((out[fine].double() @ p[fine].double() @ out[fine].double().mT - eye).abs().max()) < 1e-4
+    assert not out.triu(1).any()
+
+
+@pytest.mark.parametrize("products", [Exact(), Split()], ids=EXACT)
+def test_a_refresh_is_that_of_float64(products):
+    x = normal(3, 300, 600)
+    p, q = x @ x.mT, torch.linalg.qr(normal(3, 300, 300, seed=1))[0]
+    wanted = bases.refreshed(p.double().cpu(), q.double().cpu())
+    found = bases.refreshed(p, q, products)
+    assert float((found.double().cpu() * wanted).sum(-2).abs().min()) > 1 - 1e-3
+
+
+def trained(precision, gradients, steps, **options):
+    """SOAP with these gradients, in or outside autocast; the parameters, and the moves of the last step."""
+    params = [nn.Parameter(torch.zeros_like(g)) for g in gradients(0)]
+    options = {"lr": 1.0, "weight_decay": 0.0, "matmul_precision": precision, **options}
+    optimizer = hbcore.get("SOAP")(params, **options)
+    for step in range(steps):
+        before = [p.detach().clone() for p in params]
+        for p, g in zip(params, gradients(step), strict=True):
+            p.grad = g
+        optimizer.step()
+    return optimizer, params, [p.detach() - b for p, b in zip(params, before, strict=True)]
+
+
+@pytest.mark.parametrize("precision", EXACT)
+@pytest.mark.parametrize("frequency", [1, 10])
+def test_gradients_of_rank_12_move_weights_within_their_rows(precision, frequency):
+    rows = torch.linalg.qr(normal(256, 256))[0][:, :12]
+
+    def gradients(step):
+        return [1e-3 * normal(256, 12, seed=step) @ rows.mT]
+
+    *_, [move] = trained(precision, gradients, 30, precondition_frequency=frequency)
+    outside = move - move @ rows @ rows.mT
+    assert float(outside.square().sum() / move.square().sum()) < 1e-3
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("precision", ["ieee", "split", "tf32"])
+def test_bases_stay_orthogonal_for_a_thousand_steps(precision, autocast):
+    def gradients(step):
+        return [normal(96, 160, seed=step), normal(160, 96, seed=step + 1)]
+
+    with torch.autocast("cuda", dtype=torch.bfloat16) if autocast else nullcontext():
+        optimizer, params, _ = trained(precision, gradients, 1000, lr=1e-3, precondition_frequency=2)
+    for p in params:
+        for i in range(2):
+            q = optimizer.state[p][f"Q_{i}"].double()
+            assert float((q.mT @ q - torch.eye(len(q), dtype=torch.float64, device="cuda")).abs().max()) < 1e-4
+
+
+def test_the_default_is_split_where_tensor_cores_are():
+    optimizer, *_ = trained(None, lambda step: [normal(8, 8, seed=step)], 2)
+    products = optimizer.core.plan.layout.levels[0]._setting.products(torch.device("cuda"))
+    fast = torch.cuda.get_device_capability() in ((8, 0), (9, 0), (10, 0))
+    assert type(products) is (Split if fast else Exact)
