@@ -28,7 +28,8 @@ def off(found, wanted):
 def test_split_products_are_as_exact_as_float32(rows):
     x, q = normal(2, rows, 3072) * 0.02, torch.linalg.qr(normal(2, rows, rows, seed=1))[0]
     for a, b in ((q.mT, x), (x.mT, q), (q, q.mT)):
-        assert off(Split().matmul(a, b), a.double() @ b.double()) < 3 * off(IEEE.matmul(a, b), a.double() @ b.double()) + 1e-6
+        wanted = a.double() @ b.double()
+        assert off(Split().matmul(a, b), wanted) < max(1.5e-6, 3 * off(IEEE.matmul(a, b), wanted))
     mean = normal(2, rows, rows, seed=2)
     for y in (x, x.mT[:, :, :rows].mT):
         wanted = 0.5 * mean.double() + 0.5 * y.double() @ y.double().mT
@@ -85,10 +86,10 @@ def trained(precision, gradients, steps, **options):
 @pytest.mark.parametrize("precision", EXACT)
 @pytest.mark.parametrize("frequency", [1, 10])
 def test_gradients_of_rank_12_move_weights_within_their_rows(precision, frequency):
-    rows = torch.linalg.qr(normal(256, 256))[0][:, :12]
+    rows = torch.linalg.qr(normal(96, 96))[0][:, :12]
 
     def gradients(step):
-        return [1e-3 * normal(256, 12, seed=step) @ rows.mT]
+        return [1e-3 * normal(96, 12, seed=step) @ rows.mT]
 
     *_, [move] = trained(precision, gradients, 30, precondition_frequency=frequency)
     outside = move - move @ rows @ rows.mT
