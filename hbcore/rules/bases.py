@@ -19,7 +19,7 @@ from hbcore.rules.products import IEEE, Products
 Bases = Sequence["Tensor | None"]
 
 PASSES = 3
-"""Passes of :func:`orthonormal`. In float32, at 256 columns, two leave 5e-1 of a basis of gradients of rank 4; three 2e-5."""
+"""Passes of :func:`cholesky_qr`. In float32, at 256 columns, two leave 5e-1 of a basis of gradients of rank 4; three 2e-5."""
 
 BLOCK = 128
 """The size of matrices that a GPU's library factorizes; larger ones are made of them by products."""
@@ -187,19 +187,28 @@ def _runs(rows: Sequence[tuple[int, int]]) -> list[tuple[int, slice]]:
 
 
 def orthonormal(y: Tensor, products: Products = IEEE) -> tuple[Tensor, Tensor]:
-    r"""The orthonormal factor of QR up to signs, by matrix products only: batched, and without synchronising with the host.
-
-    .. math:: R^\top R = Y^\top Y + n \epsilon I \qquad Y \leftarrow Y R^{-1} \quad\text{with its columns normalised}
-
-    Shifted Cholesky QR, Fukaya et al. 2020 (arXiv:1809.11085). ``R`` is triangular, so the span of the first ``j`` columns
-    does not change, however often this is repeated; QR has the same property.
+    """The orthonormal factor of QR up to signs: by the library on a CPU, elsewhere by :func:`cholesky_qr`.
 
     Args:
         y: ``[B, n, n]``, with a condition number up to about 1 / (8 rounding errors); overwritten.
         products: how to multiply.
 
     Returns:
-        The factor, and ``[B]`` booleans: whether every pass succeeded. Failed matrices are undefined.
+        The factor, and ``[B]`` booleans: whether it could be computed. Where it could not it is undefined.
+    """
+    if y.device.type != "cpu":
+        return cholesky_qr(y, products)
+    q: Tensor = torch.linalg.qr(y)[0]
+    return q, q.isfinite().all(-1).all(-1)
+
+
+def cholesky_qr(y: Tensor, products: Products = IEEE) -> tuple[Tensor, Tensor]:
+    r""":func:`orthonormal` by matrix products only: batched, and without synchronising with the host.
+
+    .. math:: R^\top R = Y^\top Y + n \epsilon I \qquad Y \leftarrow Y R^{-1} \quad\text{with its columns normalised}
+
+    Shifted Cholesky QR, Fukaya et al. 2020 (arXiv:1809.11085). ``R`` is triangular, so the span of the first ``j`` columns
+    does not change, however often this is repeated; QR has the same property.
     """
     info = torch.finfo(y.dtype)
     y /= y.norm(dim=-2, keepdim=True).clamp(min=info.tiny)

@@ -111,7 +111,14 @@ def test_float64_takes_over_where_the_solver_fails(monkeypatch):
     assert q.dtype == torch.float32 and defect(q) < 1e-6
 
 
-def test_a_refresh_is_qr_of_the_sorted_image():
+@pytest.fixture(params=["library", "products"])
+def way(request, monkeypatch):
+    """As on a CPU, and as on a GPU."""
+    if request.param == "products":
+        monkeypatch.setattr(basis, "orthonormal", basis.cholesky_qr)
+
+
+def test_a_refresh_is_qr_of_the_sorted_image(way):
     p, q = spectrum([5, 4, 3, 2, 1]), orthogonal(1, 5, 5, seed=7)
     fresh = basis.refreshed(p, q)
     order = (q.mT @ p @ q)[0].diagonal().argsort(descending=True)
@@ -123,7 +130,7 @@ def test_a_refresh_is_qr_of_the_sorted_image():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_refreshes_find_the_eigenvectors(dtype):
+def test_refreshes_find_the_eigenvectors(dtype, way):
     p, q = spectrum([16, 8, 4, 2, 1], dtype=dtype), orthogonal(1, 5, 5, seed=7, dtype=dtype)
     for _ in range(60):  # each halves what the columns have of their neighbours: 16 / 2**60 is far below rounding
         q = basis.refreshed(p, q)
@@ -147,7 +154,7 @@ SPECTRA = {
 @pytest.mark.parametrize("start", ["random", "eigenvectors"])
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_refreshed_basis_is_orthonormal_whatever_the_spectrum(dtype, name, start):
+def test_a_refreshed_basis_is_orthonormal_whatever_the_spectrum(dtype, name, start, way):
     p = spectrum(SPECTRA[name], dtype=dtype)
     q = orthogonal(1, 96, 96, seed=5, dtype=dtype) if start == "random" else basis.eigenbasis(p)
     fresh = basis.refreshed(p, q)
@@ -156,7 +163,7 @@ def test_a_refreshed_basis_is_orthonormal_whatever_the_spectrum(dtype, name, sta
     assert defect(fresh) < near
 
 
-def test_directions_that_the_gradients_never_showed_stay_about_where_they_are():
+def test_directions_that_the_gradients_never_showed_stay_about_where_they_are(way):
     q = basis.eigenbasis(spectrum([4, 3, 2, 1, 0.5, 0.2]))
     p = (q[:, :, :2] * torch.tensor([3.0, 1.0], dtype=torch.float64)) @ q[:, :, :2].mT
     fresh = basis.refreshed(p, q)
@@ -164,7 +171,7 @@ def test_directions_that_the_gradients_never_showed_stay_about_where_they_are():
     assert torch.allclose(moved, torch.eye(6, dtype=torch.float64)[None], atol=0.1)
 
 
-def test_steep_spectra_converge_as_fast_as_with_qr():
+def test_steep_spectra_converge_as_fast_as_with_qr(way):
     """A shift that is not tiny would hold back the small eigenvalues."""
     p, q = spectrum([10.0**-i for i in range(7)]), orthogonal(1, 7, 7, seed=3)
     plain = q
@@ -175,7 +182,7 @@ def test_steep_spectra_converge_as_fast_as_with_qr():
     assert torch.allclose((q.mT @ plain).abs(), torch.eye(7, dtype=torch.float64)[None], atol=1e-7)
 
 
-def test_a_matrix_that_is_not_finite_keeps_its_basis():
+def test_a_matrix_that_is_not_finite_keeps_its_basis(way):
     q = orthogonal(2, 4, 4)
     p = spectrum([4, 3, 2, 1]).repeat(2, 1, 1)
     alone = basis.refreshed(p[1:], q[1:])
