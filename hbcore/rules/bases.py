@@ -133,12 +133,12 @@ def refreshed(p: Tensor, q: Tensor, products: Products = IEEE, solver: str = "qr
 
 
 def all_refreshed(factors: Sequence[tuple[Tensor, Tensor]], products: Products = IEEE, solver: str = "qr") -> list[Tensor]:
-    """:func:`refreshed` for several stacks ``(p, q)``; factors of one size are worked on together, :data:`CHUNK` at a time."""
+    """:func:`refreshed` for several stacks ``(p, q)``: those of one size and dtype together, :data:`CHUNK` elements at once."""
     fresh = [torch.empty_like(q) for _, q in factors]
-    sizes: dict[int, list[tuple[int, int]]] = {}
+    alike: dict[tuple[int, torch.dtype], list[tuple[int, int]]] = {}
     for k, (_, q) in enumerate(factors):
-        sizes.setdefault(q.shape[-1], []).extend((k, row) for row in range(len(q)))
-    for n, rows in sizes.items():
+        alike.setdefault((q.shape[-1], q.dtype), []).extend((k, row) for row in range(len(q)))
+    for (n, _), rows in alike.items():
         some = max(1, CHUNK // n**2)
         for first in range(0, len(rows), some):
             pieces = _runs(rows[first : first + some])

@@ -7,7 +7,7 @@ r"""Products of float32 matrices at a chosen precision, for rules of :attr:`Doma
 ============  =====================================================================================================
 
 A factor is :math:`x = (x_1 + x_2) / s` with float16 :math:`x_1` and :math:`x_2` and a power of two ``s`` for each matrix, which
-leaves an error of :math:`2^{-22}` of an element and :math:`2^{-38}` of the largest. A product of two needs three of float16,
+leaves an error of :math:`2^{-22}` of an element and :math:`2^{-37}` of the largest. A product of two needs three of float16,
 
 .. math:: s\,r\,X Y = X_1 Y_1 + X_1 Y_2 + X_2 Y_1 + O(2^{-22}),
 
@@ -85,7 +85,7 @@ def parts(x: Tensor, order: str, dim: int) -> tuple[Tensor, Tensor]:
         dim: 1 or 2.
     """
     largest = torch.linalg.vector_norm(x, float("inf"), dim=(1, 2), keepdim=True)
-    exponent = (EXPONENT - torch.frexp(largest)[1]).clamp(max=120)  # of nothing but denormals, or zeros
+    exponent = (EXPONENT - torch.frexp(largest)[1]).clamp(max=126)  # float32's; even denormals are multiples of 2^-24 then
     scale = torch.ldexp(torch.ones_like(largest), exponent)
     if not x.is_contiguous() and x.mT.is_contiguous():
         return _laid_out(x.mT, scale, order, 3 - dim).mT, scale

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -36,7 +38,7 @@ def laid_out(x: Tensor, scale: Tensor, order: str, dim: int) -> Tensor:
     out = torch.empty(shape, dtype=torch.float16, device=x.device)
     numel = rows * columns
     if count and numel:
-        with torch.cuda.device(x.device):
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # the interpreter takes tensors of the host
             split_kernel[(-(-numel // BLOCK), count)](
                 x, out, scale, numel, columns if dim == 2 else numel, copies, low, BLOCK, num_warps=8
             )
