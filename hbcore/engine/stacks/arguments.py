@@ -149,7 +149,7 @@ class Arguments:
                 segment = self._segment(inner, u, state if s is watched else s)
                 if segment is not None:
                     return self._compiled(segment, u)
-            with naming(inner):
+            with purity.within(inner, u), naming(inner):
                 return checked(inner, inner.update(u, s, context), u, s, whole=False)
 
         return update, watched, context._replace(apply=apply)
