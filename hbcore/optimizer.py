@@ -284,6 +284,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         settings, defaults, hyper = rest.pop("_structure")
         newer = {k: v for k, v in entries(self).items() if k not in defaults}
         chain = ChainSpec(type(self).chain, settings, {**defaults, **newer}, hyper)
+        rest["defaults"] = {**newer, **rest["defaults"]}
         core = self.core = OptimizerCore(type(self).__name__, chain, self.sparse_gradients)
         core.state, core.groups = StateMap(rest.pop("state")), [{**newer, **g} for g in rest.pop("param_groups")]
         core.group_scalars, core.modes.training = rest.pop("_progress"), rest.pop("_training", True)

@@ -31,32 +31,42 @@ def autocast_off() -> Iterator[None]:
 def products_as(precision: str | None) -> Iterator[None]:
     """Products of float32 matrices in TF32 if ``precision`` is ``"tf32"``, and otherwise in float32, whatever the model asked
     torch for: TF32 would spoil a basis."""
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch 2.9's fp32_precision was set, and the two do not mix
-        with _fp32_precision("tf32" if precision == "tf32" else "ieee"):
-            yield
-        return
-    wanted = "high" if precision == "tf32" else "highest"
+    before, wanted = _legacy(), "high" if precision == "tf32" else "highest"
     if before == wanted:
         yield
         return
-    torch.set_float32_matmul_precision(wanted)
+    kept = [(setting, _own(setting)) for setting in _settings()]
     try:
+        if before is not None:
+            torch.set_float32_matmul_precision(wanted)
+        for setting, _ in kept if before is None else ():
+            setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if before is not None:
+            torch.set_float32_matmul_precision(before)
+        for setting, own in kept:  # the legacy setting would leave other values here than it found
+            setting.fp32_precision = own
 
 
-@contextmanager
-def _fp32_precision(wanted: str) -> Iterator[None]:
-    """The same in terms of ``fp32_precision``."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
+def _legacy() -> str | None:
+    """torch's older setting; None where torch 2.9's ``fp32_precision`` was set, since the two do not mix."""
     try:
-        for backend in backends:
-            backend.fp32_precision = wanted
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _settings() -> list[Any]:
+    """What has an ``fp32_precision`` for matrix products; nothing before torch 2.9."""
+    backends = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    return [backend for backend in backends if hasattr(backend, "fp32_precision")]
+
+
+def _own(setting: Any) -> str:
+    """The value of an ``fp32_precision``; ``"none"`` if it follows ``torch.backends``, as it shall go on doing."""
+    value: str = setting.fp32_precision
+    setting.fp32_precision = "none"
+    inherited = setting.fp32_precision == value
+    setting.fp32_precision = value
+    return "none" if inherited else value

@@ -127,21 +127,21 @@ def refreshed(p: Tensor, q: Tensor, products: Products = IEEE, solver: str = "qr
 
 
 def all_refreshed(factors: Sequence[tuple[Tensor, Tensor]], products: Products = IEEE, solver: str = "qr") -> list[Tensor]:
-    """:func:`refreshed` for several stacks ``(p, q)``; factors of one size are worked on together, up to :data:`TOGETHER`."""
+    """:func:`refreshed` for several stacks ``(p, q)``: those of one size and dtype at once, up to :data:`TOGETHER`."""
     fresh: list[Tensor | None] = [None] * len(factors)
-    sizes: dict[int, list[tuple[int, int]]] = {}
+    alike: dict[tuple[int, torch.dtype], list[tuple[int, int]]] = {}
     for k, (_, q) in enumerate(factors):
-        sizes.setdefault(q.shape[-1], []).extend((k, row) for row in range(len(q)))
-    for n, rows in sizes.items():
-        chunks = -(-len(rows) * n**2 // TOGETHER)
-        some = -(-len(rows) // chunks)
+        alike.setdefault((q.shape[-1], q.dtype), []).extend((k, row) for row in range(len(q)))
+    for (n, _), rows in alike.items():
+        some = max(1, TOGETHER // n**2)
+        some = -(-len(rows) // -(-len(rows) // some))  # as many chunks, of equal length
         for first in range(0, len(rows), some):
             for (k, part), made in _together(factors, _runs(rows[first : first + some]), products, solver):
                 whole = fresh[k]
                 if whole is None:
                     whole = fresh[k] = torch.empty_like(factors[k][1])
                 whole[part] = made
-    return [q for q in fresh if q is not None]
+    return [torch.empty_like(q) if made is None else made for made, (_, q) in zip(fresh, factors, strict=True)]
 
 
 def _together(

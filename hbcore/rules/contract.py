@@ -118,9 +118,9 @@ class Slots(dict[str, Tensor]):
         raise RuleError(unknown_slot(self._rule, name, self, "reads"))
 
 
-def unknown_slot(t: Transform, name: str, known: Mapping[str, Any], does: str) -> str:
-    """The message for a slot that a rule ``does`` ("reads", "returned") without having it."""
-    return f"{title(t)} {does} {name!r}, which is not one of its slots {sorted(known)}; declare it in slots(param)."
+def unknown_slot(t: Transform, name: str, known: Mapping[str, Any], does: str, method: str = "update") -> str:
+    """The message for a slot that a rule's method ``does`` ("reads", "returned") without having it."""
+    return f"{title(t, method)} {does} {name!r}, which is not one of its slots {sorted(known)}; declare it in slots(param)."
 
 
 def pair(t: Transform, returned: Any) -> tuple[Any, Any]:
@@ -166,7 +166,7 @@ def check_state(t: Transform, new: Any, state: Mapping[str, Tensor], whole: bool
         raise RuleError(f"{title(t, method)} returned {kind(new)} for its slots; return a dict of their new values by name.")
     for name, value in new.items():
         if name not in state:
-            raise RuleError(unknown_slot(t, name, state, "returned"))
+            raise RuleError(unknown_slot(t, name, state, "returned", method))
         if not isinstance(value, Tensor):
             raise RuleError(f"{title(t, method)} returned {kind(value)} for the slot {name!r}; return a tensor.")
         if value.is_complex() and not state[name].is_complex():

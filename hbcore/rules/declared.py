@@ -10,7 +10,8 @@ from hbcore.errors import RuleError
 from hbcore.rules.domain import ORDER, Domain
 
 METHODS = (
-    "hypers", "slots", "joins", "scalars", "rate", "blocks", "working_dtype", "prime", "update", "update_stacks", "swap",
+    "hypers", "slots", "joins", "scalars", "rate", "blocks", "working_dtype", "prime", "update", "update_stacks", "refresh",
+    "swap",
 )  # fmt: skip
 """The methods of the protocol. A dataclass field of such a name would replace one."""
 
@@ -21,6 +22,7 @@ ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stage": (lambda v: isinstance(v, str) and v in ORDER, f"one of {', '.join(map(repr, ORDER))}"),
     "owns_apply": (lambda v: isinstance(v, bool), "True or False"),
     "primes": (lambda v: isinstance(v, bool), "True or False"),
+    "staggers": (lambda v: isinstance(v, bool), "True or False"),
     "draws": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0, "a whole number, at least 0"),
     "needs": (lambda v: isinstance(v, (set, frozenset)) and v <= {"param", "grad"}, "a subset of {'param', 'grad'}"),
 }

@@ -7,7 +7,7 @@ r"""Products of float32 matrices at a chosen precision, for rules of :attr:`Doma
 ============  =====================================================================================================
 
 A factor is :math:`x = (x_1 + x_2) / s` with float16 :math:`x_1` and :math:`x_2` and a power of two ``s`` for each matrix, which
-leaves an error of :math:`2^{-22}` of an element and :math:`2^{-38}` of the largest. A product of two needs three of float16,
+leaves an error of :math:`2^{-22}` of an element and :math:`2^{-37}` of the largest. A product of two needs three of float16,
 
 .. math:: s\,r\,X Y = X_1 Y_1 + X_1 Y_2 + X_2 Y_1 + O(2^{-22}),
 
@@ -27,11 +27,9 @@ from hbcore.rules.launching import has_triton
 PRECISIONS = ("ieee", "split", "tf32")
 """What ``matmul_precision`` may be."""
 
-EXPONENT = 13
-"""The largest element of a scaled matrix is below two to this power: float16 reaches 2^16, and its smallest step is 2^-24."""
-
-SCALES = (-101, 63)
-"""The range of the scale's exponent: the inverse of two scales is a float32. Matrices below 1e-21 lose bits for it."""
+EXPONENTS = (13, -126, 126)
+"""The largest element of a scaled matrix is below two to the first: float16 reaches 2^16, and its smallest step is 2^-24. The
+scale's own exponent has float32's range; even denormals are multiples of 2^-24 at the largest."""
 
 DEPTH = 768
 """How many products of high parts are summed at once. Tensor cores drop bits from long sums: an H200 is 4e-6 off at 2,304."""
@@ -77,11 +75,11 @@ class Split:
         lengths = [*small, *_lengths(k, DEPTH)]
         if not (a.is_cuda and has_triton() and a.numel() and b.numel()):
             (x, s), (y, r) = parts(a, "lhh", 2), parts(b, "hlh", 1)
-            return _product(x, y, lengths).mul_(1 / s / r)
+            return _product(x, y, lengths).mul_(1 / (s.double() * r.double()))  # perhaps outside float32's range
         from hbcore.rules import products_kernel  # Triton is slow to import, and not everywhere
 
         (a, turned_a), (b, turned_b) = _in_memory_order(a), _in_memory_order(b)
-        x, y, scales = products_kernel.parts(a, b, ("lhh", "hlh"), (1 if turned_a else 2, 2 if turned_b else 1))
+        x, y, scales = products_kernel.parts(a, b, ("lhh", "hlh"), (1 if turned_a else 2, 2 if turned_b else 1), EXPONENTS)
         product = _product(x.mT if turned_a else x, y.mT if turned_b else y, lengths)
         return products_kernel.unscale(product, scales)
 
@@ -94,11 +92,11 @@ class Split:
             both, s = parts(x, "hl", 1)
             total = _product(both[:, :n], both.mT, lengths)
             total = total[:, :, :n] + total[:, :, n:] + total[:, :, n:].mT
-            return (mean * decay).add_(total.mul_((1 - decay) / s / s))
+            return (mean * decay).add_(total.mul_(1 / s).mul_((1 - decay) / s))
         from hbcore.rules import products_kernel
 
         x, turned = _in_memory_order(x)
-        both, _, scales = products_kernel.parts(x, x, ("hl", "hl"), (2 if turned else 1,) * 2)
+        both, _, scales = products_kernel.parts(x, x, ("hl", "hl"), (2 if turned else 1,) * 2, EXPONENTS)
         both = both.mT if turned else both
         return products_kernel.combined(mean, _product(both[:, :n], both.mT, lengths), scales, decay)
 
@@ -115,7 +113,8 @@ def parts(x: Tensor, order: str, dim: int) -> tuple[Tensor, Tensor]:
         dim: 1 or 2.
     """
     largest = torch.linalg.vector_norm(x, float("inf"), dim=(1, 2), keepdim=True)
-    exponent = (EXPONENT - torch.frexp(largest)[1]).clamp(*SCALES)
+    top, *limits = EXPONENTS
+    exponent = (top - torch.frexp(largest)[1]).clamp(*limits)
     scale = torch.ldexp(torch.ones_like(largest), exponent)
     scaled = x * scale
     high = scaled.half()

@@ -85,12 +85,19 @@ def split_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def unscale_kernel(total, scales, numel, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Divide a product by the scales of its factors, ``scales[item]`` and ``scales[count + item]``, in place."""
+    """Divide a product by the scales of its factors, ``scales[item]`` and ``scales[count + item]``, in place.
+
+    By two powers of two, of half the exponent each: the scales' product may be outside float32's range.
+    """
     item = tl.program_id(1).to(tl.int64)
-    factor = (1 / tl.load(scales + item)) * (1 / tl.load(scales + count + item))
+    first = (tl.load(scales + item).to(tl.int32, bitcast=True) >> 23) - 127
+    second = (tl.load(scales + count + item).to(tl.int32, bitcast=True) >> 23) - 127
+    half = (-first - second) >> 1
+    one = ((half + 127) << 23).to(tl.float32, bitcast=True)
+    other = ((-first - second - half + 127) << 23).to(tl.float32, bitcast=True)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
-    tl.store(total + item * numel + at, tl.load(total + item * numel + at, mask=inside) * factor, mask=inside)
+    tl.store(total + item * numel + at, tl.load(total + item * numel + at, mask=inside) * one * other, mask=inside)
 
 
 @triton.jit
@@ -113,15 +120,16 @@ def combine_kernel(mean, total, scales, out, decay, n, TILE: tl.constexpr):  # t
     tl.store(out + at, new, mask=inside)
 
 
-def parts(a: Tensor, b: Tensor, orders: tuple[str, str], dims: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def parts(
+    a: Tensor, b: Tensor, orders: tuple[str, str], dims: tuple[int, int], exponents: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The parts of two stacks of as many matrices, see :func:`hbcore.rules.products.parts`, and both scales in a row.
 
     Args:
         a, b: contiguous; the same tensor if one is to be split alone, whose parts are returned twice.
         orders, dims: of each.
+        exponents: see :data:`hbcore.rules.products.EXPONENTS`.
     """
-    from hbcore.rules.products import EXPONENT, SCALES
-
     both = (a,) if a is b else (a, b)
     outs, runs, lows, numels = [], [], [], []
     for x, order, dim in zip(both, orders, dims, strict=False):
@@ -138,7 +146,7 @@ def parts(a: Tensor, b: Tensor, orders: tuple[str, str], dims: tuple[int, int]) 
     sizes = (numels[0], pieces(numels[0], PIECES), numels[-1], pieces(numels[-1], PIECES), count)
     run(largest_kernel, (PIECES, items, 1), (a, b, largest), sizes=sizes, constants=(PIECES, BLOCK), num_warps=8)
     sizes = (numels[0], runs[0], numels[-1], runs[-1], count)
-    constants = (PIECES, copies, lows[0], lows[-1], EXPONENT, *SCALES, BLOCK)
+    constants = (PIECES, copies, lows[0], lows[-1], *exponents, BLOCK)
     tensors = (a, b, outs[0], outs[-1], largest, scales)
     run(split_kernel, (pieces(max(numels), BLOCK), items, 1), tensors, sizes=sizes, constants=constants, num_warps=8)
     return outs[0], outs[-1], scales

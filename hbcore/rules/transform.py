@@ -258,7 +258,8 @@ class Transform:
         A rule that can do its expensive part without the update does it here: the state is what ``update`` left, the matrices
         of all stacks are at hand at once, and where it :attr:`staggers`, they are the rows whose turn it is. As with
         :meth:`update_stacks`, each result is written before the next is requested; slots that are not in it keep their values.
-        Once every stack is updated, this is called for all of them. ``c.param`` and ``c.grad`` are not available.
+        Once every stack is updated, this is called for all of them. ``c.param``, ``c.grad`` and ``c.apply`` are not available,
+        nor is what a group carries: :meth:`update` returns that.
         """
         raise NotImplementedError(f"{type(self).__name__} has no refresh of its own")
 

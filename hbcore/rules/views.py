@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate, combinations, product
+from itertools import accumulate, product
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -125,11 +126,17 @@ def covers(blocks: Sequence[Block], shape: Sequence[int]) -> bool:
         and all(r.start >= 0 and r.stop <= n for r, n in zip(some, whole, strict=True))
         for b, some in zip(blocks, sides, strict=True)
     )  # fmt: skip
-    apart = inside and all(
-        any(r.stop <= q.start or q.stop <= r.start for r, q in zip(one, other, strict=True))
-        for one, other in combinations(sides, 2)
-    )
-    return apart and math.prod(whole) == math.prod(shape) == sum(b.numel for b in blocks)
+    return inside and math.prod(whole) == math.prod(shape) and _tile(sides, whole)
+
+
+def _tile(boxes: Sequence[Sequence[range]], whole: Sequence[int]) -> bool:
+    """Whether boxes cover ``whole`` once: counted on the grid of all their edges, which has a cell for each box of a grid."""
+    edges = [sorted({0, n, *(e for box in boxes for e in (box[d].start, box[d].stop))}) for d, n in enumerate(whole)]
+    places = [{edge: i for i, edge in enumerate(along)} for along in edges]
+    count = torch.zeros([len(along) - 1 for along in edges], dtype=torch.int32, device="cpu")
+    for box in boxes:
+        count[tuple(slice(place[r.start], place[r.stop]) for place, r in zip(places, box, strict=True))] += 1
+    return bool((count == 1).all())
 
 
 def merged(shape: Sequence[int], merge_dims: bool | int) -> tuple[int, ...]:

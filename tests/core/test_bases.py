@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from hbcore.rules import bases as basis
+from hbcore.rules.products import IEEE, Split
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -190,3 +192,119 @@ def test_a_matrix_that_is_not_finite_keeps_its_basis(way):
     fresh = basis.refreshed(p, q)
     assert torch.equal(fresh[0], q[0])
     assert torch.allclose(fresh[1:], alone, atol=1e-14)
+
+
+def definite(n, count=2, seed=0, dtype=torch.float64):
+    x = normal(count, n, 2 * n, seed=seed)
+    return (x @ x.mT / (2 * n) + 0.1 * torch.eye(n, dtype=torch.float64)).to(dtype)
+
+
+HALVED = [(128, 127), (128, 128), (128, 129), (128, 300), *((8, n) for n in (1, 7, 8, 9, 16, 17, 24, 25, 31, 65))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("block", "n"), HALVED)
+def test_the_inverse_of_a_factor_is_made_of_those_of_its_halves(monkeypatch, block, n, dtype):
+    monkeypatch.setattr(basis, "BLOCK", block)
+    p = definite(n, dtype=dtype)
+    wanted = np.linalg.inv(np.linalg.cholesky(p.double().numpy()))
+    found, worked = basis.inverse_factor(p.tril() + 1e9 * torch.ones_like(p).triu(1))  # one half is read
+    assert found.dtype == dtype and worked.tolist() == [True, True]
+    assert torch.equal(found, found.tril())
+    near = 1e-12 if dtype == torch.float64 else 1e-5
+    assert np.abs(found.double().numpy() - wanted).max() < near * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("value", [-5.0, float("nan")])
+@pytest.mark.parametrize("place", [0, 4, 10, 18, 24])
+def test_a_matrix_that_has_no_factor_is_flagged_and_no_other(monkeypatch, place, value):
+    monkeypatch.setattr(basis, "BLOCK", 8)
+    p = definite(25, count=3)
+    alone, _ = basis.inverse_factor(p[[0, 2]].clone())
+    p[1, place, place] = value
+    found, worked = basis.inverse_factor(p)
+    assert worked.tolist() == [True, False, True]
+    assert torch.allclose(found[[0, 2]], alone, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bases_above_the_size_that_is_factorized_at_once_are_orthonormal(dtype):
+    q, good = basis.cholesky_qr(definite(200, dtype=dtype))
+    assert good.all() and defect(q) < (1e-13 if dtype == torch.float64 else 1e-5)
+
+
+FACTORS = {
+    "one stack": [(5, 4)],
+    "several of a size": [(2, 4), (3, 4), (1, 4)],
+    "several sizes": [(3, 4), (2, 6), (4, 4), (1, 2), (2, 6), (1, 1)],
+    "an empty one": [(0, 4), (2, 4)],
+}
+
+
+def factors(counts, dtype=torch.float64):
+    seeded = [(count, n, 9 + k, dtype) for k, (count, n) in enumerate(counts)]
+    return [
+        (definite(n, count, seed, dtype), orthogonal(count, n, n, seed=seed, dtype=dtype)) for count, n, seed, dtype in seeded
+    ]
+
+
+@pytest.mark.parametrize("solver", ["qr", "eigh"])
+@pytest.mark.parametrize("chunk", [1, 16, 40, 2**24])
+@pytest.mark.parametrize("name", FACTORS)
+def test_refreshing_all_is_refreshing_each(monkeypatch, name, chunk, solver):
+    given, heard, orthonormal = factors(FACTORS[name]), [], basis.orthonormal
+    wanted = [
+        torch.cat([basis.refreshed(p[i : i + 1], q[i : i + 1], IEEE, solver) for i in range(len(p))] or [q]) for p, q in given
+    ]
+
+    def told(y, products):
+        heard.append(y.shape)
+        return orthonormal(y, products)
+
+    monkeypatch.setattr(basis, "orthonormal", told)
+    monkeypatch.setattr(basis, "TOGETHER", chunk)
+    found = basis.all_refreshed(given, IEEE, solver)
+    assert [q.shape for q in found] == [q.shape for _, q in given]
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, wanted, strict=True))
+    assert all(count == 1 or count * n * n <= chunk for count, n, _ in heard)
+    for n in {n for _, n in FACTORS[name]} if solver == "qr" else ():
+        rows = sum(count for count, m in FACTORS[name] if m == n)
+        assert sum(count for count, m, _ in heard if m == n) == rows
+        assert sum(m == n for _, m, _ in heard) <= -(-rows // max(1, chunk // n**2))
+
+
+def test_factors_of_two_dtypes_are_not_worked_on_together():
+    counts = [(2, 5), (3, 5)]
+    single, double = factors(counts, torch.float32), factors(counts)
+    found = basis.all_refreshed([single[0], double[1], double[0], single[1]])
+    wanted = basis.all_refreshed(single) + basis.all_refreshed(double)
+    for i, j in ((0, 0), (3, 1), (2, 2), (1, 3)):
+        assert found[i].dtype == wanted[j].dtype
+        torch.testing.assert_close(found[i], wanted[j])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_that_is_not_finite_keeps_its_basis_among_all(value):
+    given = factors([(2, 4), (2, 4)])
+    usual = basis.all_refreshed(given)
+    given[1][0][0, 1, 1] = value
+    found = basis.all_refreshed(given)
+    assert torch.equal(found[1][0], given[1][1][0])
+    assert torch.allclose(found[0], usual[0], atol=1e-13) and torch.allclose(found[1][1], usual[1][1], atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_exact_solver_gives_eigenvectors_and_leaves_each_in_its_column(dtype):
+    p = spectrum([9, 7, 4, 2, 1], dtype=dtype)
+    exact, places = basis.eigenbasis(p), torch.tensor([3, 0, 4, 2, 1])
+    near = torch.linalg.qr(exact[:, :, places].double() + 0.05 * normal(1, 5, 5, seed=3))[0].to(dtype)
+    found = basis.refreshed(p, near, solver="eigh")
+    alike = (found.mT @ exact).abs()
+    assert torch.allclose(alike, torch.eye(5, dtype=dtype)[places][None], atol=1e-5)
+    assert torch.equal(basis.refreshed(p / 0.0, near, solver="eigh"), near)
+
+
+def test_products_are_made_as_asked():
+    p, q = spectrum(SPECTRA["half-rank"], dtype=torch.float32), orthogonal(1, 96, 96, seed=5, dtype=torch.float32)
+    usual, split, [both] = basis.refreshed(p, q), basis.refreshed(p, q, Split()), basis.all_refreshed([(p, q)], Split())
+    assert torch.equal(split, both) and not torch.equal(usual, split) and defect(split) < 1e-4

@@ -11,7 +11,7 @@ import hbcore
 from hb_adam import AdamW
 from hb_adam.lion import ScaleByLion
 from hb_muon.rules import Orthogonalize
-from hb_soap.soap import PreconditionBySOAP
+from hb_soap import PreconditionBySOAP
 from hbcore import Parallel, RuleError, graft
 from hbcore.api import Optimizer, Route, ScaleByAdam, is_matrix
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from core.rules import rule
+
+from hbcore.api import Optimizer
 
 FIXTURES = sorted((Path(__file__).parent.parent / "fixtures" / "pickles").glob("*.pt"))
 
@@ -25,3 +28,45 @@ def test_an_optimizer_pickled_by_0_1_0_trains_on(path):
         optimizer.step()
     for p, after in zip(model.parameters(), saved["after"], strict=True):
         torch.testing.assert_close(p.detach(), after, rtol=1e-8, atol=1e-10)
+
+
+class Growing(Optimizer):
+    """What was pickled: a class that declares less than it does now."""
+
+    lr: float = 0.1
+
+
+class Grown(Optimizer):
+    """The same class in a newer version, with entries that decide on the step."""
+
+    lr: float = 0.1
+    beta: float | None = None
+    shares: tuple[float, float] = (0.25, 0.5)
+
+    def normalise(self, h):
+        return {**h, "beta": 0.5 if h["beta"] is None else h["beta"]}
+
+    @staticmethod
+    def chain(h):
+        return (rule(lambda self, u, s, c: (u * self.beta * h.shares[1], {"m": u}))(h.beta),)
+
+
+Growing.chain = staticmethod(lambda h: (rule()(0.5),))
+
+
+def test_entries_that_a_class_did_not_have_when_it_was_pickled_have_their_defaults(monkeypatch):
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
+    old = Growing([{"params": params[:1]}, {"params": params[1:], "lr": 0.5, "beta": 1.0}], compile="eager")
+    pickled = pickle.dumps(old)
+    monkeypatch.setitem(globals(), "Growing", Grown)
+    new = pickle.loads(pickled)
+    assert type(new) is Grown
+    assert [(g["lr"], g["beta"], g["shares"]) for g in new.param_groups] == [(0.1, 0.5, (0.25, 0.5)), (0.5, 1.0, (0.25, 0.5))]
+    new.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    for group in new.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    new.step()
+    assert [float(g["params"][0][0]) for g in new.param_groups] == pytest.approx([1 - 0.025, 1 - 0.25, 1 - 0.025])
+    again = pickle.loads(pickle.dumps(new))
+    assert [g["beta"] for g in again.param_groups] == [0.5, 1.0, 0.5]

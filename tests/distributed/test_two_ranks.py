@@ -17,6 +17,8 @@ CASES = {
     "SGD": ("SGD", {"mars": True}),
     "Muon": ("Muon", {"ns_dtype": "float32", "update_clipping": "global_rmsnorm_clip"}),
     "SOAP": ("SOAP", {"precondition_frequency": 2}),
+    "SOAP-regions": ("SOAP", {"split": True, "max_precond_dim": 16, "ecc": "bf16+8"}),
+    "SOAP-staggered": ("SOAP", {"stagger": True, "precondition_frequency": 3}),
     "PSGDKron": ("PSGDKron", {}),
     "SFAdamW": ("SFAdamW", {"weight_decay": 0.1}),
     "MSAMLaProp": ("MSAMLaProp", {"sam_step_size": 1.0, "weight_decay": 0.1}),
@@ -59,7 +61,10 @@ def test_groups_on_two_ranks_follow_one_process(case):
         assert distance([result[k] for k in alone], list(alone.values())) < 1e-6
 
 
-RESUMED = ("AdamW-ecc", "SOAP", "PSGDKron", "SFAdamW", "TwoMatrixRules", "LDoG", "DoG", "rows", "draws", "draws-ecc")
+RESUMED = (
+    "AdamW-ecc", "SOAP", "SOAP-regions", "SOAP-staggered", "PSGDKron", "SFAdamW", "TwoMatrixRules", "LDoG", "DoG", "rows",
+    "draws", "draws-ecc",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", RESUMED)

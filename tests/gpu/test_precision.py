@@ -10,7 +10,7 @@ from torch import nn
 
 import hbcore
 from hbcore.rules import bases, factor_kernel, products_kernel
-from hbcore.rules.products import IEEE, Exact, Split, parts
+from hbcore.rules.products import EXPONENTS, IEEE, Exact, Split, parts
 
 pytestmark = pytest.mark.gpu
 EXACT = ("ieee", "split")
@@ -41,7 +41,7 @@ def test_split_products_are_as_exact_as_float32(rows):
 def test_the_kernel_splits_as_torch_does(shape, size):
     x = normal(*shape) * size
     for order, dim in (("lhh", 2), ("hlh", 1), ("hl", 1)):
-        found, _, scales = products_kernel.parts(x, x, (order, order), (dim, dim))
+        found, _, scales = products_kernel.parts(x, x, (order, order), (dim, dim), EXPONENTS)
         wanted, scale = parts(x, order, dim)
         assert torch.equal(found, wanted) and torch.equal(scales, scale.flatten())
 

@@ -30,7 +30,7 @@ class Purity(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def give(self, t: Transform, tensors: Iterable[Any]) -> None:
         """From here on ``t`` runs, which is given ``tensors``."""
-        self._title = f"rule {t.name!r} ({type(t).__name__})"
+        self._title = _title(t)
         for tensor in (*tensors_in(t), *tensors):
             self.add(tensor)
 
@@ -48,6 +48,17 @@ class Purity(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._lent.clear()
 
     @contextmanager
+    def within(self, t: Transform, tensor: Tensor) -> Iterator[None]:
+        """Within it ``t`` runs, which the rule called with ``tensor``, perhaps one that it made itself."""
+        before = self._title, dict(self._given)
+        self._title = _title(t)
+        self.add(tensor)
+        try:
+            yield
+        finally:
+            self._title, self._given = before
+
+    @contextmanager
     def pause(self) -> Iterator[None]:
         """Within it the engine writes, and compiles, not the rule."""
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -63,6 +74,10 @@ class Purity(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if address and (address in self._given or address in self._lent):
                 raise RuleError(impure(func, self._title))
         return func(*args, **kwargs)
+
+
+def _title(t: Transform) -> str:
+    return f"rule {t.name!r} ({type(t).__name__})"
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

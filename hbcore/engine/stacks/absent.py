@@ -24,13 +24,18 @@ class Absent:
     Args:
         rule: the rule.
         part: ``"param"`` or ``"grad"``.
+        method: the method that is given it; ``refresh`` has neither, whatever the rule declares.
     """
 
-    def __init__(self, rule: Transform, part: str) -> None:
-        self._rule, self._part = rule, part
+    def __init__(self, rule: Transform, part: str, method: str = "update") -> None:
+        self._rule, self._part, self._method = rule, part, method
 
     def refuse(self) -> NoReturn:
         """Raise the error."""
+        if self._method != "update":
+            raise RuleError(
+                f"{title(self._rule, self._method)} reads c.{self._part}, which only update can; keep what it needs in a slot."
+            )
         declared = ", ".join(map(repr, sorted({*self._rule.needs, self._part})))
         raise RuleError(f"{title(self._rule)} reads c.{self._part}; declare needs = frozenset({{{declared}}}).")
 

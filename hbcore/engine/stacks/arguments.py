@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from hbcore.engine.stacks.stack import Stack, StackKey
 from hbcore.engine.stacks.stack_state import Rows, StackState, WatchedState
 from hbcore.errors import RuleError
 from hbcore.rules.author_errors import naming
-from hbcore.rules.contract import checked, unknown_slot
+from hbcore.rules.contract import checked, title, unknown_slot
 from hbcore.rules.noise import bits, noise_key, normal, uniform
 from hbcore.rules.transform import Context, State, Transform
 from hbcore.state.codec import codec_of
@@ -89,12 +89,13 @@ class Arguments:
         self._stored: Mapping[str, Tensor] = stack.stored if rows is None else Rows(stack.stored, rows)
         self._state = StackState(self._stored, stack.slots, stack.key, turn.carried)
         self._absent: dict[str, Any] = {name: Absent(turn.rule, name) for name in ("param", "grad")}
+        self._settled = StackState(self._stored, stack.slots, stack.key, {})
         self._dims = tuple(range(1, len(stack.key.shape) + 1))
         self._numel = torch.tensor(float(torch.Size(stack.key.shape).numel()), dtype=torch.float64, device="cpu")
-        self._draws = 0
+        self._draws, self._drawing = 0, ""
         self._skip: Tensor | None = None
         self.nonfinite: Tensor | None = None
-        self._inner: dict[Place, InnerSegment | None] = {}
+        self._inner: dict[tuple[Place, torch.dtype], InnerSegment | None] = {}
         self._context = Context(
             **self._absent,
             products=turn.setting.products(stack.key.device),
@@ -106,12 +107,14 @@ class Arguments:
             probe=self._probe,
             noise=self._noise,
         )
+        settled: dict[str, Any] = {name: Absent(turn.rule, name, "refresh") for name in self._absent}
+        self._context_settled = self._context._replace(**settled, apply=partial(_only_update_applies, turn.rule))
 
     def given(self) -> tuple[Tensor, State, Context]:
         """The arguments of the rule's ``update`` in this step."""
         stack, rows = self.part.stack, self.part.rows
         inputs = stack.inputs if rows is None else {name: t[rows] for name, t in stack.inputs.items()}
-        self._draws = 0
+        self._draws, self._drawing = 0, ""
         context = self._context._replace(
             param=inputs.get("param", self._absent["param"]),
             grad=inputs.get("grad", self._absent["grad"]),
@@ -121,16 +124,23 @@ class Arguments:
 
     def settled(self) -> tuple[State, Context]:
         """The arguments of the rule's ``refresh`` in this step."""
-        return self._state, self._context
+        self._draws, self._drawing = 0, "refresh."  # whatever update drew
+        return self._settled, self._context_settled
 
     def take(self, nonfinite: Tensor | None) -> None:
         """Take this step's flag: where it is above 0, nothing is kept."""
         self.nonfinite = nonfinite
         self._skip = None if nonfinite is None else nonfinite.to(self.stack.key.device) > 0
 
-    def watched(self, purity: Purity, settled: bool = False) -> tuple[Tensor, State, Context]:
-        """The same for a rule whose writes ``purity`` watches, and what its inner rules return."""
-        update, state, context = (self._numel, *self.settled()) if settled else self.given()
+    def settled_watched(self, purity: Purity) -> tuple[State, Context]:
+        """The same for a rule whose writes ``purity`` watches."""
+        state, context = self.settled()
+        purity.give(self._turn.rule, (*self.stack.stored.values(), *context))
+        return WatchedState(self._turn.rule, state, purity, "refresh"), context
+
+    def watched(self, purity: Purity) -> tuple[Tensor, State, Context]:
+        """:meth:`given` for a rule whose writes ``purity`` watches, and what its inner rules return."""
+        update, state, context = self.given()
         purity.give(self._turn.rule, (update, *self.stack.stored.values(), *context))
         watched = WatchedState(self._turn.rule, state, purity)
 
@@ -139,7 +149,7 @@ class Arguments:
                 segment = self._segment(inner, u, state if s is watched else s)
                 if segment is not None:
                     return self._compiled(segment, u)
-            with naming(inner):
+            with purity.within(inner, u), naming(inner):
                 return checked(inner, inner.update(u, s, context), u, s, whole=False)
 
         return update, watched, context._replace(apply=apply)
@@ -156,9 +166,10 @@ class Arguments:
         place = place_of(turn.rule, inner)
         if place is None:
             return None
-        if place not in self._inner:
-            self._inner[place] = turn.setting.inner.find(turn.spec, turn.index, place, inner, u[0])
-        return self._inner[place]
+        key = (place, u.dtype)
+        if key not in self._inner:
+            self._inner[key] = turn.setting.inner.find(turn.spec, turn.index, place, inner, u[0])
+        return self._inner[key]
 
     def _compiled(self, segment: InnerSegment, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Run an inner rule that is compiled; it writes to the stack."""
@@ -173,9 +184,12 @@ class Arguments:
 
     def shapes(self) -> dict[str, Tensor]:
         """Tensors of the shapes of the rows' slots, and of what the group carries; without memory."""
+        return {**self.slot_shapes(), **self._turn.carried}
+
+    def slot_shapes(self) -> dict[str, Tensor]:
+        """Tensors of the shapes of the rows' slots, without memory."""
         rows = len(self.part.names)
-        slots = {n: torch.empty((rows, *slot.shape), device="meta") for n, slot in self.part.stack.slots.items()}
-        return {**slots, **self._turn.carried}
+        return {n: torch.empty((rows, *slot.shape), device="meta") for n, slot in self.part.stack.slots.items()}
 
     def keep(self, new: Mapping[str, Tensor], update: Tensor | None = None) -> dict[str, float]:
         """Write what the rule returned to the stack; return what the group carries."""
@@ -212,7 +226,7 @@ class Arguments:
 
     def _drawn(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
         self._draws += 1
-        keys = self._keys(f"{self._turn.rule.name}.{self._draws}")
+        keys = self._keys(f"{self._turn.rule.name}.{self._drawing}{self._draws}")
         return draw(keys, like[0].numel(), like.device).view(like.shape).to(like.dtype)
 
     def _probe(self, like: Tensor) -> Tensor:
@@ -237,6 +251,10 @@ class Written(dict[str, Tensor]):
 
     def __missing__(self, name: str) -> Tensor:
         return self._state[name]
+
+
+def _only_update_applies(rule: Transform, *_: Any) -> NoReturn:
+    raise RuleError(f"{title(rule, 'refresh')} calls c.apply, which only update can.")
 
 
 def _memory(tensors: Iterable[Tensor]) -> set[int]:

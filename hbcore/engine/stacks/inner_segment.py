@@ -10,15 +10,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hbcore.engine.backends.base import Batch, Executable
-from hbcore.engine.backends.select import candidates, compile_first
+from hbcore.engine.backends.base import Backend, Batch, Executable
+from hbcore.engine.backends.select import candidates, compile_first, fell_back
 from hbcore.engine.graph.program import NONFINITE, STACK, Program
 from hbcore.engine.graph.segment_spec import Chain, SegmentSpec
 from hbcore.engine.graph.trace import trace
 from hbcore.engine.options import Settings
 from hbcore.engine.report import Report
 from hbcore.engine.stacks.stack import Stack
-from hbcore.errors import TraceError
+from hbcore.errors import CompileError, TraceError
 from hbcore.rules.transform import Domain, Transform
 
 COMPUTED = (torch.float32, torch.float64)
@@ -59,10 +59,10 @@ def place_of(rule: Transform, inner: Transform) -> Place | None:
 
 
 class Run:
-    """One stack as a backend sees it; between steps it holds no tensor."""
+    """So many rows of one stack as a backend sees them; between steps it holds no tensor."""
 
-    def __init__(self, batch: Batch, rows: int) -> None:
-        self.batch, self.rows = batch, rows
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
         self.executable: Executable | None = None
         self._addresses: list[int] = []
 
@@ -97,7 +97,8 @@ class InnerSegment:
         self.spec, self.program = spec, program
         self._settings, self._report, self._numel = settings, report, numel
         self._shared: Executable | None = None
-        self._own: WeakKeyDictionary[Stack, Run] = WeakKeyDictionary()
+        self._backend = ""
+        self._own: WeakKeyDictionary[Stack, dict[int, Run]] = WeakKeyDictionary()
 
     def run(self, stack: Stack, u: Tensor, stored: Mapping[str, Tensor], row: list[float], nonfinite: Tensor | None) -> Tensor:
         """The rule's update from ``u``; the new values of its slots are written to ``stored``.
@@ -112,29 +113,46 @@ class InnerSegment:
         out = torch.empty_like(u)
         kept = {name: stored[name] for name in self.kept(stored)}
         columns = {"param": u, "grad": u, "update": u, f"{STACK}update": out, **kept}
-        run = self._own.get(stack)
-        if run is None or run.rows != len(u):
-            run = self._own[stack] = Run(Batch({name: [t] for name, t in columns.items()}, [0], [row]), len(u))
+        runs = self._own.setdefault(stack, {})
+        if len(u) not in runs:
+            runs[len(u)] = Run(Batch({name: [t] for name, t in columns.items()}, [0], [row]))
+        run = runs[len(u)]
         batch = run.take(columns)
         batch.values = [row]
         if nonfinite is not None:
             batch.model[NONFINITE] = nonfinite
-        executable = self._shared or run.executable or self._compiled(run)
-        executable.prepare(batch)
-        executable.run(0, batch)
-        executable.forget()
-        run.let_go()
+        try:
+            executable = self._prepared(run)
+            executable.run(0, batch)
+            executable.forget()
+        finally:
+            run.let_go()
         return out
 
     def kept(self, stored: Iterable[str]) -> list[str]:
         """Which of a stack's tensors are slots of the inner rule."""
         return [name for name in stored if name in self.program.dtypes]
 
-    def _compiled(self, run: Run) -> Executable:
-        """What runs on a stack. A graph serves all stacks; a generated kernel has a table of addresses for each."""
+    def _prepared(self, run: Run) -> Executable:
+        """What runs on a stack, ready for this step's tensors."""
+        executable = self._shared or run.executable
+        compiled = 0 if executable is None else executable.compiles
         backends = candidates(self._settings.compile, run.batch.tensors["param"][0].device, self._numel)
-        name, executable = compile_first(backends, self.program, run.batch, self._report)
-        if name == "triton":
+        executable = executable or self._compiled(run, backends)
+        try:
+            executable.prepare(run.batch)
+        except CompileError as error:  # a size or an alignment that no stack had before
+            rest = backends[[b.name for b in backends].index(self._backend) + 1 :]
+            fell_back(self._report, f"{self._backend} does not run here: {error}. {rest[0].name} runs instead")
+            compiled, executable = 0, self._compiled(run, rest)
+            executable.prepare(run.batch)
+        self._report.compiles += executable.compiles - compiled
+        return executable
+
+    def _compiled(self, run: Run, backends: list[Backend]) -> Executable:
+        """Compile for a stack. A graph serves all stacks; a generated kernel has a table of addresses for each."""
+        self._backend, executable = compile_first(backends, self.program, run.batch, self._report)
+        if self._backend == "triton":
             run.executable = executable
         else:
             self._shared = executable
@@ -180,4 +198,5 @@ class InnerSegments:
         read = {name for phase in program.phases for name in phase.tensors}
         if len(program.phases) > 1 or program.reductions or read & {"param", "grad"}:
             return None
+        self._report.programs += 1
         return InnerSegment(own, program, self._settings, self._report, self._numel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -73,22 +73,32 @@ class RuleCall:
         return some
 
     def _refresh(self, due: Sequence[Arguments]) -> None:
-        """Run the rule's own refresh, watched the first time."""
+        """Run the rule's own refresh, watched the first time.
+
+        Raises:
+            RuleError: it writes to what it was given, or returns something else than slots for each stack.
+        """
         rule = self.turn.rule
         if _known(due, "refresh"):
             for each, new in zip(due, rule.refresh([each.settled() for each in due]), strict=True):
                 each.keep(new)
             return
         purity = Purity()
-        given = [each.watched(purity, settled=True)[1:] for each in due]
+        given = [each.settled_watched(purity) for each in due]
         with purity, naming(rule, "refresh"):
-            results = iter(rule.refresh(given))
+            made: Any = rule.refresh(given)
+        results, count = _results(rule, "refresh", made), 0
         for each in due:
             with purity, naming(rule, "refresh"):
                 returned: Any = next(results, MISSING)
-            check_state(rule, returned, each.shapes(), False, "refresh")
+            if returned is MISSING:
+                break
+            check_state(rule, returned, each.slot_shapes(), False, "refresh")
             each.keep(returned)
             purity.take_back()
+            count += 1
+        _check_count(rule, "refresh", results, count, len(given))
+        for each in due:
             each.stack.checked.add("refresh")
 
     def _prime(self) -> dict[str, float]:
@@ -112,9 +122,7 @@ class RuleCall:
         given = [each.watched(purity) for each in self._arguments]
         with purity, naming(rule):
             made = rule.update_stacks(given)
-        if not isinstance(made, Iterable):
-            raise RuleError(f"{title(rule, 'update_stacks')} returned {kind(made)}; return a result for each stack.")
-        results, count = iter(made), 0
+        results, count = _results(rule, "update_stacks", made), 0
         for each, arguments in zip(self._arguments, given, strict=True):
             with purity, naming(rule):  # a result may be computed only now
                 result = next(results, MISSING)
@@ -124,11 +132,7 @@ class RuleCall:
             carried.update(each.keep(new, update))
             purity.take_back()
             count += 1
-        if count < len(given) or next(results, MISSING) is not MISSING:
-            raise RuleError(
-                f"{title(rule, 'update_stacks')} returned {'more' if count == len(given) else count} results for "
-                f"{len(given)} stacks; return one for each."
-            )
+        _check_count(rule, "update_stacks", results, count, len(given))
         for each in self._arguments:
             each.stack.checked.add("update")
         return carried
@@ -137,6 +141,20 @@ class RuleCall:
 def _known(arguments: Sequence[Arguments], method: str) -> bool:
     """Whether a rule's method ran on all of these stacks and was seen to be pure, and to return what it may."""
     return all(method in each.stack.checked for each in arguments)
+
+
+def _results(rule: Transform, method: str, made: Any) -> Iterator[Any]:
+    """What a rule's method returned for its stacks, one after the other."""
+    if not isinstance(made, Iterable):
+        raise RuleError(f"{title(rule, method)} returned {kind(made)}; return a result for each stack.")
+    return iter(made)
+
+
+def _check_count(rule: Transform, method: str, results: Iterator[Any], count: int, stacks: int) -> None:
+    """Raise :class:`RuleError` unless there were as many results as stacks, and no more are left."""
+    if count < stacks or next(results, MISSING) is not MISSING:
+        found = "more" if count == stacks else count
+        raise RuleError(f"{title(rule, method)} returned {found} results for {stacks} stacks; return one for each.")
 
 
 def phase_of(name: str) -> float:

@@ -97,9 +97,19 @@ class Stack:
 
     def recall(self, state: Mapping[str, Tensor], k: int, runs: int) -> None:
         """Find the slots' memory again, by the state of a parameter whose run ``k`` of ``runs`` lies here."""
-        for name, layout in self._layouts.items() if not self.stored else ():
-            view = state[part_name(name, k, runs)]
-            self.stored[name] = view.new_empty(0).set_(view.untyped_storage(), *layout)
+        if self.stored:
+            return
+        for name, key in self.keys(k, runs).items():
+            view = state[key]
+            self.stored[name] = view.new_empty(0).set_(view.untyped_storage(), *self._layouts[name])
+
+    def keys(self, k: int, runs: int) -> dict[str, str]:
+        """Stored tensor -> its name in the state of a parameter whose run ``k`` of ``runs`` lies here."""
+        dtype, found = compute_dtype(self.key.dtype), dict[str, str]()
+        for name, slot in self.slots.items():
+            codec = codec_of(slot, self.key.spec.codec)
+            found.update(zip(codec.parts(name, dtype), codec.parts(part_name(name, k, runs), dtype), strict=True))
+        return found
 
     def _blank(self, name: str, slot: Slot, rows: int) -> dict[str, Tensor]:
         codec, dtype = codec_of(slot, self.key.spec.codec), compute_dtype(self.key.dtype)
@@ -154,9 +164,10 @@ class StackView:
         """The parameter's own state tensors: views of stack rows, numbered by run where there are several."""
         views: dict[str, Tensor] = {}
         for k, (block, stack, row) in enumerate(self.runs):
-            for name, stored in stack.stored.items():
+            for name, key in stack.keys(k, len(self.runs)).items():
+                stored = stack.stored[name]
                 view = stored[row] if block.batch == 1 else stored[row : row + block.batch]
-                views[part_name(name, k, len(self.runs))] = view.detach()  # which does not keep the whole stack alive
+                views[key] = view.detach()  # which does not keep the whole stack alive
         return views
 
 

@@ -56,12 +56,12 @@ class StackState(Mapping[str, Tensor]):
 class WatchedState(Mapping[str, Tensor]):
     """A rule's slots on its first run: it must not write to them, and must have those that it reads."""
 
-    def __init__(self, rule: Transform, state: State, purity: Purity) -> None:
-        self._rule, self._state, self._purity = rule, state, purity
+    def __init__(self, rule: Transform, state: State, purity: Purity, method: str = "update") -> None:
+        self._rule, self._state, self._purity, self._method = rule, state, purity, method
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self:
-            raise RuleError(unknown_slot(self._rule, name, self._state, "reads"))
+            raise RuleError(unknown_slot(self._rule, name, self._state, "reads", self._method))
         value = self._state[name]
         self._purity.lend(value)
         return value
