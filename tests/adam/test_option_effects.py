@@ -249,6 +249,15 @@ def test_multi_tensor_joins_what_runs_alike_and_torchs_spellings_mean_it():
                 assert stepped(**{spelling: value})[1].settings.multi_tensor is value
 
 
+@promises("matmul_precision")
+def test_matmul_precision_is_about_matrix_rules_alone():
+    """``core/test_products.py`` says what they make of it."""
+    plain, _ = stepped(GRAD, GRAD)
+    for choice in ("ieee", "split", "tf32"):
+        p, optimizer = stepped(GRAD, GRAD, matmul_precision=choice)
+        assert same([p], [plain]) and optimizer.settings.matmul_precision == choice
+
+
 @promises("capturable")
 def test_capturable_steps_decide_on_the_device_whether_they_count():
     p, optimizer = stepped(GRAD, capturable=True)
