@@ -72,13 +72,18 @@ def averaged(mean: Tensor, x: Tensor, dim: int, decay: float, products: Products
         dim: a dimension of ``shape``, from 0.
         decay: :math:`\beta`.
         products: how to multiply.
+
+    Returns:
+        ``[B, n, n]``; :math:`P` itself where the squares overflow, which an average would never forget.
     """
     n = x.shape[dim + 1]
     if math.prod(x.shape[dim + 2 :]) == 1:
         rows = x.reshape(len(x), -1, n).mT  # a view
     else:
         rows = x.movedim(dim + 1, 1).reshape(len(x), n, -1)
-    return products.averaged(mean, rows, decay)
+    new = products.averaged(mean, rows, decay)
+    finite = new.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)  # sums of squares: the first to overflow
+    return torch.where(finite[:, None, None], new, mean)
 
 
 def eigenvalues(p: Tensor, q: Tensor, products: Products = IEEE) -> Tensor:

@@ -27,7 +27,11 @@ FEW = {"AdamW": 27, "SGD": 24, "SFAdamW": 55, "Muon": 44, "SOAP": 46, "PSGDKron"
 RATES = [0.02 * 0.8**i for i in range(len(SHAPES))]
 
 
-MATRIX = ["Adafactor", "Adams", "Muon", "MuonAdamW", "MuonLaProp", "PSGDKron", "SOAP", "SUDSAdamW", "Scion"]
+MATRIX = [
+    "Adafactor", "Adams", "HeavyKLSOAP", "HeavyKLShampoo", "HeavySOAP", "HeavySOAPAdEMAMix", "HeavySOAPNAdam", "HeavySOLP",
+    "KLSOAP", "KLShampoo", "Muon", "MuonAdamW", "MuonLaProp", "PSGDKron", "SFSOAP", "SOAP", "SOAPAdEMAMix", "SOAPNAdam", "SOLP",
+    "SUDSAdamW", "Scion",
+]  # fmt: skip
 """The registered optimizers that hand a matrix to a rule of ``Domain.MATRIX``."""
 
 

@@ -188,7 +188,8 @@ class PreconditionBySOAP(Transform):
                 new[name] = bases.project(s[name], [rotations.get(i) for i in dims], c.products)
             elif slot.basis == "permute" and self.rotate_squares:
                 squares = [rotations[i].square() if i in rotations else None for i in dims]
-                new[name] = bases.project(s[name], squares, c.products).clamp(min=0)
+                most = torch.finfo(s[name].dtype).max / s[name][0].numel()  # an infinite moment would make others NaN
+                new[name] = bases.project(s[name].clamp(max=most), squares, c.products).clamp(min=0)
         return new
 
     def _averaged(
