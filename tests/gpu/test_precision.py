@@ -29,7 +29,7 @@ def test_split_products_are_as_exact_as_float32(rows):
     x, q = normal(2, rows, 3072) * 0.02, torch.linalg.qr(normal(2, rows, rows, seed=1))[0]
     for a, b in ((q.mT, x), (x.mT, q), (q, q.mT)):
         error = Split().matmul(a, b).double() - a.double() @ b.double()
-        assert float(error.norm() / (a.double().abs() @ b.double().abs()).norm()) < 1.5e-7  # whatever cancels
+        assert float(error.norm() / (a.double().abs() @ b.double().abs()).norm()) < 3e-7  # sums of squares are the worst
     mean = normal(2, rows, rows, seed=2)
     for y in (x, x.mT[:, :, :rows].mT):
         wanted = 0.5 * mean.double() + 0.5 * y.double() @ y.double().mT
