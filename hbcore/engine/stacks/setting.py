@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from hbcore.engine.stacks.inner_segment import InnerSegments
-from hbcore.rules.products import IEEE, Products, Split
+from hbcore.rules.products import IEEE, WIDENS, Products, Split
 
 TENSOR_CORES = ((8, 0), (9, 0), (10, 0))
 """Compute capabilities of GPUs whose float16 products are more than ten times as fast as those of float32."""
@@ -17,7 +17,7 @@ TENSOR_CORES = ((8, 0), (9, 0), (10, 0))
 @lru_cache(maxsize=64)
 def splits(device: torch.device) -> bool:
     """Whether ``"split"`` is faster than ``"ieee"`` on a device."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in TENSOR_CORES
+    return WIDENS and device.type == "cuda" and torch.cuda.get_device_capability(device) in TENSOR_CORES
 
 
 @dataclass(frozen=True)
