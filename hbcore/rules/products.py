@@ -41,7 +41,7 @@ SMALL = 4608
 """The same for products with low parts."""
 
 
-WIDENS = "dtype_out" in torch.ops.aten.baddbmm.overloads()
+WIDENS = hasattr(torch.ops.aten.baddbmm, "dtype_out")
 """Whether torch multiplies float16 to a float32 result, as releases since 2.8 do."""
 
 

@@ -113,6 +113,7 @@ def test_minimax_reaches_every_spectrum_of_condition_100(dtype, n, k, spectrum):
         assert 0.8 * (1 - rounding) < values.min() < values.max() < 1.19 * (1 + rounding)
 
 
+@pytest.mark.broad  # a minute each: a CPU multiplies float16 slowly
 @pytest.mark.parametrize("spectrum", ["linear", "one small"])
 def test_the_frobenius_norm_is_too_far_from_large_matrices(spectrum):
     """What :func:`minimax` is for: five steps from the Frobenius norm do not suffice for a side of 1,024, four of it do."""
