@@ -8,7 +8,7 @@
         assert_conforms("Lion")
 
 ``pytest --pyargs hbcore.testing.suite --hbcore-optimizer Lion`` runs each check as a separate test. The capabilities that the
-optimizer declares select the checks, see :class:`hbcore.api.OptimizerSpec`. They run on the CPU and take 10 to 30 seconds.
+optimizer declares select the checks, see :class:`hbcore.api.OptimizerSpec`. They run on the CPU and take about ten seconds.
 
 ``assert_conforms("Lion", ranks=2)``, or ``--hbcore-ranks 2``, also trains it on two processes under FSDP2: the numbers must be
 those of one process, and a run must resume exactly. A rule that cannot be sharded may refuse to step, with a RuleError.
