@@ -19,8 +19,10 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 SHAPES = ((7,), (6, 4), (5,), (4, 6), (3, 5), (1,))
 
 WHOLE_MODEL = {"MSAMLaProp"}
-OWN_COUNT = {"SFSOAP"}  # whose average counts the steps in which what a rank has moved
 """Their rules measure all parameters together, and each rank's optimizer has some of them."""
+
+OWN_COUNT = {"SFSOAP"}
+"""Their averages count the steps in which a group moved anything, and a rank's group may be of matrices alone."""
 
 NAMES = [n for n in hbcore.list_optimizers() if not {"closure", "sparse"} & set(hbcore.info(n).spec.capabilities)]
 NAMES = sorted({*NAMES} - WHOLE_MODEL - OWN_COUNT)
