@@ -155,7 +155,7 @@ def momentum_product(beta1: Scalar, decay: Scalar, step: Tensor) -> Tensor:
     rate = rate.clamp(min=1e-300)  # at q = 1 the quotient is t
     past, total = rate * step, 0 * step
     for k in range(1, 41):
-        total = total + torch.expm1(-k * past) / torch.expm1(k * rate) * (0.5**k / k)  # without cancellation
+        total = torch.addcdiv(total, torch.expm1(past * -k), torch.expm1(rate * k), value=0.5**k / k)  # without cancellation
     return beta1**step * torch.exp(total)
 
 

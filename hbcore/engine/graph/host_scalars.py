@@ -62,6 +62,8 @@ def literal_of(value: Any) -> str:
 
 
 def _form(node: fx.Node) -> str | None:
+    if node.target is aten.addcdiv.default:
+        return f"{{0}} + {literal_of(node.kwargs.get('value', 1))} * ({{1}} / {{2}})"
     if node.target in (aten.clamp.default, aten.clamp.Tensor):
         bounds = {"max": (1, node.kwargs.get("min")), "min": (2, node.kwargs.get("max"))}
         form = "{0}"

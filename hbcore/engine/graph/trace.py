@@ -116,7 +116,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kept = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}  # specific to the trace
         if not value.ndim and "device" in kwargs and func in HARMLESS and func is not torch.ops.aten._to_copy.default:
             kept["device"] = torch.device("cpu")  # combines with any tensor, unlike other devices
-        target = self.graph.call_function(func, *map_aggregate((args, kept), self._argument))
+        target = self.graph.call_function(func)  # its arguments later, or torch looks through them with pytree
+        target.args, target.kwargs = map_aggregate((args, kept), self._argument)
         self._known[key] = self._remember(value, target, kind)
         return value
 
