@@ -12,6 +12,7 @@ any difference between the graphs is a length that leaked into the rule, which i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -51,9 +52,14 @@ HARMLESS = {
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records each ATen call in an fx graph; rejects calls that are not elementwise, naming the line that made them."""
+    """Records each ATen call in an fx graph; rejects calls that are not elementwise, naming the line that made them.
 
-    def __init__(self, length: int) -> None:
+    Args:
+        length: of the elementwise tensors.
+        before: a recording with another length. What depends on no tensor is the same there, and is not recorded again.
+    """
+
+    def __init__(self, length: int, before: Recorder | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.length = length
         self.graph = fx.Graph()
@@ -62,6 +68,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[Any, Tensor] = {}
         self._given: set[int] = set()
         self._title = "the chain"
+        self.scalars: dict[str, Tensor] = {}
+        if before is not None:
+            self._known = {key: value for key, value in before._known.items() if before._kind(value) == "host"}
+            self._nodes = {key: node for key, node in before._nodes.items() if node.meta["kind"] == "host"}
+            self._alive, self.scalars = list(before._alive), before.scalars
 
     def placeholder(self, name: str, value: Tensor, kind: Kind) -> Tensor:
         """Declare a graph input; its original name is stored in ``node.meta["input"]``."""
@@ -184,22 +195,24 @@ def tensors_among(arguments: Iterable[Any]) -> Iterator[Tensor]:
             yield from (x for x in a if isinstance(x, Tensor))
 
 
-def record(spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], length: int) -> tuple[fx.Graph, dict[str, fx.Node]]:
-    """Run ``spec`` once on meta tensors of ``length`` elements; return the graph and the node of each stored result."""
-    recorder = Recorder(length)
+def record(
+    spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], length: int, before: Recorder | None = None
+) -> tuple[Recorder, dict[str, fx.Node]]:
+    """Run ``spec`` once on meta tensors of ``length`` elements; return the recording and the node of each stored result."""
+    recorder = Recorder(length, before)
     meta = torch.device("meta")
     with torch.no_grad():
         columns = {n: d for n, d in dtypes.items() if n not in spec.numbers}
         tensors = {n: recorder.placeholder(n, torch.empty(length, dtype=d, device=meta), "element") for n, d in columns.items()}
-        scalars = {
-            n: recorder.placeholder(n, torch.ones((), dtype=torch.float64, device="cpu"), "host") for n in spec.scalar_names
-        }
+        for n in spec.scalar_names if before is None else ():
+            one = torch.ones((), dtype=torch.float64, device="cpu")
+            recorder.scalars[n] = recorder.placeholder(n, one, "host")
         numel = recorder.placeholder("numel", torch.ones((), dtype=torch.float64, device="cpu"), "scalar")
         for name, dtype in spec.given(dtypes["param"]).items():
             tensors[name] = recorder.placeholder(name, torch.ones((), dtype=dtype, device="cpu"), "scalar")
         with recorder:
-            results = spec.update(tensors, scalars, numel, recorder.reduce, recorder.give)
-    return recorder.graph, {name: recorder.node(value) for name, value in results.items()}
+            results = spec.update(tensors, recorder.scalars, numel, recorder.reduce, recorder.give)
+    return recorder, {name: recorder.node(value) for name, value in results.items()}
 
 
 def trace(spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], label: str = "") -> Program:
@@ -208,8 +221,23 @@ def trace(spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], label: str = "")
     Raises:
         TraceError: the rule violates the tracing contract; the message names the line.
     """
-    (graph, results), (other, _) = (record(spec, dtypes, n) for n in LENGTHS)
-    for a, b in zip(graph.nodes, other.nodes, strict=False):
-        if a.target != b.target or repr(a.args) != repr(b.args) or repr(a.kwargs) != repr(b.kwargs):
-            raise TraceError(f"{a.meta['where']}: the tensor's length became part of the rule; use c.numel.")
-    return split(graph, results, dtypes, spec.scalar_names, spec.numbers, label)
+    recorder, results = record(spec, dtypes, LENGTHS[0])
+    other, _ = record(spec, dtypes, LENGTHS[1], recorder)
+    for (node, one), (twin, two) in zip_longest(_described(recorder.graph), _described(other.graph), fillvalue=(None, None)):
+        if one != two:
+            differs = node or twin
+            assert differs is not None
+            raise TraceError(f"{differs.meta['where']}: the tensor's length became part of the rule; use c.numel.")
+    return split(recorder.graph, results, dtypes, spec.scalar_names, spec.numbers, label)
+
+
+def _described(graph: fx.Graph) -> Iterator[tuple[fx.Node, Any]]:
+    """The nodes that depend on tensors, and what each computes: from others by their place, and from the host's own nodes."""
+    places: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if node.meta["kind"] != "host":
+            places[node] = len(places)
+            arguments = map_aggregate(
+                (node.args, node.kwargs), lambda a: places.get(a, a) if isinstance(a, fx.Node) else repr(a)
+            )
+            yield node, (node.op, node.target, arguments)
