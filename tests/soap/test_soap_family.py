@@ -52,6 +52,16 @@ def test_agrees_with_the_oracle(name, case):
     assert distance([trained(name, start, grads, changed)[0] - start], [expected - start]) < 1e-9
 
 
+@pytest.mark.parametrize("frequency", [1, 2, 7])
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.broad
+def test_agrees_with_the_oracle_over_200_steps_of_noise(name, frequency):
+    start, changed = normal(6, 6, seed=1), {"precondition_frequency": frequency}
+    grads = list(normal(200, 6, 6, seed=2))
+    expected = wanted(name, start, grads, changed)
+    assert distance([trained(name, start, grads, changed)[0] - start], [expected - start]) < 1e-9
+
+
 CHANGED = {
     "betas": {"betas": (0.5, 0.999, 0.7)},
     "shampoo_beta": {"shampoo_beta": 0.5},
