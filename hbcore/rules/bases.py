@@ -22,7 +22,8 @@ PASSES = 3
 """Passes of :func:`cholesky_qr`. In float32, at 256 columns, two leave 5e-1 of a basis of gradients of rank 4; three 2e-5."""
 
 BLOCK = 128
-"""The size of matrices that a GPU's library factorizes; larger ones are made of them by products."""
+"""The largest side that is factorized at once, by the kernel of :mod:`hbcore.rules.factor_kernel`, which takes no more, or by
+torch's library. Larger factors are made of such by products."""
 
 TOGETHER = 2**26
 """How many elements of factors are orthonormalized at once, which bounds the memory for intermediate results."""

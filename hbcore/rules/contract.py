@@ -24,6 +24,11 @@ PREFIXES = ("noise.", "stack.", "carried.")
 """What the names of a segment's other inputs begin with."""
 
 
+def named(t: Transform) -> str:
+    """What messages call a rule whose line they know from elsewhere: ``rule 'lion' (ScaleByLion)``."""
+    return f"rule {t.name!r} ({type(t).__name__})"
+
+
 def title(t: Transform, method: str = "update") -> str:
     """What messages call a rule: ``file:line: rule 'lion' (ScaleByLion.update)``."""
     cls = type(t)
@@ -80,7 +85,7 @@ def blocks_of(t: Transform, shape: torch.Size) -> tuple[Block, ...]:
         RuleError: ``blocks`` did not return blocks, or some that are not the whole parameter.
     """
     if type(t).blocks is Transform.blocks:
-        raise RuleError(f"rule {t.name!r} ({type(t).__name__}) is of Domain.MATRIX and does not define blocks(shape).")
+        raise RuleError(f"{named(t)} is of Domain.MATRIX and does not define blocks(shape).")
     blocks: Any = t.blocks(shape)
     if not isinstance(blocks, (tuple, list)) or not all(isinstance(b, Block) for b in blocks):
         raise RuleError(f"{title(t, 'blocks')} returned {kind(blocks)}; return a tuple of Blocks, as matrix_view does.")
@@ -200,7 +205,7 @@ def _check_rule(t: Any, where: str) -> None:
         raise RuleError(f"{where}: the class {t.__name__} is in the chain; make a rule of it: {t.__name__}(...).")
     if not isinstance(t, Transform):
         raise RuleError(f"{where}: {kind(t)} is in the chain; a chain is made of Transforms.")
-    check_instance(f"{where}: rule {t.name!r} ({type(t).__name__})", t)
+    check_instance(f"{where}: {named(t)}", t)
     if isinstance(t, Route):
         for branch in (t.then, t.otherwise):
             for each in branch:
@@ -236,7 +241,7 @@ def _check_text(t: Transform, name: Any, method: str) -> None:
 
 def _check_methods(t: Transform) -> None:
     """Check that a rule defines what it announces, and a matrix rule's answers that need no parameter."""
-    where, cls = f"rule {t.name!r} ({type(t).__name__})", type(t)
+    where, cls = named(t), type(t)
     if cls.update is Transform.update and cls.update_stacks is Transform.update_stacks:
         raise RuleError(f"{where} does not define update(u, s, c).")
     if t.primes and (t.domain != Domain.MATRIX or cls.prime is Transform.prime):

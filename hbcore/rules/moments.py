@@ -186,6 +186,17 @@ class ScaleByAdEMAMix(Transform):
     alpha_warmup: float = hyper(1.0, gt=0)
     name = "ademamix"
 
+    @classmethod
+    def of(cls, h: Any) -> ScaleByAdEMAMix:
+        """The rule of a group whose warm-ups may be None, for none."""
+        warmups = (1.0 if n is None else n for n in (h.beta3_warmup, h.alpha_warmup))
+        return cls(h.betas, h.eps, h.alpha, *warmups)
+
+    @staticmethod
+    def entries(h: dict[str, Any]) -> dict[str, Any]:
+        """A group's entries with None for a warm-up of 0 steps."""
+        return {**h, "beta3_warmup": h["beta3_warmup"] or None, "alpha_warmup": h["alpha_warmup"] or None}
+
     def slots(self, param: Tensor) -> dict[str, Slot]:
         averages = {"exp_avg_fast": zeros(param, "rotate"), "exp_avg_slow": zeros(param, "rotate")}
         return {**averages, "exp_avg_sq": zeros(param, "permute")}

@@ -11,7 +11,8 @@ leaves an error of :math:`2^{-22}` of an element and :math:`2^{-37}` of the larg
 
 .. math:: s\,r\,X Y = X_1 Y_1 + X_1 Y_2 + X_2 Y_1 + O(2^{-22}),
 
-which are one product of three times the depth; Ootomo and Yokota 2022 (arXiv:2203.03341), with the parts side by side.
+Ootomo and Yokota 2022 (arXiv:2203.03341). The parts lie side by side, so that the two small ones are one product of twice the
+depth, and the first is added to it by the same call.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ SQUARES = 384
 SMALL = 4608
 """The same for products with low parts."""
 
+
+MOST = 2**15
+"""Kernels take stacks of fewer matrices: two stacks are a dimension of a grid, which a GPU limits to 2^16."""
 
 WIDENS = hasattr(torch.ops.aten.baddbmm, "dtype_out")
 """Whether torch multiplies float16 to a float32 result, as releases since 2.8 do."""
@@ -77,7 +81,7 @@ class Split:
         k = a.shape[2]
         small = [2 * k] if 2 * k <= SMALL else [k, k]  # the products with a low part, whose own errors do not matter
         lengths = [*small, *_lengths(k, DEPTH)]
-        if not (a.is_cuda and has_triton() and a.numel() and b.numel()):
+        if not (_has_kernels(a) and b.numel()):
             (x, s), (y, r) = parts(a, "lhh", 2), parts(b, "hlh", 1)
             return _product(x, y, lengths).mul_(1 / (s.double() * r.double()))  # perhaps outside float32's range
         from hbcore.rules import products_kernel  # Triton is slow to import, and not everywhere
@@ -92,7 +96,7 @@ class Split:
             return Exact().averaged(mean, x, decay)
         n, lengths = x.shape[1], _lengths(x.shape[2], SQUARES)
         # of the other half, the low parts' own product is below float32's precision
-        if not (x.is_cuda and has_triton() and x.numel()):
+        if not _has_kernels(x):
             both, s = parts(x, "hl", 1)
             total = _product(both[:, :n], both.mT, lengths)
             total = total[:, :, :n] + total[:, :, n:] + total[:, :, n:].mT
@@ -124,6 +128,11 @@ def parts(x: Tensor, order: str, dim: int) -> tuple[Tensor, Tensor]:
     high = scaled.half()
     low = (scaled - high.float()).half()
     return torch.cat([high if which == "h" else low for which in order], dim=dim), scale
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether generated kernels split a stack; elsewhere torch does, in several passes."""
+    return x.is_cuda and x.numel() > 0 and len(x) < MOST and has_triton()
 
 
 def _lengths(k: int, most: int) -> list[int]:

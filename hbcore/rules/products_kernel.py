@@ -11,9 +11,13 @@ from torch import Tensor
 from hbcore.rules.launching import pieces, run
 
 BLOCK = 2048
+"""Elements for each program."""
+
 PIECES = 64
 """How many programs look for the largest element of a matrix."""
+
 TILE = 32
+"""The side of what a program of :func:`combine_kernel` reads, and of its mirror."""
 
 
 @triton.jit
@@ -102,15 +106,15 @@ def unscale_kernel(total, scales, numel, count, BLOCK: tl.constexpr):  # type: i
 
 @triton.jit
 def combine_kernel(mean, total, scales, out, decay, n, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One tile of :func:`hbcore.rules.products._combined`."""
+    """One tile of :func:`combined`: the high parts' product, theirs with the low parts, and its transpose."""
     item = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
     inside = (rows < n) & (columns < n)
     wide = total + item * n * 2 * n
     here = rows * 2 * n + columns
     both = tl.load(wide + here, mask=inside, other=0.0) + tl.load(wide + here + n, mask=inside, other=0.0)
-    back_rows = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
+    back_rows = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
     back_columns = tl.program_id(0) * TILE + tl.arange(0, TILE)[None, :]
     back = (back_rows < n) & (back_columns < n)
     both += tl.trans(tl.load(wide + back_rows * 2 * n + back_columns + n, mask=back, other=0.0))
@@ -162,7 +166,14 @@ def unscale(total: Tensor, scales: Tensor) -> Tensor:
 
 
 def combined(mean: Tensor, total: Tensor, scales: Tensor, decay: float) -> Tensor:
-    """See :func:`hbcore.rules.products._combined`."""
+    r""":math:`\beta M + (1 - \beta) (H H^\top + H L^\top + L H^\top) / s^2`.
+
+    Args:
+        mean: :math:`M`, ``[B, n, n]``.
+        total: :math:`H H^\top` and :math:`H L^\top` side by side, ``[B, n, 2 n]``, contiguous.
+        scales: :math:`s`, ``[B]``.
+        decay: :math:`\beta`.
+    """
     mean, n = mean.contiguous(), mean.shape[1]
     out = torch.empty_like(mean)
     if len(mean):

@@ -71,6 +71,8 @@ def plain(
             c = c._replace(apply=lambda inner, u, s, c=c: inner.update(u, s, c))
             if t.domain == Domain.MATRIX:
                 u = _matrix(t, u, c, state, scalars, primes)
+                if primes and t.primes:
+                    break  # nothing moves, and what would come after it is not run
             else:
                 slots = state.setdefault(t.name, {n: _filled((), s, param) for n, s in t.slots(param).items()})
                 u, new = t.update(u, {**slots, **scalars}, c)

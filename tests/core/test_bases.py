@@ -5,24 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from core.kit import normal
 
 from hbcore.rules import bases as basis
 from hbcore.rules.products import IEEE, Split
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.float64]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other take longer over matrices this small than the matrices do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def orthogonal(*shape, seed=0, dtype=torch.float64):
@@ -308,3 +298,8 @@ def test_products_are_made_as_asked():
     p, q = spectrum(SPECTRA["half-rank"], dtype=torch.float32), orthogonal(1, 96, 96, seed=5, dtype=torch.float32)
     usual, split, [both] = basis.refreshed(p, q), basis.refreshed(p, q, Split()), basis.all_refreshed([(p, q)], Split())
     assert torch.equal(split, both) and not torch.equal(usual, split) and defect(split) < 1e-4
+
+
+def test_the_kernel_takes_what_is_factorized_at_once():
+    kernel = pytest.importorskip("hbcore.rules.factor_kernel", exc_type=ImportError)
+    assert basis.BLOCK <= 2 * kernel.HALF

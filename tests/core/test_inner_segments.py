@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from core.around import Around, applied, kept, train, trainer, written
+from core.inner_rules import Around, applied, kept, train, trainer, written
 from core.kit import combined, distance, same
 from core.rules import rule
 from torch.multiprocessing.reductions import StorageWeakRef

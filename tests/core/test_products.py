@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from core.kit import gradients, parameters, run, same
+from core.kit import gradients, normal, parameters, run, same
 from core.rules import kept, matrix, parameter, stepped
 
 from hb_soap import SOAP
@@ -17,10 +17,6 @@ from hbcore.rules import products
 from hbcore.rules.products import DEPTH, Exact, Split
 
 KINDS = {"exact": Exact(), "split": Split()}
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def scaled(*shape, seed=0):

@@ -112,6 +112,6 @@ def test_bases_stay_orthogonal_for_a_thousand_steps(precision, autocast):
 
 def test_the_default_is_split_where_tensor_cores_are():
     optimizer, *_ = trained(None, lambda step: [normal(8, 8, seed=step)], 2)
-    products = optimizer.core.plan.layout.levels[0]._setting.products(torch.device("cuda"))
+    products = optimizer.core.plan.layout.levels[0]._tools.products(torch.device("cuda"))
     fast = torch.cuda.get_device_capability() in ((8, 0), (9, 0), (10, 0))
     assert type(products) is (Split if fast else Exact)

@@ -58,15 +58,6 @@ CASES = {
 SPELLED_OTHERWISE = {"beta", "ns_coefficients", "scale_mode", "adjust_lr_fn", "ns_dtype"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small only make two threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def start(shape, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 

@@ -18,15 +18,6 @@ EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
 EVERY_TABLE = pytest.mark.parametrize("coefficients", TABLES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small only make two threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def matrix(m, n, condition=None, seed=0, dtype=torch.float64):
     """A random matrix; with ``condition``, one whose singular values run geometrically from 1 to ``1 / condition``."""
     generator = torch.Generator().manual_seed(seed)

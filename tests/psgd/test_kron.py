@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from core.kit import normal
 
 from hb_psgd.kron import (
     LARGEST_TURN,
@@ -20,10 +21,6 @@ from hb_psgd.kron import (
 from hbcore.errors import OptionError
 
 B = 3
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def factors_for(shape, dense, seed=0):

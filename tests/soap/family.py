@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from core.kit import normal
 from reference.soap_family import Weights, schedule_free_soap, soap_family
 
 import hbcore
@@ -43,10 +44,6 @@ def row(name, *more, always=False):
     """Arguments of a test that is ``broad`` for the repeating names, unless ``always``."""
     marks = pytest.mark.broad if name in REPEATING and not always else ()
     return pytest.param(name, *more, marks=marks, id="-".join([name, *(part for part in more if isinstance(part, str))]))
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def stream(shape, steps=21, dtype=torch.float64, *, seed=2, largest=1.8):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from core.kit import distance
+from core.kit import distance, normal
 from core.plain import plain
 from reference.adamw import adamw
 from reference.soap import soap
@@ -20,6 +20,8 @@ from hbcore.engine.shared_options import OPTIONS
 from hbcore.errors import HyperparameterError, OptionError
 from hbcore.rules.products import IEEE
 from hbcore.rules.views import Block
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 18
 HYPERS = {"lr": 0.05, "betas": (0.9, 0.95), "shampoo_beta": 0.9, "eps": 1e-8}
@@ -46,19 +48,6 @@ CASES = {
     "vector-preconditioned": ((2,), {"precondition_1d": True}),
     "scalar": ((), {"precondition_1d": True}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other take longer over matrices this small than the matrices do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def stream(shape, steps=STEPS, dtype=torch.float64):

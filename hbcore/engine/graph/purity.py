@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from hbcore.engine.graph.where import where
 from hbcore.errors import RuleError
-from hbcore.rules.contract import tensors_in
+from hbcore.rules.contract import named, tensors_in
 from hbcore.rules.transform import Transform
 
 
@@ -30,7 +30,7 @@ class Purity(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def give(self, t: Transform, tensors: Iterable[Any]) -> None:
         """From here on ``t`` runs, which is given ``tensors``."""
-        self._title = _title(t)
+        self._title = named(t)
         for tensor in (*tensors_in(t), *tensors):
             self.add(tensor)
 
@@ -51,7 +51,7 @@ class Purity(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def within(self, t: Transform, tensor: Tensor) -> Iterator[None]:
         """Within it ``t`` runs, which the rule called with ``tensor``, perhaps one that it made itself."""
         before = self._title, dict(self._given)
-        self._title = _title(t)
+        self._title = named(t)
         self.add(tensor)
         try:
             yield
@@ -74,10 +74,6 @@ class Purity(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if address and (address in self._given or address in self._lent):
                 raise RuleError(impure(func, self._title))
         return func(*args, **kwargs)
-
-
-def _title(t: Transform) -> str:
-    return f"rule {t.name!r} ({type(t).__name__})"
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -26,7 +26,7 @@ from hbcore.engine.graph.purity import impure, written
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.graph.where import where
 from hbcore.errors import RuleError, TraceError
-from hbcore.rules.contract import tensors_in
+from hbcore.rules.contract import named, tensors_in
 from hbcore.rules.transform import Domain, Transform
 
 Kind = Literal["host", "scalar", "element"]
@@ -83,7 +83,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def give(self, t: Transform, tensors: Iterable[Any]) -> None:
         """From here on ``t`` runs, which is given ``tensors`` and must not write to them."""
-        self._title = f"rule {t.name!r} ({type(t).__name__})"
+        self._title = named(t)
         self._given.update(id(x) for x in (*tensors_in(t), *tensors))
 
     def reduce(self, x: Tensor, how: str, domain: Domain, rule: str) -> Tensor:

@@ -10,7 +10,7 @@ from hbcore.engine.graph.scalar_inputs import capturing
 from hbcore.engine.graph.trace import trace
 from hbcore.engine.planning.segments import Segment, SegmentBatch
 from hbcore.engine.stacks.inner_segment import InnerSegments
-from hbcore.engine.stacks.setting import Setting
+from hbcore.engine.stacks.tools import Tools
 from hbcore.errors import CompileError, RuleError, TraceError
 from hbcore.rules.transform import Domain
 
@@ -26,13 +26,13 @@ class Compiler:
         numel: the model's elements, by which ``compile="auto"`` decides whether compiling is worth it.
 
     Attributes:
-        setting: what calls of matrix rules share; it compiles the rules within them.
+        tools: what calls of matrix rules share; it compiles the rules within them.
     """
 
     def __init__(self, core: OptimizerCore, numel: int) -> None:
         self._settings, self._report, self._numel = core.settings, core.report, numel
         inner = InnerSegments(self._settings, self._report, numel)
-        self.setting = Setting(self._settings.matmul_precision, inner)
+        self.tools = Tools(self._settings.matmul_precision, inner)
 
     def trace(self, segment: Segment) -> None:
         """Trace a segment that is new. One that cannot be traced runs eagerly, one parameter at a time.

@@ -77,7 +77,7 @@ class Layout:
     def __init__(self, core: OptimizerCore, members: list[Member], compiler: Compiler, watch: Watch) -> None:
         self.core, self.members, self._compiler, self._watch = core, members, compiler, watch
         self.params = [m.param for m in members]
-        self.levels = levels_of(members, compiler.setting)
+        self.levels = levels_of(members, compiler.tools)
         for level in self.levels:
             level.open()  # batches have views of the inputs, which need memory
         self.batches = batches_of(members)

@@ -14,9 +14,9 @@ from hbcore.engine.group_scalars import Due
 from hbcore.engine.stacks.absent import Absent
 from hbcore.engine.stacks.bound_rule import BoundRule
 from hbcore.engine.stacks.inner_segment import InnerSegment, Place, place_of
-from hbcore.engine.stacks.setting import Setting
 from hbcore.engine.stacks.stack import Stack, StackKey
 from hbcore.engine.stacks.stack_state import Rows, StackState, WatchedState
+from hbcore.engine.stacks.tools import Tools
 from hbcore.errors import RuleError
 from hbcore.rules.author_errors import naming
 from hbcore.rules.contract import checked, title, unknown_slot
@@ -37,9 +37,8 @@ class Part(NamedTuple):
     rows: Tensor | None
     names: list[str]
 
-    def where(self, chosen: Callable[[str], bool]) -> Part | None:
-        """The rows with such names; None if there are none."""
-        some = [i for i, name in enumerate(self.names) if chosen(name)]
+    def only(self, some: Sequence[int]) -> Part | None:
+        """Some of the rows, by their places; None if there are none."""
         if len(some) == len(self.names):
             return self
         rows = torch.tensor(some, device=self.stack.key.device)
@@ -51,7 +50,7 @@ class Turn:
 
     Args:
         key: of any stack that the rule takes.
-        setting: what the optimizer's calls share.
+        tools: what the optimizer's calls share.
 
     Attributes:
         rule: the rule.
@@ -61,8 +60,8 @@ class Turn:
         row: the numbers themselves, as in ``spec.scalar_names``.
     """
 
-    def __init__(self, key: StackKey, setting: Setting) -> None:
-        self.spec, self.index, self.setting = key.spec, key.index, setting
+    def __init__(self, key: StackKey, tools: Tools) -> None:
+        self.spec, self.index, self.tools = key.spec, key.index, tools
         self._bound = BoundRule(key.spec, key.index)
         self.rule, self.carried = self._bound.rule, self._bound.carried
         self.step, self.due = 0, Due(0.0, 1.0)
@@ -98,7 +97,7 @@ class Arguments:
         self._inner: dict[tuple[Place, torch.dtype], InnerSegment | None] = {}
         self._context = Context(
             **self._absent,
-            products=turn.setting.products(stack.key.device),
+            products=turn.tools.products(stack.key.device),
             step=turn.step_tensor,
             divide=turn.spec.divide,
             sum=self._sum,
@@ -168,7 +167,7 @@ class Arguments:
             return None
         key = (place, u.dtype)
         if key not in self._inner:
-            self._inner[key] = turn.setting.inner.find(turn.spec, turn.index, place, inner, u[0])
+            self._inner[key] = turn.tools.inner.find(turn.spec, turn.index, place, inner, u[0])
         return self._inner[key]
 
     def _compiled(self, segment: InnerSegment, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

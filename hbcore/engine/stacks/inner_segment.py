@@ -137,17 +137,21 @@ class InnerSegment:
         """What runs on a stack, ready for this step's tensors."""
         executable = self._shared or run.executable
         compiled = 0 if executable is None else executable.compiles
-        backends = candidates(self._settings.compile, run.batch.tensors["param"][0].device, self._numel)
-        executable = executable or self._compiled(run, backends)
+        executable = executable or self._compiled(run, self._backends(run))
         try:
             executable.prepare(run.batch)
         except CompileError as error:  # a size or an alignment that no stack had before
+            backends = self._backends(run)
             rest = backends[[b.name for b in backends].index(self._backend) + 1 :]
             fell_back(self._report, f"{self._backend} does not run here: {error}. {rest[0].name} runs instead")
             compiled, executable = 0, self._compiled(run, rest)
             executable.prepare(run.batch)
         self._report.compiles += executable.compiles - compiled
         return executable
+
+    def _backends(self, run: Run) -> list[Backend]:
+        """Those to try, in order."""
+        return candidates(self._settings.compile, run.batch.tensors["param"][0].device, self._numel)
 
     def _compiled(self, run: Run, backends: list[Backend]) -> Executable:
         """Compile for a stack. A graph serves all stacks; a generated kernel has a table of addresses for each."""

@@ -13,8 +13,8 @@ from hbcore.engine.graph.program import NONFINITE
 from hbcore.engine.group_scalars import Due, GroupScalars
 from hbcore.engine.stacks.arguments import Part
 from hbcore.engine.stacks.rule_call import RuleCall
-from hbcore.engine.stacks.setting import Setting
 from hbcore.engine.stacks.stack import ShardedView, Stack, StackView
+from hbcore.engine.stacks.tools import Tools
 
 Readings = dict[tuple[int, tuple[str, ...]], list[float]]
 """A group, and the names of its numbers as :attr:`SegmentSpec.numbered` has them -> this step's numbers, read once."""
@@ -86,7 +86,7 @@ class Level:
     Args:
         members: all active parameters.
         level: how many matrix rules come before this one.
-        setting: what all calls share.
+        tools: what all calls share.
 
     Attributes:
         stacks: each stack's rows: the member, its index among all active ones, and its rows.
@@ -94,8 +94,8 @@ class Level:
         notes: why rows of some stacks do not run together.
     """
 
-    def __init__(self, members: Sequence[StackMember], level: int, setting: Setting) -> None:
-        self.level, self._traffic, self._setting = level, Traffic(members, level), setting
+    def __init__(self, members: Sequence[StackMember], level: int, tools: Tools) -> None:
+        self.level, self._traffic, self._tools = level, Traffic(members, level), tools
         self.stacks: dict[Stack, list[tuple[StackMember, int, range]]] = {}
         for position, m in enumerate(members):
             if level < min(m.reach, len(m.views)):
@@ -147,8 +147,8 @@ class Level:
         for i, (g, spec, stack) in enumerate(self.readers):
             values = read[g, stack.key.spec.numbered]
             own = [values[k] for k in stack.reads]
-            turn = due[g][stack.rule]
-            refresh = turn if stack.staggers else (turn.whole,)
+            when = due[g][stack.rule]
+            refresh = when if stack.staggers else (when.whole,)
             found.append(kinds.setdefault((spec, stack.key.index, *refresh, *own), i))
             given.append(values)
         if self._base is not base or self._kinds != found:
@@ -193,7 +193,7 @@ class Level:
                 index = None if whole else torch.tensor(chosen, device=stack.key.device)
                 parts.setdefault(together, []).append(Part(stack, index, [stack.names[r] for r in chosen]))
         self.notes = list(notes)
-        self._calls = [Call(t, RuleCall(some, t.priming, self._setting), list(groups[t])) for t, some in parts.items()]
+        self._calls = [Call(t, RuleCall(some, t.priming, self._tools), list(groups[t])) for t, some in parts.items()]
 
 
 def _reader(m: StackMember, stack: Stack) -> tuple[int, int, int]:
@@ -201,9 +201,9 @@ def _reader(m: StackMember, stack: Stack) -> tuple[int, int, int]:
     return m.group, id(stack.key.spec), stack.key.index
 
 
-def levels_of(members: Sequence[StackMember], setting: Setting) -> list[Level]:
+def levels_of(members: Sequence[StackMember], tools: Tools) -> list[Level]:
     """The levels of matrix rules that a step has, on any rank."""
-    return [Level(members, level, setting) for level in range(max((min(m.reach, len(m.views)) for m in members), default=0))]
+    return [Level(members, level, tools) for level in range(max((min(m.reach, len(m.views)) for m in members), default=0))]
 
 
 def whole_view(view: StackView | ShardedView) -> StackView:

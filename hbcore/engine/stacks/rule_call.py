@@ -10,7 +10,7 @@ from torch import Tensor
 from hbcore.engine.graph.purity import Purity
 from hbcore.engine.precision import products_as
 from hbcore.engine.stacks.arguments import Arguments, Part, Turn
-from hbcore.engine.stacks.setting import Setting
+from hbcore.engine.stacks.tools import Tools
 from hbcore.errors import RuleError
 from hbcore.rules.author_errors import naming
 from hbcore.rules.contract import check_state, checked, title
@@ -28,15 +28,18 @@ class RuleCall:
     Args:
         parts: rows of stacks of one spec and rule, whose groups have the same numbers for it.
         priming: the rule only prepares its state from these updates.
-        setting: what the optimizer's calls share.
+        tools: what the optimizer's calls share.
 
     Attributes:
         turn: the rule, bound to this step's numbers.
     """
 
-    def __init__(self, parts: Sequence[Part], priming: bool, setting: Setting) -> None:
-        self.turn, self.priming = Turn(parts[0].stack.key, setting), priming
+    def __init__(self, parts: Sequence[Part], priming: bool, tools: Tools) -> None:
+        self.turn, self.priming = Turn(parts[0].stack.key, tools), priming
         self._arguments = [Arguments(self.turn, part) for part in parts]
+        self._refreshes = type(self.turn.rule).refresh is not Transform.refresh
+        staggered = parts if self.turn.rule.staggers else ()
+        self._phases = [[phase_of(name) for name in part.names] for part in staggered]
 
     def run(self, nonfinite: Tensor | None = None) -> dict[str, float]:
         """Run the rule over its rows, in place; return the new values of what the group carries.
@@ -45,11 +48,11 @@ class RuleCall:
         """
         for each in self._arguments:
             each.take(nonfinite)
-        with products_as(self.turn.setting.matmul_precision):
+        with products_as(self.turn.tools.matmul_precision):
             if self.priming:
                 return self._prime()
             carried = self._run() if _known(self._arguments, "update") else self._run_checked()
-            if type(self.turn.rule).refresh is not Transform.refresh and (due := self._due()):
+            if self._refreshes and (due := self._due()):
                 self._refresh(due)
         return carried
 
@@ -66,7 +69,8 @@ class RuleCall:
         turn = self.turn
         if not turn.rule.staggers:
             return self._arguments if turn.due.whole else ()
-        parts = (each.part.where(lambda name: turn.due.at(phase_of(name))) for each in self._arguments)
+        turns = ([i for i, phase in enumerate(phases) if turn.due.at(phase)] for phases in self._phases)
+        parts = (each.part.only(rows) for each, rows in zip(self._arguments, turns, strict=True))
         some = [Arguments(turn, part) for part in parts if part is not None]
         for mine in some:
             mine.take(self._arguments[0].nonfinite)

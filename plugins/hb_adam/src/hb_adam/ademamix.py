@@ -39,9 +39,8 @@ class AdEMAMix(Optimizer):
     alpha_warmup: int | None = None
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
-        return {**h, "beta3_warmup": h["beta3_warmup"] or None, "alpha_warmup": h["alpha_warmup"] or None}
+        return ScaleByAdEMAMix.entries(h)
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:
-        warmups = (1.0 if n is None else n for n in (h.beta3_warmup, h.alpha_warmup))
-        return (ScaleByAdEMAMix(h.betas, h.eps, h.alpha, *warmups),)
+        return (ScaleByAdEMAMix.of(h),)

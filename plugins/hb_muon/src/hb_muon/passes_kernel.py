@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -84,9 +83,7 @@ def sums_of(x: Tensor) -> Tensor:
     numel = x.shape[1] * x.shape[2]
     parts = min(PARTS, launching.power_of_two(launching.pieces(numel, BLOCK)))
     sums = torch.empty(len(x), parts, dtype=torch.float32, device=x.device)
-    tensors = (sums, x)
-    make = partial(compiled, add_squares, x.device.index, (sums.dtype, x.dtype), (numel,), 0, parts)
-    launching.launch(add_squares, (parts, len(x), 1), tensors, make, (*tensors, numel, parts, BLOCK), num_warps=WARPS)
+    launching.run(add_squares, (parts, len(x), 1), (sums, x), sizes=(numel,), constants=(parts, BLOCK), num_warps=WARPS)
     return sums
 
 
@@ -94,14 +91,4 @@ def _over_blocks(kernel: Any, tensors: tuple[Tensor, ...], numbers: tuple[float,
     """Run a kernel over the first of ``tensors``; the last one holds sums. ``size`` is passed after the ``numbers``."""
     out, parts = tensors[0], tensors[-1].shape[1]
     grid = (launching.pieces(out.shape[1] * out.shape[2], BLOCK), out.shape[0], 1)
-    make = partial(compiled, kernel, out.device.index, tuple(t.dtype for t in tensors), (size,), len(numbers), parts)
-    launching.launch(kernel, grid, tensors, make, (*tensors, *numbers, size, parts, BLOCK), num_warps=WARPS)
-
-
-@lru_cache(maxsize=256)
-def compiled(
-    kernel: Any, device: int, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], numbers: int, parts: int
-) -> Any:
-    """A compiled kernel for 16-byte aligned tensors of these dtypes on the current ``device``."""
-    arguments = (*dtypes, *[1.0] * numbers, *sizes, parts, BLOCK)
-    return kernel.warmup(*arguments, grid=(1, 1, 1), num_warps=WARPS)
+    launching.run(kernel, grid, tensors, numbers, (size,), (parts, BLOCK), WARPS)

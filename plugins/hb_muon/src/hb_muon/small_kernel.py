@@ -3,10 +3,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +16,7 @@ STEPS = 3
 
 @triton.jit
 def small(  # type: ignore[no-untyped-def]
-    out, gram, least, side, a0, b0, c0, a1, b1, c1, a2, b2, c2, STEPS: tl.constexpr, TILE: tl.constexpr
+    out, gram, least, a0, b0, c0, a1, b1, c1, a2, b2, c2, side, STEPS: tl.constexpr, TILE: tl.constexpr
 ):
     """``STEPS`` steps on matrix ``pid0``, rounded where :func:`hb_muon.newton_schulz.followed` rounds.
 
@@ -61,14 +57,6 @@ def launch_small(out: Tensor, gram: Tensor, rows: Table, least: float | None) ->
     side = gram.shape[1]
     steps, tile = len(rows), max(16, launching.power_of_two(side))
     numbers = [number for row in (*rows, *[(0.0, 0.0, 0.0)] * (STEPS - steps)) for number in row]
-    tensors = (out, gram)
-    arguments = (*tensors, -1.0 if least is None else least, side, *numbers, steps, tile)
-    make = partial(compiled, gram.device.index, gram.dtype, side, steps, tile)
-    launching.launch(small, (len(gram), 1, 1), tensors, make, arguments, num_warps=8 if tile == 128 else 4)
-
-
-@lru_cache(maxsize=64)
-def compiled(device: int, dtype: torch.dtype, side: int, steps: int, tile: int) -> Any:
-    """The compiled kernel for 16-byte aligned tensors on the current ``device``."""
-    arguments = (dtype, dtype, 1.0, side, *[1.0] * (3 * STEPS), steps, tile)
-    return small.warmup(*arguments, grid=(1, 1, 1), num_warps=8 if tile == 128 else 4)
+    first = -1.0 if least is None else least
+    grid, warps = (len(gram), 1, 1), 8 if tile == 128 else 4
+    launching.run(small, grid, (out, gram), (first, *numbers), (side,), (steps, tile), warps)

@@ -1,4 +1,4 @@
-"""What all calls of an optimizer's matrix rules share."""
+"""What every matrix rule of an optimizer works with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def splits(device: torch.device) -> bool:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Tools:
     """How the rules multiply, and what compiles the rules within them.
 
     Attributes:
