@@ -91,16 +91,11 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
             raise OptionError(unknown(optimizer, name, own))
     values = {name: given.get(name, option.default) for name, option in OPTIONS.items()}
     _translate(optimizer, values)
-    if values["compile"] not in fallback.CHOICES:
-        raise OptionError(f"{optimizer}: compile={values['compile']!r} is not one of {', '.join(fallback.CHOICES)}.")
+    _check_choices(optimizer, values)
     if values["stochastic_rounding"] and values["capturable"]:
         raise OptionError(
             f"{optimizer}: stochastic_rounding=True seeds its noise with the step count, which the host does not know in a "
             "captured step; pass capturable=False or stochastic_rounding=False."
-        )
-    if values["matmul_precision"] not in (None, *PRECISIONS):
-        raise OptionError(
-            f"{optimizer}: matmul_precision={values['matmul_precision']!r} is not one of {', '.join(PRECISIONS)}, or None."
         )
     settings = Settings(
         caution=bool(values["caution"]),
@@ -182,6 +177,16 @@ def first_beta(rule: Iterable[Transform]) -> Any:
         "mars=True needs the decay rate of the first moment, but no hyperparameter of this rule is declared with "
         "hyper(..., role='first_moment'); pass mars=False."
     )
+
+
+def _check_choices(optimizer: str, values: Mapping[str, Any]) -> None:
+    """Raise :class:`OptionError` for an option that is none of its choices."""
+    if values["compile"] not in fallback.CHOICES:
+        raise OptionError(f"{optimizer}: compile={values['compile']!r} is not one of {', '.join(fallback.CHOICES)}.")
+    if values["matmul_precision"] not in (None, *PRECISIONS):
+        raise OptionError(
+            f"{optimizer}: matmul_precision={values['matmul_precision']!r} is not one of {', '.join(PRECISIONS)}, or None."
+        )
 
 
 def _codec(optimizer: str, values: Mapping[str, Any]) -> StateCodec:
