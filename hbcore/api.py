@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hbcore.optimizer import Optimizer as Optimizer
     from hbcore.rules import bases as bases
     from hbcore.rules import launching as launching
+    from hbcore.rules import triangle as triangle
     from hbcore.rules.checks import check_whole as check_whole
     from hbcore.rules.domain import Domain as Domain
     from hbcore.rules.moments import Average as Average
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from hbcore.rules.numerics import second_moment as second_moment
     from hbcore.rules.parallel import Parallel as Parallel
     from hbcore.rules.parallel import graft as graft
+    from hbcore.rules.products import Operand as Operand
     from hbcore.rules.products import Products as Products
     from hbcore.rules.route import Route as Route
     from hbcore.rules.route import is_matrix as is_matrix
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "bases": "hbcore.rules.bases",
     "launching": "hbcore.rules.launching",
+    "triangle": "hbcore.rules.triangle",
     "Average": "hbcore.rules.moments:Average",
     "Block": "hbcore.rules.views:Block",
     "Composite": "hbcore.wrappers.composite:Composite",
@@ -81,6 +84,7 @@ _HOMES = {
     "HyperparameterError": "hbcore.errors:HyperparameterError",
     "Migration": "hbcore.checkpoint.migrations:Migration",
     "Momentum": "hbcore.rules.moments:Momentum",
+    "Operand": "hbcore.rules.products:Operand",
     "Optimizer": "hbcore.optimizer:Optimizer",
     "OptionError": "hbcore.errors:OptionError",
     "Options": "hbcore.engine.shared_options:Options",

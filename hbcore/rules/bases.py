@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hbcore.rules.launching import has_triton
-from hbcore.rules.products import IEEE, Products
+from hbcore.rules.products import IEEE, Operand, Products, whole
 
 Bases = Sequence["Tensor | None"]
 
@@ -32,59 +32,59 @@ CHUNK = 2**24
 """How many of them are multiplied at once. Factorizations take as long for one matrix as for many; products do not."""
 
 
-def project(x: Tensor, bases: Bases, products: Products = IEEE) -> Tensor:
+def project(x: Operand, bases: Bases, products: Products = IEEE, out: Tensor | None = None) -> Tensor:
     r"""Into the bases: :math:`Q_0^\top X Q_1` for a matrix, and the same along every dimension of any block.
 
     Args:
-        x: ``[B, *shape]``.
+        x: ``[B, *shape]``; perhaps prepared by ``products``.
         bases: for each dimension of ``shape``, ``[B, n_i, n_i]`` or None; the columns are the basis.
         products: how to multiply.
+        out: memory for the result, contiguous, which need not be used; not ``x``'s.
     """
+    last = max((i for i, q in enumerate(bases) if q is not None), default=None)
     for i, q in enumerate(bases):
-        x = x if q is None else along(x, q, i, products)
-    return x
+        x = x if q is None else along(x, q, i, products, out if i == last else None)
+    return whole(x)
 
 
-def project_back(x: Tensor, bases: Bases, products: Products = IEEE) -> Tensor:
+def project_back(x: Tensor, bases: Bases, products: Products = IEEE, out: Tensor | None = None) -> Tensor:
     r"""Out of the bases, :math:`Q_0 X Q_1^\top`: undoes :func:`project`."""
-    return project(x, [q if q is None else q.mT for q in bases], products)
+    return project(x, [q if q is None else q.mT for q in bases], products, out)
 
 
-def along(x: Tensor, q: Tensor, dim: int, products: Products = IEEE) -> Tensor:
-    """``x`` times ``q`` ``[B, n, k]`` along dimension ``dim`` of its blocks."""
+def along(x: Operand, q: Tensor, dim: int, products: Products = IEEE, out: Tensor | None = None) -> Tensor:
+    """``x`` times ``q`` ``[B, n, k]`` along dimension ``dim`` of its blocks; ``out`` is :func:`project`'s."""
     before, after = math.prod(x.shape[1 : dim + 1]), math.prod(x.shape[dim + 2 :])
     count, n, k = q.shape
     if before == 1:
-        product = products.matmul(q.mT, x.reshape(count, n, after))
+        product = products.matmul(q.mT, x.reshape(count, n, after), None if out is None else out.view(count, k, after))
     elif after == 1:
-        product = products.matmul(x.reshape(count, before, n), q)
+        product = products.matmul(x.reshape(count, before, n), q, None if out is None else out.view(count, before, k))
     else:
-        moved = x.reshape(count, before, n, after).transpose(2, 3).reshape(count, before * after, n)
+        moved = whole(x).reshape(count, before, n, after).transpose(2, 3).reshape(count, before * after, n)
         product = products.matmul(moved, q).view(count, before, after, k).transpose(2, 3)
     return product.reshape(*x.shape[: dim + 1], k, *x.shape[dim + 2 :])
 
 
-def averaged(mean: Tensor, x: Tensor, dim: int, decay: float, products: Products = IEEE) -> Tensor:
+def averaged(mean: Tensor, x: Operand, dim: int, decay: float, products: Products = IEEE, out: Tensor | None = None) -> Tensor:
     r"""A running second moment of a dimension, :math:`\beta P + (1 - \beta)\,G G^\top` with that dimension's unfolding ``G``.
 
     Args:
         mean: :math:`P`, ``[B, n, n]``.
-        x: ``[B, *shape]``.
+        x: ``[B, *shape]``; perhaps prepared by ``products``.
         dim: a dimension of ``shape``, from 0.
         decay: :math:`\beta`.
         products: how to multiply.
+        out: memory for the result, contiguous, perhaps ``mean``'s, which need not be used.
 
     Returns:
-        ``[B, n, n]``; :math:`P` itself where the squares overflow, which an average would never forget.
+        ``[B, n, n]``; what overflows is left out, see :meth:`~hbcore.rules.products.Products.averaged`.
     """
-    n = x.shape[dim + 1]
+    count, n = x.shape[0], x.shape[dim + 1]
     if math.prod(x.shape[dim + 2 :]) == 1:
-        rows = x.reshape(len(x), -1, n).mT  # a view
-    else:
-        rows = x.movedim(dim + 1, 1).reshape(len(x), n, -1)
-    new = products.averaged(mean, rows, decay)
-    finite = new.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)  # sums of squares: the first to overflow
-    return torch.where(finite[:, None, None], new, mean)
+        return products.averaged(mean, x.reshape(count, -1, n).mT, decay, out)
+    rows = x.reshape(count, n, -1) if dim == 0 else whole(x).movedim(dim + 1, 1).reshape(count, n, -1)
+    return products.averaged(mean, rows, decay, out)
 
 
 def eigenvalues(p: Tensor, q: Tensor, products: Products = IEEE) -> Tensor:
@@ -223,7 +223,7 @@ def cholesky_qr(y: Tensor, products: Products = IEEE) -> tuple[Tensor, Tensor]:
     for _ in range(PASSES):
         square = torch.empty_like(y)
         for rows in (slice(i, i + some) for i in range(0, len(y), some)):
-            square[rows] = products.matmul(y[rows].mT, y[rows])
+            square[rows] = products.squared(y[rows].mT)
         square.diagonal(dim1=-2, dim2=-1).add_(y.shape[-1] * info.eps)
         inverse, worked = inverse_factor(square)
         del square  # memory is short here

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -52,12 +52,18 @@ def run(
     sizes: tuple[int, ...] = (),
     constants: tuple[int, ...] = (),
     num_warps: int = 4,
+    num_stages: int = 3,
 ) -> None:
     """The same for a kernel that takes tensors, then floats, then integers, then ``constexpr`` integers."""
-    make = partial(
-        _compiled, kernel, tensors[-1].device.index, tuple(t.dtype for t in tensors), len(numbers), sizes, constants, num_warps
-    )
-    launch(kernel, grid, tensors, make, (*tensors, *numbers, *sizes, *constants), num_warps=num_warps)
+    device = tensors[-1].device
+    addresses = [t.data_ptr() for t in tensors]
+    with on(device):
+        if INTERPRETED or any(address % 16 for address in addresses):
+            kernel[grid](*tensors, *numbers, *sizes, *constants, num_warps=num_warps, num_stages=num_stages)
+            return
+        dtypes = tuple([t.dtype for t in tensors])
+        compiled = _compiled(kernel, device.index, dtypes, len(numbers), sizes, constants, num_warps, num_stages)
+        compiled[grid](*addresses, *numbers, *sizes, *constants)  # of tensors it would ask for these
 
 
 @lru_cache(maxsize=512)
@@ -69,9 +75,11 @@ def _compiled(
     sizes: tuple[int, ...],
     constants: tuple[int, ...],
     num_warps: int,
+    num_stages: int,
 ) -> Any:
     """A compiled kernel for 16-byte aligned tensors on the current ``device``."""
-    return kernel.warmup(*dtypes, *[1.0] * numbers, *sizes, *constants, grid=(1, 1, 1), num_warps=num_warps)
+    arguments = (*dtypes, *[1.0] * numbers, *sizes, *constants)
+    return kernel.warmup(*arguments, grid=(1, 1, 1), num_warps=num_warps, num_stages=num_stages)
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
 r"""Products of float32 matrices at a chosen precision, for rules of :attr:`Domain.MATRIX`; ``c.products`` is one of them.
 
 ============  =====================================================================================================
-``"ieee"``    float32 multiplications and sums
+``"ieee"``    as exact as float32 multiplications and sums, or more so
 ``"split"``   float32 as two scaled float16 parts, multiplied on tensor cores: as exact, four times as fast on an H200
 ``"tf32"``    TensorFloat-32, ten bits of mantissa: for gradients of full rank only
 ============  =====================================================================================================
@@ -18,55 +18,97 @@ depth, and the first is added to it by the same call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from hbcore.rules.launching import has_triton
+from hbcore.rules.halves import EXPONENTS, Halved, both_halves, halves, has_kernels, in_memory_order
 
 PRECISIONS = ("ieee", "split", "tf32")
 """What ``matmul_precision`` may be."""
 
-EXPONENTS = (13, -126, 126)
-"""The largest element of a scaled matrix is below two to the first: float16 reaches 2^16, and its smallest step is 2^-24. The
-scale's own exponent has float32's range; even denormals are multiples of 2^-24 at the largest."""
-
 DEPTH = 768
 """How many products of high parts are summed at once. Tensor cores drop bits from long sums: an H200 is 4e-6 off at 2,304."""
-
-SQUARES = 384
-"""The same for second moments, whose terms do not cancel: 1.5e-5 off at 9,216."""
 
 SMALL = 4608
 """The same for products with low parts."""
 
-
-MOST = 2**15
-"""Kernels take stacks of fewer matrices: two stacks are a dimension of a grid, which a GPU limits to 2^16."""
+SQUARES = 384
+"""The same for second moments, whose terms do not cancel: 1.5e-5 off at 9,216."""
 
 WIDENS = hasattr(torch.ops.aten.baddbmm, "dtype_out")
 """Whether torch multiplies float16 to a float32 result, as releases since 2.8 do."""
 
 
+Operand: TypeAlias = "Tensor | Halved"
+"""A factor, or what :meth:`Products.prepared` made of one."""
+
+
 class Products(Protocol):
     """How a matrix rule multiplies. Everything is a stack ``[B, m, k]``; pure functions."""
 
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a @ b`` for ``[B, m, k]`` and ``[B, k, n]``, either of which may be a transposed view."""
+    def matmul(self, a: Operand, b: Operand, out: Tensor | None = None) -> Tensor:
+        """``a @ b`` for ``[B, m, k]`` and ``[B, k, n]``, either of which may be a transposed view.
 
-    def averaged(self, mean: Tensor, x: Tensor, decay: float) -> Tensor:
-        r""":math:`\beta M + (1 - \beta) X X^\top` for ``[B, m, m]`` and ``[B, m, k]``; ``decay`` is :math:`\beta`."""
+        It is written to ``out``, ``[B, m, n]`` and contiguous, if given: memory of neither factor.
+        """
+
+    def squared(self, x: Operand) -> Tensor:
+        """``x @ x.mT``, ``[B, m, m]``, for ``[B, m, k]``, which may be a transposed view."""
+
+    def averaged(self, mean: Tensor, x: Operand, decay: float, out: Tensor | None = None) -> Tensor:
+        r""":math:`\beta M + (1 - \beta) X X^\top` for ``[B, m, m]``, symmetric, and ``[B, m, k]``; ``decay`` is :math:`\beta`.
+
+        Rows whose squares overflow, or all rows of their matrix, count as zeros: an average would never forget them. ``out`` is
+        memory for the result, contiguous, if given; it may be ``mean``'s. It need not be used.
+        """
+
+    def prepared(self, x: Tensor) -> Operand:
+        """``x`` ``[B, ...]``, for several products: what they have in common is computed once."""
 
 
 class Exact:
     """In the dtype of the arguments, as torch multiplies."""
 
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.bmm(a, b)
+    def matmul(self, a: Operand, b: Operand, out: Tensor | None = None) -> Tensor:
+        return torch.bmm(whole(a), whole(b), out=out)
 
-    def averaged(self, mean: Tensor, x: Tensor, decay: float) -> Tensor:
-        return torch.baddbmm(mean, x, x.mT, beta=decay, alpha=1 - decay)
+    def squared(self, x: Operand) -> Tensor:
+        x = whole(x)
+        return torch.bmm(x, x.mT)
+
+    def averaged(self, mean: Tensor, x: Operand, decay: float, out: Tensor | None = None) -> Tensor:
+        x = whole(x)
+        return _finite(torch.baddbmm(mean, x, x.mT, beta=decay, alpha=1 - decay), mean, decay)
+
+    def prepared(self, x: Tensor) -> Operand:
+        return x
+
+
+class Triple(Exact):
+    """float32 in three bfloat16 parts, which have all of its bits; other dtypes as :class:`Exact` has them.
+
+    See :mod:`hbcore.rules.square_kernel`. Devices without kernels multiply as torch does.
+    """
+
+    def matmul(self, a: Operand, b: Operand, out: Tensor | None = None) -> Tensor:
+        a, b = whole(a), whole(b)
+        if a.dtype != torch.float32 or not (has_kernels(a) and b.numel()):
+            return super().matmul(a, b, out)
+        from hbcore.rules import float32_kernel  # Triton is slow to import, and not everywhere
+
+        return float32_kernel.product(a, b, out)
+
+    def squared(self, x: Operand) -> Tensor:
+        x = whole(x)
+        return _square_kernel(x) if x.dtype == torch.float32 and has_kernels(x) else super().squared(x)
+
+    def averaged(self, mean: Tensor, x: Operand, decay: float, out: Tensor | None = None) -> Tensor:
+        x = whole(x)
+        if x.dtype != torch.float32 or not has_kernels(x):
+            return super().averaged(mean, x, decay)
+        return _square_kernel(x, mean=mean, decay=decay, out=out)
 
 
 class Split:
@@ -75,90 +117,96 @@ class Split:
     Devices without products of float16 with a float32 result multiply the same parts as float32, which is slower than ``ieee``.
     """
 
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        if a.dtype != torch.float32:
-            return torch.bmm(a, b)
+    def matmul(self, a: Operand, b: Operand, out: Tensor | None = None) -> Tensor:
         k = a.shape[2]
-        small = [2 * k] if 2 * k <= SMALL else [k, k]  # the products with a low part, whose own errors do not matter
-        lengths = [*small, *_lengths(k, DEPTH)]
-        if not (_has_kernels(a) and b.numel()):
-            (x, s), (y, r) = parts(a, "lhh", 2), parts(b, "hlh", 1)
-            return _product(x, y, lengths).mul_(1 / (s.double() * r.double()))  # perhaps outside float32's range
-        from hbcore.rules import products_kernel  # Triton is slow to import, and not everywhere
+        if isinstance(a, Tensor) and a.dtype != torch.float32:
+            return torch.bmm(a, whole(b), out=out)
+        if isinstance(a, Halved):
+            y, r = halves(whole(b), "hl", 1)
+            high, low, s = a.parts()
+            return _unscaled(_product([(low, y[:, :k]), (high, y[:, k:])], (high, y[:, :k])), s, r, out)
+        if isinstance(b, Halved) and not b.turned and b.made:
+            x, s = halves(a, "lh", 2)
+            high, _, r = b.parts()
+            return _unscaled(_product([(x, b.made[0].view(len(x), 2 * k, -1))], (x[:, :, k:], high)), s, r, out)
+        (x, s), (y, r) = both_halves(a, whole(b))
+        if isinstance(b, Halved) and not b.turned:
+            b.made.extend((y, r))
+        return _unscaled(_product([(x, y)], (x[:, :, k:], y[:, :k])), s, r, out)
 
-        (a, turned_a), (b, turned_b) = _in_memory_order(a), _in_memory_order(b)
-        x, y, scales = products_kernel.parts(a, b, ("lhh", "hlh"), (1 if turned_a else 2, 2 if turned_b else 1), EXPONENTS)
-        product = _product(x.mT if turned_a else x, y.mT if turned_b else y, lengths)
-        return products_kernel.unscale(product, scales)
+    def squared(self, x: Operand) -> Tensor:
+        return Exact().squared(x) if isinstance(x, Tensor) and x.dtype != torch.float32 else self._squared(x)
 
-    def averaged(self, mean: Tensor, x: Tensor, decay: float) -> Tensor:
-        if x.dtype != torch.float32:
+    def averaged(self, mean: Tensor, x: Operand, decay: float, out: Tensor | None = None) -> Tensor:
+        if isinstance(x, Tensor) and x.dtype != torch.float32:
             return Exact().averaged(mean, x, decay)
-        n, lengths = x.shape[1], _lengths(x.shape[2], SQUARES)
-        # of the other half, the low parts' own product is below float32's precision
-        if not _has_kernels(x):
-            both, s = parts(x, "hl", 1)
-            total = _product(both[:, :n], both.mT, lengths)
-            total = total[:, :, :n] + total[:, :, n:] + total[:, :, n:].mT
-            return (mean * decay).add_(total.mul_(1 / s).mul_((1 - decay) / s))
-        from hbcore.rules import products_kernel
+        return self._squared(x, mean, decay, out)
 
-        x, turned = _in_memory_order(x)
-        both, _, scales = products_kernel.parts(x, x, ("hl", "hl"), (2 if turned else 1,) * 2, EXPONENTS)
-        both = both.mT if turned else both
-        return products_kernel.combined(mean, _product(both[:, :n], both.mT, lengths), scales, decay)
+    def prepared(self, x: Tensor) -> Operand:
+        return Halved(x.contiguous(), []) if x.dtype == torch.float32 else x
+
+    def _squared(self, x: Operand, mean: Tensor | None = None, decay: float = 0.0, out: Tensor | None = None) -> Tensor:
+        if isinstance(x, Tensor):
+            here, turned = in_memory_order(x)
+            x = Halved(here, [], turned)
+        high, low, scales = x.parts()
+        if has_kernels(high):
+            return _square_kernel(high, low, scales, mean, decay, EXPONENTS[0], out)
+        cross = _product([(high, low.mT)], None)
+        total = _product([], (high, high.mT), SQUARES).add_(cross).add_(cross.mT)
+        inverse = (1 / scales)[:, None, None]
+        total = total.mul_(inverse).mul_(inverse)
+        return total if mean is None else _finite((mean * decay).add_(total, alpha=1 - decay), mean, decay)
 
 
 IEEE: Products = Exact()
 
 
-def parts(x: Tensor, order: str, dim: int) -> tuple[Tensor, Tensor]:
-    """The float16 parts of ``x`` ``[B, m, n]``, several times as long along ``dim``, and the scale ``[B, 1, 1]``.
+def whole(x: Operand) -> Tensor:
+    """The matrices themselves."""
+    return x if isinstance(x, Tensor) else x.whole.mT if x.turned else x.whole
+
+
+def _square_kernel(*arguments: Any, **more: Any) -> Tensor:
+    from hbcore.rules import square_kernel
+
+    return square_kernel.squared(*arguments, **more)
+
+
+def _finite(new: Tensor, mean: Tensor, decay: float) -> Tensor:
+    """An average; without what was added in matrices where squares overflowed, which the diagonal shows."""
+    finite = new.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    return torch.where(finite[:, None, None], new, mean * decay)
+
+
+def _product(small: Sequence[tuple[Tensor, Tensor]], large: tuple[Tensor, Tensor] | None, depth: int = DEPTH) -> Tensor:
+    """The sum of products of float16 ``[B, m, k]`` and ``[B, k, n]``, in float32.
 
     Args:
-        x: float32; may be a transposed view.
-        order: ``h`` and ``l``, the high and the low part, as they follow one another.
-        dim: 1 or 2.
+        small: those with a low part, whose own errors do not matter.
+        large: the one of high parts, summed ``depth`` at a time.
     """
-    largest = torch.linalg.vector_norm(x, float("inf"), dim=(1, 2), keepdim=True)
-    top, *limits = EXPONENTS
-    exponent = (top - torch.frexp(largest)[1]).clamp(*limits)
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
-    scaled = x * scale
-    high = scaled.half()
-    low = (scaled - high.float()).half()
-    return torch.cat([high if which == "h" else low for which in order], dim=dim), scale
-
-
-def _has_kernels(x: Tensor) -> bool:
-    """Whether generated kernels split a stack; elsewhere torch does, in several passes."""
-    return x.is_cuda and x.numel() > 0 and len(x) < MOST and has_triton()
-
-
-def _lengths(k: int, most: int) -> list[int]:
-    """``k`` in pieces of ``most``, the last of which may be shorter."""
-    return [min(most, k - first) for first in range(0, k, most)]
-
-
-def _product(a: Tensor, b: Tensor, lengths: Sequence[int]) -> Tensor:
-    """``[B, m, k] @ [B, k, n]`` of float16, summed in float32 piece by piece, of these lengths."""
     total: Tensor | None = None
-    first = 0
-    for length in lengths:
-        x, y = a.narrow(2, first, length), b.narrow(1, first, length)
-        first += length
-        if not (x.is_cuda and WIDENS):
-            piece = torch.bmm(x.float(), y.float())
-            total = piece if total is None else total.add_(piece)
-        elif total is None:
-            total = torch.bmm(x, y, out_dtype=torch.float32)
-        else:
-            torch.ops.aten.baddbmm.dtype_out(total, x, y, torch.float32, out=total)  # without the copy that a result would be
+    for (a, b), most in (*((pair, SMALL) for pair in small), *(((large, depth),) if large else ())):
+        for first in range(0, a.shape[2], most):
+            x, y = a[:, :, first : first + most], b[:, first : first + most]
+            if not (x.is_cuda and WIDENS):
+                piece = torch.bmm(x.float(), y.float())
+                total = piece if total is None else total.add_(piece)
+            elif total is None:
+                total = torch.bmm(x, y, out_dtype=torch.float32)
+            else:
+                torch.ops.aten.baddbmm.dtype_out(
+                    total, x, y, torch.float32, out=total
+                )  # without the copy that a result would be
     assert total is not None
     return total
 
 
-def _in_memory_order(x: Tensor) -> tuple[Tensor, bool]:
-    """``x`` or its transpose, contiguous, and whether it is the transpose."""
-    turned = not x.is_contiguous() and x.mT.is_contiguous()
-    return (x.mT if turned else x.contiguous()), turned
+def _unscaled(total: Tensor, s: Tensor, r: Tensor, out: Tensor | None) -> Tensor:
+    """A product ``[B, m, n]`` divided by the scales of its factors, in place or written to ``out``."""
+    if not has_kernels(total):
+        return torch.mul(total, (1 / (s.double() * r.double()))[:, None, None], out=total if out is None else out)
+    from hbcore.rules import products_kernel
+
+    return products_kernel.unscale(total, s, r, total if out is None else out)

@@ -16,8 +16,9 @@ BLOCK = 2048
 PIECES = 64
 """How many programs look for the largest element of a matrix."""
 
-TILE = 32
-"""The side of what a program of :func:`combine_kernel` reads, and of its mirror."""
+
+ALIGNED = 4
+"""The scales of a second stack begin at a multiple of this, where compiled kernels expect them."""
 
 
 @triton.jit
@@ -71,15 +72,16 @@ def split_one(x, out, scale, numel, run, COPIES: tl.constexpr, LOW: tl.constexpr
 
 @triton.jit
 def split_kernel(  # type: ignore[no-untyped-def]
-    a, b, out_a, out_b, largest, scales, numel_a, run_a, numel_b, run_b, count, PIECES: tl.constexpr,
+    a, b, out_a, out_b, largest, scales, numel_a, run_a, numel_b, run_b, count, gap, PIECES: tl.constexpr,
     COPIES: tl.constexpr, LOW_A: tl.constexpr, LOW_B: tl.constexpr, TOP: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """:func:`split_one` for matrix ``pid1``, ``count`` of which are ``a``'s and the others ``b``'s; and its scale."""
+    """:func:`split_one` for matrix ``pid1``, ``count`` of which are ``a``'s and the others ``b``'s; and its scale, those of
+    ``b`` after a gap."""
     item = tl.program_id(1).to(tl.int64)
     scale = scale_of(largest, item, PIECES, TOP, LEAST, MOST)
     if tl.program_id(0) == 0:
-        tl.store(scales + item, scale)
+        tl.store(scales + tl.where(item < count, item, item + gap), scale)
     if item < count:
         split_one(a + item * numel_a, out_a + item * numel_a * COPIES, scale, numel_a, run_a, COPIES, LOW_A, BLOCK)
     else:
@@ -88,51 +90,31 @@ def split_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def unscale_kernel(total, scales, numel, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Divide a product by the scales of its factors, ``scales[item]`` and ``scales[count + item]``, in place.
+def unscale_kernel(total, one_scale, other_scale, out, numel, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Divide a product by the scales of its factors.
 
     By two powers of two, of half the exponent each: the scales' product may be outside float32's range.
     """
     item = tl.program_id(1).to(tl.int64)
-    first = (tl.load(scales + item).to(tl.int32, bitcast=True) >> 23) - 127
-    second = (tl.load(scales + count + item).to(tl.int32, bitcast=True) >> 23) - 127
+    first = (tl.load(one_scale + item).to(tl.int32, bitcast=True) >> 23) - 127
+    second = (tl.load(other_scale + item).to(tl.int32, bitcast=True) >> 23) - 127
     half = (-first - second) >> 1
     one = ((half + 127) << 23).to(tl.float32, bitcast=True)
     other = ((-first - second - half + 127) << 23).to(tl.float32, bitcast=True)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
-    tl.store(total + item * numel + at, tl.load(total + item * numel + at, mask=inside) * one * other, mask=inside)
-
-
-@triton.jit
-def combine_kernel(mean, total, scales, out, decay, n, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One tile of :func:`combined`: the high parts' product, theirs with the low parts, and its transpose."""
-    item = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
-    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
-    inside = (rows < n) & (columns < n)
-    wide = total + item * n * 2 * n
-    here = rows * 2 * n + columns
-    both = tl.load(wide + here, mask=inside, other=0.0) + tl.load(wide + here + n, mask=inside, other=0.0)
-    back_rows = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
-    back_columns = tl.program_id(0) * TILE + tl.arange(0, TILE)[None, :]
-    back = (back_rows < n) & (back_columns < n)
-    both += tl.trans(tl.load(wide + back_rows * 2 * n + back_columns + n, mask=back, other=0.0))
-    inverse = 1 / tl.load(scales + item)
-    at = item * n * n + rows * n + columns
-    new = decay * tl.load(mean + at, mask=inside, other=0.0) + both * inverse * inverse * (1 - decay)
-    tl.store(out + at, new, mask=inside)
+    tl.store(out + item * numel + at, tl.load(total + item * numel + at, mask=inside) * one * other, mask=inside)
 
 
 def parts(
     a: Tensor, b: Tensor, orders: tuple[str, str], dims: tuple[int, int], exponents: tuple[int, int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The parts of two stacks of as many matrices, see :func:`hbcore.rules.products.parts`, and both scales in a row.
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The parts of two stacks of as many matrices, see :func:`hbcore.rules.halves.parts`, and the scales of each, ``[B]``.
 
     Args:
         a, b: contiguous; the same tensor if one is to be split alone, whose parts are returned twice.
         orders, dims: of each.
-        exponents: see :data:`hbcore.rules.products.EXPONENTS`.
+        exponents: see :data:`hbcore.rules.halves.EXPONENTS`.
     """
     both = (a,) if a is b else (a, b)
     outs, runs, lows, numels = [], [], [], []
@@ -144,39 +126,21 @@ def parts(
         runs.append(columns if dim == 2 else rows * columns)
         lows.append(sum(1 << i for i, which in enumerate(order) if which == "l"))
         numels.append(rows * columns)
-    items = count * len(both)
-    scales = torch.empty(items, dtype=torch.float32, device=a.device)
+    items, gap = count * len(both), -count % ALIGNED
+    scales = torch.empty(items + gap, dtype=torch.float32, device=a.device)
     largest = torch.empty(items, PIECES, dtype=torch.int32, device=a.device)
-    sizes = (numels[0], pieces(numels[0], PIECES), numels[-1], pieces(numels[-1], PIECES), count)
-    run(largest_kernel, (PIECES, items, 1), (a, b, largest), sizes=sizes, constants=(PIECES, BLOCK), num_warps=8)
-    sizes = (numels[0], runs[0], numels[-1], runs[-1], count)
+    lengths = (numels[0], pieces(numels[0], PIECES), numels[-1], pieces(numels[-1], PIECES), count)
+    run(largest_kernel, (PIECES, items, 1), (a, b, largest), (), lengths, (PIECES, BLOCK), num_warps=8)
+    sizes = (numels[0], runs[0], numels[-1], runs[-1], count, gap)
     constants = (PIECES, copies, lows[0], lows[-1], *exponents, BLOCK)
     tensors = (a, b, outs[0], outs[-1], largest, scales)
-    run(split_kernel, (pieces(max(numels), BLOCK), items, 1), tensors, sizes=sizes, constants=constants, num_warps=8)
-    return outs[0], outs[-1], scales
+    run(split_kernel, (pieces(max(numels), BLOCK), items, 1), tensors, (), sizes, constants, num_warps=8)
+    return (outs[0], outs[-1]), (scales[:count], scales[-count:])
 
 
-def unscale(total: Tensor, scales: Tensor) -> Tensor:
-    """``total`` ``[B, m, n]`` divided by the scales of both factors, in place."""
-    count, numel = len(total), total.shape[1] * total.shape[2]
-    run(
-        unscale_kernel, (pieces(numel, BLOCK), count, 1), (total, scales), sizes=(numel, count), constants=(BLOCK,), num_warps=8
-    )
-    return total
-
-
-def combined(mean: Tensor, total: Tensor, scales: Tensor, decay: float) -> Tensor:
-    r""":math:`\beta M + (1 - \beta) (H H^\top + H L^\top + L H^\top) / s^2`.
-
-    Args:
-        mean: :math:`M`, ``[B, n, n]``.
-        total: :math:`H H^\top` and :math:`H L^\top` side by side, ``[B, n, 2 n]``, contiguous.
-        scales: :math:`s`, ``[B]``.
-        decay: :math:`\beta`.
-    """
-    mean, n = mean.contiguous(), mean.shape[1]
-    out = torch.empty_like(mean)
-    if len(mean):
-        tiles = pieces(n, TILE)
-        run(combine_kernel, (tiles, tiles, len(mean)), (mean, total, scales, out), (decay,), (n,), (TILE,))
+def unscale(total: Tensor, one_scale: Tensor, other_scale: Tensor, out: Tensor) -> Tensor:
+    """``out``, with ``total`` ``[B, m, n]`` divided by the scales ``[B]`` of both factors. It may be ``total``'s own memory."""
+    numel = total.shape[1] * total.shape[2]
+    tensors = (total, one_scale, other_scale, out)
+    run(unscale_kernel, (pieces(numel, BLOCK), len(total), 1), tensors, (), (numel,), (BLOCK,), num_warps=8)
     return out

@@ -71,6 +71,11 @@ def unavailable(*_: Any) -> Any:
     raise RuleError("c.probe, c.noise and c.apply need an engine that runs the rule.")
 
 
+def no_memory(name: str) -> Tensor | None:
+    """No value can be written at once."""
+    return None
+
+
 class Context(NamedTuple):
     """Everything a rule may read besides its update and state.
 
@@ -93,6 +98,9 @@ class Context(NamedTuple):
     * ``apply(inner, u, s)``: run the elementwise rule ``inner`` on the stack: ``inner.update(u, s, c)``, compiled where
       ``inner`` is a field of the rule and ``s`` the state that the rule was given. Returns its update, and new slot values
       that the rule returns along with its own. Those of a compiled rule are in the state already, and need not be.
+    * ``into(name)``: memory for the new value of the slot ``name``, or for ``"update"`` of the update, where it can be written
+      at once rather than copied from what the rule returns; else None. It is the present value's memory, which the rule must
+      not read after writing to it, and is contiguous, in the compute dtype.
     """
 
     param: Tensor
@@ -107,6 +115,7 @@ class Context(NamedTuple):
     noise: Callable[[Tensor], Tensor] = unavailable
     apply: Callable[[Transform, Tensor, State], tuple[Tensor, dict[str, Tensor]]] = unavailable
     products: Products = IEEE
+    into: Callable[[str], Tensor | None] = no_memory
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of ``x`` over the rule's domain, 0-d."""

@@ -13,7 +13,7 @@ from core.rules import kept, matrix, parameter, stepped
 
 from hb_soap import SOAP
 from hbcore.errors import OptionError, RuleError
-from hbcore.rules import products
+from hbcore.rules import halves
 from hbcore.rules.products import DEPTH, Exact, Split
 
 KINDS = {"exact": Exact(), "split": Split()}
@@ -118,7 +118,7 @@ def test_other_dtypes_pass_through_as_they_are(dtype):
 
 def test_two_parts_keep_the_bits_that_they_promise():
     x = scaled(3, 40, 30).float()
-    both, s = products.parts(x, "hl", 2)
+    both, s = halves.parts(x, "hl", 2)
     assert both.dtype == torch.float16 and both.isfinite().all() and s.shape == (3, 1, 1)
     assert torch.equal(s.log2(), s.log2().round())
     back = (both[:, :, :30].double() + both[:, :, 30:].double()) / s.double()
@@ -156,29 +156,111 @@ SHAPES = [((3, 37, 53), (3, 53, 20)), ((2, 70, 71), (2, 71, 5)), ((1, 1, 1), (1,
 def test_the_kernel_makes_the_same_parts_bit_for_bit(one, other, dims):
     kernels, on = interpreter()
     a, b = uneven(*one), 1e-20 * uneven(*other, seed=1)
-    x, y, scales = kernels.parts(a.to(on), b.to(on), ("lhh", "hlh"), dims, products.EXPONENTS)
-    wanted = [products.parts(z, order, dim) for z, order, dim in zip((a, b), ("lhh", "hlh"), dims, strict=True)]
+    (x, y), scales = kernels.parts(a.to(on), b.to(on), ("lh", "hl"), dims, halves.EXPONENTS)
+    wanted = [halves.parts(z, order, dim) for z, order, dim in zip((a, b), ("lh", "hl"), dims, strict=True)]
     assert torch.equal(x.cpu(), wanted[0][0]) and torch.equal(y.cpu(), wanted[1][0])
-    assert torch.equal(scales.cpu(), torch.cat([s.flatten() for _, s in wanted]))
+    assert all(torch.equal(found.cpu(), s.flatten()) for found, (_, s) in zip(scales, wanted, strict=True))
 
 
 @pytest.mark.parametrize("sizes", [(1.0, 1.0), (1e-30, 1e30), (1e-20, 1e-15), (1e38, 1e-38)], ids=str)
 def test_the_kernel_takes_scales_away_whatever_they_are(sizes):
     kernels, on = interpreter()
     a, b = (size * normal(2, 20, 20, seed=i).float().clamp(-1, 1) for i, size in enumerate(sizes))
-    x, y, scales = kernels.parts(a.to(on), b.to(on), ("lhh", "hlh"), (2, 1), products.EXPONENTS)
-    found = kernels.unscale(torch.bmm(x.float(), y.float()), scales).cpu().double()
+    _, scales = kernels.parts(a.to(on), b.to(on), ("lh", "hl"), (2, 1), halves.EXPONENTS)
+    s, r = (scale.cpu().double()[:, None, None] for scale in scales)
+    product = ((a.double() * s) @ (b.double() * r)).float().to(on)
+    found = kernels.unscale(product, *scales, torch.empty_like(product)).cpu().double()
     assert off(found, a.double() @ b.double()) < 1e-6
 
 
-@pytest.mark.parametrize("n", [1, 31, 32, 70])
-def test_the_kernel_averages_as_torch_does(n):
-    kernels, on = interpreter()
-    x, mean = uneven(2, n, 50), normal(2, n, n, seed=1).float()
-    both, _, scales = kernels.parts(x.to(on), x.to(on), ("hl", "hl"), (1, 1), products.EXPONENTS)
-    total = torch.bmm(both[:, :n].float(), both.mT.float())
-    found = kernels.combined(mean.to(on), total, scales, 0.75).cpu().double()
-    assert off(found, 0.75 * mean.double() + 0.25 * x.double() @ x.double().mT) < 1e-6
+SQUARES = {
+    "one": (1, 1),
+    "a tile and its rest": (19, 33),
+    "three tiles": (40, 50),
+    "as deep as one sum": (16, 64),
+}
+
+
+def laid_out(kind, n, k, sizes=(1.0, 1e-9)):
+    """A stack to be squared by a kernel, in float64 and as the kernel takes it."""
+    _, on = interpreter()
+    x = uneven(2, n, k) * torch.tensor(sizes)[:, None, None]
+    if kind == "columns":
+        return x.double(), (x.mT.contiguous().mT.to(on),)
+    if kind == "rows":
+        return x.double(), (x.to(on),)
+    both, s = halves.parts(x, "hl", 1)
+    high, low = both[:, :n].to(on), both[:, n:].to(on)
+    return x.double(), (high, low, s.flatten().to(on))
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "parts"])
+@pytest.mark.parametrize("case", SQUARES)
+def test_the_kernel_squares_and_averages_as_float64_does(monkeypatch, case, kind):
+    from hbcore.rules import square_kernel
+
+    monkeypatch.setattr(square_kernel, "TILE", 16)
+    exact, x = laid_out(kind, *SQUARES[case])
+    n = exact.shape[1]
+    mean = normal(2, n, n, seed=1).float()
+    mean = mean + mean.mT
+    square = exact @ exact.mT
+    top = halves.EXPONENTS[0]
+    given = dict(zip(("high", "low", "scales"), x, strict=False), top=top)
+    assert off(square_kernel.squared(**given).cpu()[:1].double(), square[:1]) < 1e-6
+    found = square_kernel.squared(**given, mean=mean.to(x[0].device), decay=0.75).cpu().double()
+    assert off(found, 0.75 * mean.double() + 0.25 * square) < 1e-6
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e25], ids=str)
+@pytest.mark.parametrize("kind", ["exact", "split", "rows", "parts"])
+def test_what_overflows_is_left_out_of_an_average(kind, value):
+    x, mean = normal(2, 5, 7).float(), torch.eye(5).expand(2, 5, 5).contiguous()
+    x[1, 2, 3] = value
+    if kind in KINDS:
+        found = KINDS[kind].averaged(mean, x, 0.75)
+    else:
+        from hbcore.rules import square_kernel
+
+        kernels, on = interpreter()
+        x = x.to(on)
+        (both, _), (s, _) = kernels.parts(x, x, ("hl", "hl"), (1, 1), halves.EXPONENTS)
+        given = (x,) if kind == "rows" else (both[:, :5], both[:, 5:], s)
+        found = square_kernel.squared(*given, mean=mean.to(on), decay=0.75, top=halves.EXPONENTS[0]).cpu()
+        x = x.cpu()
+    assert off(found[0].double(), 0.75 * mean[0].double() + 0.25 * x[0].double() @ x[0].double().mT) < 1e-6
+    assert torch.equal(found[1, 2], 0.75 * mean[1, 2]) and found.isfinite().all()
+
+
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize(("one", "other"), [*SHAPES, ((2, 40, 33), (2, 33, 50))], ids=str)
+def test_the_kernel_multiplies_float32_as_float64_does(monkeypatch, one, other, turned):
+    from hbcore.rules import float32_kernel
+
+    monkeypatch.setattr(float32_kernel, "ROWS", 16)
+    monkeypatch.setattr(float32_kernel, "COLUMNS", 32)
+    _, on = interpreter()
+    a, b = (laid(uneven(*s, seed=i), t).to(on) for i, (s, t) in enumerate(zip((one, other), turned, strict=True)))
+    assert off(float32_kernel.product(a, b).cpu().double(), a.cpu().double() @ b.cpu().double()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prepared_factor_gives_the_same_products(kind):
+    tool, x, q = KINDS[kind], normal(3, 5, 7).float(), normal(3, 7, 7, seed=1).float()
+    made = tool.prepared(x)
+    for found, wanted in (
+        (tool.matmul(made, q), x.double() @ q.double()),
+        (tool.matmul(q[:, :5, :5].mT, made), q[:, :5, :5].mT.double() @ x.double()),
+        (tool.matmul(made.mT, q[:, :5]), x.mT.double() @ q[:, :5].double()),
+        (tool.matmul(q, made.mT), q.double() @ x.mT.double()),
+        (tool.squared(made), x.double() @ x.mT.double()),
+        (tool.squared(made.mT), x.mT.double() @ x.double()),
+        (
+            tool.averaged(torch.zeros(3, 35, 35), made.reshape(3, 1, 35).mT, 0.5),
+            0.5 * x.view(3, 35, 1).double() @ x.view(3, 1, 35).double(),
+        ),
+    ):
+        assert found.shape == wanted.shape and off(found.double(), wanted) < 1e-6
 
 
 def escaped(**options):
@@ -202,8 +284,8 @@ def test_eleven_bits_would_not_keep_them_there(monkeypatch):
         kept = [p if o == "h" else torch.zeros_like(p) for p, o in zip(both.chunk(len(order), dim), order, strict=True)]
         return torch.cat(kept, dim), scale
 
-    parts = products.parts
-    monkeypatch.setattr(products, "parts", only_high)
+    parts = halves.parts
+    monkeypatch.setattr(halves, "parts", only_high)
     assert escaped(matmul_precision="split") > 0.1
 
 

@@ -1,4 +1,4 @@
-"""Products at each precision on a CUDA device: what the default rests on (docs/adr/0028)."""
+"""Products at each precision on a CUDA device: what the default rests on (docs/adr/0029)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import nn
 
 import hbcore
 from hbcore.rules import bases, factor_kernel, products_kernel
-from hbcore.rules.products import EXPONENTS, Exact, Split, parts
+from hbcore.rules.halves import EXPONENTS, parts
+from hbcore.rules.products import Exact, Split, Triple
 
 pytestmark = pytest.mark.gpu
 EXACT = ("ieee", "split")
@@ -31,6 +32,7 @@ def test_split_products_are_as_exact_as_float32(rows):
         error = Split().matmul(a, b).double() - a.double() @ b.double()
         assert float(error.norm() / (a.double().abs() @ b.double().abs()).norm()) < 3e-7  # sums of squares are the worst
     mean = normal(2, rows, rows, seed=2)
+    mean = mean + mean.mT
     for y in (x, x.mT[:, :, :rows].mT):
         wanted = 0.5 * mean.double() + 0.5 * y.double() @ y.double().mT
         assert off(Split().averaged(mean, y, 0.5), wanted) < 2e-6
@@ -40,8 +42,8 @@ def test_split_products_are_as_exact_as_float32(rows):
 @pytest.mark.parametrize("size", [1.0, 1e-19, 1e18])
 def test_the_kernel_splits_as_torch_does(shape, size):
     x = normal(*shape) * size
-    for order, dim in (("lhh", 2), ("hlh", 1), ("hl", 1)):
-        found, _, scales = products_kernel.parts(x, x, (order, order), (dim, dim), EXPONENTS)
+    for order, dim in (("lh", 2), ("hl", 1)):
+        (found, _), (scales, _) = products_kernel.parts(x, x, (order, order), (dim, dim), EXPONENTS)
         wanted, scale = parts(x, order, dim)
         assert torch.equal(found, wanted) and torch.equal(scales, scale.flatten())
 
@@ -61,7 +63,20 @@ def test_the_kernel_factorizes_as_the_library_does(n):
     assert not out.triu(1).any()
 
 
-@pytest.mark.parametrize("products", [Exact(), Split()], ids=EXACT)
+def test_products_of_three_parts_are_more_exact_than_float32s():
+    x, q = normal(2, 768, 3072) * 0.02, torch.linalg.qr(normal(2, 768, 768, seed=1))[0]
+    for a, b in ((q.mT, x), (x.mT, q)):
+        exact = a.double() @ b.double()
+        assert off(Triple().matmul(a, b), exact) < 2e-7 < off(a @ b, exact)
+    square = x.double() @ x.double().mT
+    assert off(Triple().squared(x), square) < 4e-7 < off(x @ x.mT, square)
+    mean = normal(2, 768, 768, seed=2)
+    mean = mean + mean.mT
+    wanted, memory = 0.5 * mean.double() + 0.5 * square, mean.clone()
+    assert off(Triple().averaged(memory, x, 0.5, memory), wanted) < 1e-6 and off(memory, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("products", [Triple(), Split()], ids=EXACT)
 def test_a_refresh_is_that_of_float64(products):
     x = normal(3, 300, 600)
     p, q = x @ x.mT, torch.linalg.qr(normal(3, 300, 300, seed=1))[0]

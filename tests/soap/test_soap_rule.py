@@ -19,6 +19,7 @@ from hbcore.api import ScaleByAdam, bases
 from hbcore.engine.shared_options import OPTIONS
 from hbcore.errors import HyperparameterError, OptionError
 from hbcore.rules.products import IEEE
+from hbcore.rules.transform import no_memory
 from hbcore.rules.views import Block
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,6 +167,7 @@ def test_a_refresh_turns_the_first_moment_and_leaves_the_second_with_its_columns
 def run(rule, u, s, refresh, prime=False):
     """One step of the rule on a stack, with no driver between; its update and its slots."""
     c = SimpleNamespace(step=torch.tensor(2.0, dtype=torch.float64), refresh=refresh, divide=lambda x, y, eps: x / (y + eps))
+    c.into = no_memory
     c.apply, c.products = lambda inner, u, s: inner.update(u, s, c), IEEE
     if prime:
         empty = {n: u.new_zeros(len(u), *slot.shape) for n, slot in rule.slots(u[0]).items()}

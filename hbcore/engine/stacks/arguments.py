@@ -21,7 +21,8 @@ from hbcore.errors import RuleError
 from hbcore.rules.author_errors import naming
 from hbcore.rules.contract import checked, title, unknown_slot
 from hbcore.rules.noise import bits, noise_key, normal, uniform
-from hbcore.rules.transform import Context, State, Transform
+from hbcore.rules.numerics import compute_dtype
+from hbcore.rules.transform import Context, State, Transform, no_memory
 from hbcore.state.codec import codec_of
 
 
@@ -119,7 +120,7 @@ class Arguments:
             grad=inputs.get("grad", self._absent["grad"]),
             refresh=self._turn.due.whole,
         )
-        return inputs["update"], self._state, context._replace(apply=partial(self._apply, context))
+        return inputs["update"], self._state, context._replace(apply=partial(self._apply, context), into=self._into)
 
     def settled(self) -> tuple[State, Context]:
         """The arguments of the rule's ``refresh`` in this step."""
@@ -151,7 +152,20 @@ class Arguments:
             with purity.within(inner, u), naming(inner):
                 return checked(inner, inner.update(u, s, context), u, s, whole=False)
 
-        return update, watched, context._replace(apply=apply)
+        return update, watched, context._replace(apply=apply, into=no_memory)
+
+    def _into(self, name: str) -> Tensor | None:
+        """The stack's memory, where it holds the very value that a rule returns."""
+        stack = self.stack
+        if self.part.rows is not None or self._skip is not None:
+            return None
+        if name == "update":
+            found = stack.inputs[name]
+        elif stack.stores_as_it_is(name):
+            found = stack.stored[name]
+        else:
+            return None
+        return found if found.dtype == compute_dtype(stack.key.dtype) else None
 
     def _apply(self, context: Context, inner: Transform, u: Tensor, s: State) -> tuple[Tensor, dict[str, Tensor]]:
         segment = self._segment(inner, u, s)
@@ -195,16 +209,22 @@ class Arguments:
         stack, rows, carried = self.part.stack, self.part.rows, dict[str, float]()
         # Results that are views of this stack's memory are copied first: it is overwritten below. Rows are copies already.
         memory = _memory((*stack.inputs.values(), *stack.stored.values())) if rows is None else set()
-        kept = [(name, value.clone() if _memory((value,)) <= memory else value) for name, value in new.items()]
+        kept = [(name, self._apart(value, stack.stored.get(name), memory)) for name, value in new.items()]
         if update is not None:
-            update = update.clone() if update is not stack.inputs["update"] and _memory((update,)) <= memory else update
-            _put(stack.inputs["update"], rows, update)
+            _put(stack.inputs["update"], rows, self._apart(update, stack.inputs["update"], memory))
         for name, value in kept:
             if name in self._turn.carried:
                 carried[name] = float(value)
             else:
                 self._write(name, value)
         return carried
+
+    @staticmethod
+    def _apart(value: Tensor, target: Tensor | None, memory: set[int]) -> Tensor:
+        """A result that writing others does not change: the very memory where it goes, or none of the stack's."""
+        if target is not None and value.data_ptr() == target.data_ptr() and value.stride() == target.stride():
+            return target
+        return value.clone() if _memory((value,)) <= memory else value
 
     def _write(self, name: str, value: Tensor) -> None:
         stack, turn = self.part.stack, self._turn

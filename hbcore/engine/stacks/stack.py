@@ -111,6 +111,11 @@ class Stack:
             found.update(zip(codec.parts(name, dtype), codec.parts(part_name(name, k, runs), dtype), strict=True))
         return found
 
+    def stores_as_it_is(self, name: str) -> bool:
+        """Whether the stored tensor is the slot's value, in the compute dtype."""
+        codec, dtype = codec_of(self.slots[name], self.key.spec.codec), compute_dtype(self.key.dtype)
+        return codec.parts(name, dtype) == {name: dtype}
+
     def _blank(self, name: str, slot: Slot, rows: int) -> dict[str, Tensor]:
         codec, dtype = codec_of(slot, self.key.spec.codec), compute_dtype(self.key.dtype)
         shape, device = (rows, *slot.shape), self.key.device

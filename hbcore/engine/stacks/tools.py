@@ -8,7 +8,8 @@ from functools import lru_cache
 import torch
 
 from hbcore.engine.stacks.inner_segment import InnerSegments
-from hbcore.rules.products import IEEE, WIDENS, Products, Split
+from hbcore.rules.launching import has_triton
+from hbcore.rules.products import IEEE, WIDENS, Products, Split, Triple
 
 TENSOR_CORES = ((8, 0), (9, 0), (10, 0))
 """Compute capabilities of GPUs whose float16 products are more than ten times as fast as those of float32."""
@@ -18,6 +19,20 @@ TENSOR_CORES = ((8, 0), (9, 0), (10, 0))
 def splits(device: torch.device) -> bool:
     """Whether ``"split"`` is faster than ``"ieee"`` on a device."""
     return WIDENS and device.type == "cuda" and torch.cuda.get_device_capability(device) in TENSOR_CORES
+
+
+MEASURED = ((9, 0),)
+"""Those on which three bfloat16 parts were seen to be faster than float32's own products."""
+
+
+@lru_cache(maxsize=64)
+def triples(device: torch.device) -> bool:
+    """Whether ``"ieee"`` is faster on tensor cores than by torch's products on a device, and Triton can do that."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) not in MEASURED or not has_triton():
+        return False
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return "bf16x6" in CUDAOptions().allowed_dot_input_precisions
 
 
 @dataclass(frozen=True)
@@ -35,4 +50,6 @@ class Tools:
     def products(self, device: torch.device) -> Products:
         """What ``c.products`` is on a device."""
         chosen = self.matmul_precision
-        return Split() if chosen == "split" or (chosen is None and splits(device)) else IEEE
+        if chosen == "split" or (chosen is None and splits(device)):
+            return Split()
+        return Triple() if chosen != "tf32" and triples(device) else IEEE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hbcore.api import Alias, OptimizerSpec, hookimpl
 
-API = (1, 4)
+API = (1, 7)
 
 OPTIMIZERS = (
     OptimizerSpec(

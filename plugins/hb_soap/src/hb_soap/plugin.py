@@ -6,7 +6,7 @@ from typing import Any
 
 from hbcore.api import Alias, OptimizerSpec, hookimpl
 
-API = (1, 6)
+API = (1, 7)
 
 SOAP_PAPER = "Vyas et al. 2024, arXiv:2409.11321"
 KL_PAPER = "Lin et al. 2025, arXiv:2509.03378"

@@ -16,6 +16,7 @@ from hbcore.api import (
     Context,
     Domain,
     HyperparameterError,
+    Operand,
     OptionError,
     Route,
     ScaleByAdam,
@@ -164,11 +165,15 @@ class PreconditionBySOAP(Transform):
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         columns = [s.get(f"Q_{i}") for i in range(u.ndim - 1)]
         values = self._eigenvalues(s, columns, c)
-        direction, new = c.apply(self.inner, bases.project(u, columns, c.products), s)
+        gradient = u if values else c.products.prepared(u)
+        projected = bases.project(gradient, columns, c.products)
+        averages = self._averaged(gradient, s, columns, values, c)
+        del gradient  # memory is short here
+        direction, new = c.apply(self.inner, projected, s)
         if self.whiten:
             for i, d in values.items():
-                direction = direction * _spread(d.clamp(min=self.eps).rsqrt(), i, u)
-        return bases.project_back(direction, columns, c.products), {**new, **self._averaged(u, s, columns, values, c)}
+                direction = direction * _spread(d.clamp(min=self.eps).rsqrt(), i, u.ndim)
+        return bases.project_back(direction, columns, c.products, c.into("update")), {**new, **averages}
 
     def refresh(self, stacks: Sequence[tuple[State, Context]]) -> Iterable[dict[str, Tensor]]:
         where = [(k, name.removeprefix("Q_")) for k, (s, _) in enumerate(stacks) for name in s if name.startswith("Q_")]
@@ -193,10 +198,10 @@ class PreconditionBySOAP(Transform):
         return new
 
     def _averaged(
-        self, u: Tensor, s: State, columns: bases.Bases, values: Mapping[int, Tensor], c: Context
+        self, u: Operand, s: State, columns: bases.Bases, values: Mapping[int, Tensor], c: Context
     ) -> dict[str, Tensor]:
-        """The factors with this gradient in their averages."""
-        if self.covariance != "plain" and self.dampening:
+        """The factors with this gradient in their averages; ``u`` is a tensor where ``values`` whiten it."""
+        if isinstance(u, Tensor) and self.covariance != "plain" and self.dampening:
             u = u + (self.dampening + torch.finfo(torch.float32).eps * u.abs()) * c.probe(u)
         new = {}
         for i in self._factors(u.shape[1:]):
@@ -205,8 +210,10 @@ class PreconditionBySOAP(Transform):
                 q = columns[j]
                 if j != i and q is not None:
                     weight = self._inverse(d) / d.shape[-1]
-                    x = bases.along(x, q, j, c.products) * _spread(weight.sqrt(), j, u)
-            new[f"GG_{i}"] = bases.averaged(s[f"GG_{i}"], x, i, float(self.shampoo_beta), c.products)
+                    x = bases.along(x, q, j, c.products) * _spread(weight.sqrt(), j, len(u.shape))
+            name = f"GG_{i}"
+            out = None if values else c.into(name)  # the eigenvalues of both are read before either changes
+            new[name] = bases.averaged(s[name], x, i, float(self.shampoo_beta), c.products, out)
         return _balanced(new) if self.whiten else new
 
     def _inverse(self, d: Tensor) -> Tensor:
@@ -265,9 +272,9 @@ def _balanced(factors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: p * (mean - logs[name]).exp() for name, p in factors.items()}
 
 
-def _spread(d: Tensor, dim: int, like: Tensor) -> Tensor:
-    """``[B, n]`` in the shape that multiplies dimension ``dim`` of blocks ``[B, *shape]``."""
-    return d.view(len(d), *(d.shape[1] if i == dim else 1 for i in range(like.ndim - 1)))
+def _spread(d: Tensor, dim: int, ndim: int) -> Tensor:
+    """``[B, n]`` in the shape that multiplies dimension ``dim`` of blocks ``[B, *shape]`` of ``ndim`` dimensions."""
+    return d.view(len(d), *(d.shape[1] if i == dim else 1 for i in range(ndim - 1)))
 
 
 def _is_number(value: Any) -> bool:
