@@ -53,17 +53,23 @@ def run(
     constants: tuple[int, ...] = (),
     num_warps: int = 4,
     num_stages: int = 3,
+    counts: tuple[int, ...] = (),
 ) -> None:
-    """The same for a kernel that takes tensors, then floats, then integers, then ``constexpr`` integers."""
+    """The same for a kernel that takes tensors, then floats, then counts, then sizes, then ``constexpr`` integers.
+
+    Counts are integers that may differ from call to call; the kernel declares them with ``do_not_specialize``. For each new
+    tuple of sizes it is compiled anew.
+    """
     device = tensors[-1].device
     addresses = [t.data_ptr() for t in tensors]
     with on(device):
         if INTERPRETED or any(address % 16 for address in addresses):
-            kernel[grid](*tensors, *numbers, *sizes, *constants, num_warps=num_warps, num_stages=num_stages)
+            arguments = (*tensors, *numbers, *counts, *sizes, *constants)
+            kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
             return
-        dtypes = tuple([t.dtype for t in tensors])
-        compiled = _compiled(kernel, device.index, dtypes, len(numbers), sizes, constants, num_warps, num_stages)
-        compiled[grid](*addresses, *numbers, *sizes, *constants)  # of tensors it would ask for these
+        dtypes, wide = tuple([t.dtype for t in tensors]), tuple([not -(2**31) <= count < 2**31 for count in counts])
+        compiled = _compiled(kernel, device.index, dtypes, len(numbers), wide, sizes, constants, num_warps, num_stages)
+        compiled[grid](*addresses, *numbers, *counts, *sizes, *constants)  # of tensors it would ask for these
 
 
 @lru_cache(maxsize=512)
@@ -72,13 +78,15 @@ def _compiled(
     device: int,
     dtypes: tuple[torch.dtype, ...],
     numbers: int,
+    wide: tuple[bool, ...],
     sizes: tuple[int, ...],
     constants: tuple[int, ...],
     num_warps: int,
     num_stages: int,
 ) -> Any:
-    """A compiled kernel for 16-byte aligned tensors on the current ``device``."""
-    arguments = (*dtypes, *[1.0] * numbers, *sizes, *constants)
+    """A compiled kernel for 16-byte aligned tensors on the current ``device``; ``wide`` counts have 64 bits."""
+    counts = [2**40 if each else 2 for each in wide]
+    arguments = (*dtypes, *[1.0] * numbers, *counts, *sizes, *constants)
     return kernel.warmup(*arguments, grid=(1, 1, 1), num_warps=num_warps, num_stages=num_stages)
 
 
