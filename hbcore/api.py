@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hbcore.rules import bases as bases
     from hbcore.rules import launching as launching
     from hbcore.rules.checks import check_whole as check_whole
+    from hbcore.rules.curvature import Curvature as Curvature
     from hbcore.rules.domain import Domain as Domain
     from hbcore.rules.moments import Average as Average
     from hbcore.rules.moments import CorrectedDecay as CorrectedDecay
@@ -75,6 +76,7 @@ _HOMES = {
     "Context": "hbcore.rules.transform:Context",
     "CorrectedDecay": "hbcore.rules.moments:CorrectedDecay",
     "CoupleDecay": "hbcore.rules.stages:CoupleDecay",
+    "Curvature": "hbcore.rules.curvature:Curvature",
     "DecayWeights": "hbcore.rules.stages:DecayWeights",
     "Domain": "hbcore.rules.domain:Domain",
     "Extension": "hbcore.wrappers.extension:Extension",

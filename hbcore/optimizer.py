@@ -15,6 +15,7 @@ from hbcore.declaration import Declaration, declare, entries
 from hbcore.engine import weight_modes
 from hbcore.engine.chain_spec import ChainSpec
 from hbcore.engine.core import Group, OptimizerCore
+from hbcore.engine.curvature import evaluate
 from hbcore.engine.entry_forms import fixed
 from hbcore.engine.graph.scalar_inputs import Amp, capturing
 from hbcore.engine.new_group import completed
@@ -142,7 +143,8 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         """Update every parameter that has a gradient.
 
         Args:
-            closure: computes the loss anew and returns it; called once, with gradients enabled.
+            closure: computes the loss anew and returns it; called once, with gradients enabled. Rules that need
+                Hessian-vector products need one, and by finite differences call it twice (:mod:`hbcore.engine.curvature`).
 
         Returns:
             The closure's loss, or None.
@@ -161,23 +163,24 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
     step.hooked = True  # type: ignore[attr-defined]  # torch then leaves it unwrapped: _observed_step is what it would make
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        core, loss = self.core, None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not core.modes.training:
-            raise RuleError(f"{core.name}.step() with the weights to evaluate with; call optimizer.train() first.")
-        if core.modes.averaging:
-            raise RuleError(f"{core.name}.step() within ema_weights(); step outside.")
-        if not core.state and dry_step.is_dry(core):
-            dry_step.allocate(core)
-            return loss
-        if core.recorded is not None and core.state.revision.count != core.seen:
+        core = self.core
+        if core.recorded is not None:
             load.adopt(core)
-        if core.plan is None:
-            core.plan = plan_for(core)
-        core.modes.reset(training=True)
-        stepped = core.plan.step(Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
+        loss = None if closure is None else evaluate((core,), closure)
+        try:
+            if not core.modes.training:
+                raise RuleError(f"{core.name}.step() with the weights to evaluate with; call optimizer.train() first.")
+            if core.modes.averaging:
+                raise RuleError(f"{core.name}.step() within ema_weights(); step outside.")
+            if not core.state and dry_step.is_dry(core):
+                dry_step.allocate(core)
+                return loss
+            if core.plan is None:
+                core.plan = plan_for(core)
+            core.modes.reset(training=True)
+            stepped = core.plan.step(Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
+        finally:
+            core.pairs = {}
         core.seen = core.state.revision.count
         if core.settings.consume_grad and not capturing():
             for p in stepped:

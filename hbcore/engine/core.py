@@ -71,6 +71,8 @@ class OptimizerCore:
         report: how steps ran.
         skipping: the steps that ``skip_nonfinite=True`` skipped.
         modes: which weights the parameters hold.
+        pairs: during a step, parameter -> a vector and the Hessian's product with it, for rules that need one.
+        differences: why such products are made by finite differences from now on; empty while nothing says so.
         plan: what runs a step; None before the first one, and after :meth:`invalidate`.
     """
 
@@ -84,6 +86,8 @@ class OptimizerCore:
         self.seen = 0
         self.group_scalars: list[GroupScalars] = []
         self.report, self.modes, self.skipping = Report(), Modes(), Skipping()
+        self.pairs: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self.differences = ""
         self.plan: StepPlan | None = None
 
     @property
@@ -142,6 +146,9 @@ class OptimizerCore:
 
     def seed_key(self, g: int, param: Tensor) -> str:
         """What a parameter's noise is drawn by: the seed, and its name, or its position where it has none."""
-        index = next(i for i, p in enumerate(self.groups[g]["params"]) if p is param)
+        return self.seed_key_at(g, next(i for i, p in enumerate(self.groups[g]["params"]) if p is param))
+
+    def seed_key_at(self, g: int, i: int) -> str:
+        """The same for parameter ``i`` of group ``g``."""
         names = self.groups[g].get("param_names")
-        return f"{self.settings.seed}/{names[index] if names else f'{g}.{index}'}"
+        return f"{self.settings.seed}/{names[i] if names else f'{g}.{i}'}"

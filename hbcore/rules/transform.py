@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hbcore.errors import HyperparameterError, RuleError
 from hbcore.rules.bounds import Bounds, check_bounds
+from hbcore.rules.curvature import Curvature as Curvature
 from hbcore.rules.declared import check_class
 from hbcore.rules.domain import Domain as Domain
 from hbcore.rules.numerics import Scalar, compute_dtype
@@ -88,6 +89,10 @@ class Context(NamedTuple):
 
     * ``param`` and ``grad`` are available if the rule's ``needs`` name them; reading them otherwise is an error.
     * ``refresh``: the expensive part is due this step, see :meth:`Transform.rate`.
+    * ``hvp`` and ``vector``, of rules whose ``needs`` name ``"hvp"``: the Hessian of the closure's loss times a standard normal
+      vector, and the vector, which are stacks in the working dtype; None in steps without, see :attr:`Transform.curvature`. The
+      Hessian is that of all parameters whose rules get products in this step, taken together. Products may be infinite or NaN
+      where the gradient is finite.
     * ``products``: multiplies matrices at the precision that the user chose with ``matmul_precision``, see
       :mod:`hbcore.rules.products`. Operators of torch multiply in float32, or in TF32 where the user chose that.
     * ``apply(inner, u, s)``: run the elementwise rule ``inner`` on the stack: ``inner.update(u, s, c)``, compiled where
@@ -107,6 +112,8 @@ class Context(NamedTuple):
     noise: Callable[[Tensor], Tensor] = unavailable
     apply: Callable[[Transform, Tensor, State], tuple[Tensor, dict[str, Tensor]]] = unavailable
     products: Products = IEEE
+    hvp: Tensor | None = None
+    vector: Tensor | None = None
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of ``x`` over the rule's domain, 0-d."""
@@ -136,7 +143,10 @@ class Transform:
         owns_apply: ``update`` returns the new parameter rather than a step to subtract; at the stage ``"apply"`` only.
         primes: the first gradient only initialises the state, see :meth:`prime`; it moves no parameter and counts no step.
         draws: how many times one ``update`` calls ``c.noise`` and ``c.probe``, at most; matrix rules need not say.
-        needs: what a matrix rule reads besides the update: a subset of ``{"param", "grad"}``.
+
+    Attributes, which a class may also define as properties of its fields:
+        needs: what a matrix rule reads besides the update: a subset of ``{"param", "grad", "hvp"}``. With ``"hvp"``, ``step``
+            takes a closure: see :attr:`curvature`.
     """
 
     name: ClassVar[str] = ""
@@ -146,7 +156,6 @@ class Transform:
     owns_apply: ClassVar[bool] = False
     primes: ClassVar[bool] = False
     draws: ClassVar[int] = 0
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -216,6 +225,16 @@ class Transform:
         f-th step. The engine keeps the sum, and checkpoints store it.
         """
         return 1.0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Matrix rules: what ``update`` reads besides the update, see the class."""
+        return frozenset()
+
+    @property
+    def curvature(self) -> Curvature:
+        """Rules that need ``"hvp"``: in which refreshes, and how the products are made; by default in all of them, exactly."""
+        return Curvature()
 
     @property
     def staggers(self) -> bool:

@@ -126,8 +126,9 @@ class Layout:
             else:
                 self._host_values(batch, rows, carries, read)
             changed = self._compiler.prepare(batch) or changed
+        pairs, core.pairs = core.pairs, {}  # whose memory levels give back as they run
         for level in self.levels:
-            level.fill(base, ahead, read, self._due, self._coming)
+            level.fill(base, ahead, read, self._due, self._coming, pairs)
         if changed:
             self.operations = operations_of(self.batches, self.levels, core)
             core.report.backend = "+".join(sorted({b.segment.backend for b in self.batches} - {""})) or core.report.backend

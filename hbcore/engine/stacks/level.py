@@ -15,6 +15,10 @@ from hbcore.engine.stacks.arguments import Part
 from hbcore.engine.stacks.rule_call import RuleCall
 from hbcore.engine.stacks.stack import ShardedView, Stack, StackView
 from hbcore.engine.stacks.tools import Tools
+from hbcore.errors import OptionError
+
+Pairs = Mapping[Tensor, tuple[Tensor, Tensor]]
+"""Parameter -> a vector and the Hessian's product with it."""
 
 Readings = dict[tuple[int, tuple[str, ...]], list[float]]
 """A group, and the names of its numbers as :attr:`SegmentSpec.numbered` has them -> this step's numbers, read once."""
@@ -31,12 +35,14 @@ class StackMember(Protocol):
     """What a level knows of a parameter.
 
     Attributes:
+        param: the parameter itself.
         group: its group's index.
         views: where each matrix rule of its chain sees it.
         stored: its state tensors by name, this rank's parts.
         primed: whether its rules that prime did so.
     """
 
+    param: Tensor
     group: int
     primed: bool
     stored: dict[str, Tensor]
@@ -108,6 +114,8 @@ class Level:
         self._base: list[float] | None = None
         self._calls: list[Call] = []
         self._coming: Mapping[int, GroupScalars] = {}
+        self._curved = [stack for stack in self.stacks if stack.curvature is not None]
+        self._pairs: Pairs = {}
 
     def open(self) -> bool:
         """Take memory for the stacks' inputs; return whether some of it lies elsewhere than in the last step."""
@@ -123,6 +131,7 @@ class Level:
         """Give the memory back."""
         for stack in self.stacks:
             stack.close()
+        self._pairs = {}
 
     def fill(
         self,
@@ -131,6 +140,7 @@ class Level:
         read: Readings,
         due: Mapping[int, Mapping[str, Due]],
         coming: Mapping[int, GroupScalars],
+        pairs: Pairs,
     ) -> None:
         """Hand each call this step's numbers.
 
@@ -140,7 +150,13 @@ class Level:
             read: the groups' numbers, which the segments before the rules have read.
             due: whether each rule of a group, by name, refreshes.
             coming: what each group will carry to the next step; :meth:`run` adds to it.
+            pairs: this step's Hessian-vector products.
+
+        Raises:
+            OptionError: a rule needs products in this step, and there are none.
         """
+        if self._curved:
+            self._take(pairs, due)
         kinds: dict[tuple[float, ...], int] = {}
         given: list[list[float]] = []
         found: list[int] = []
@@ -148,7 +164,7 @@ class Level:
             values = read[g, stack.key.spec.numbered]
             own = [values[k] for k in stack.reads]
             when = due[g][stack.rule]
-            refresh = when if stack.staggers else (when.whole,)
+            refresh = when if stack.staggers else (when.whole, bool(self._curved) and stack.asks(when))
             found.append(kinds.setdefault((spec, stack.key.index, *refresh, *own), i))
             given.append(values)
         if self._base is not base or self._kinds != found:
@@ -165,12 +181,37 @@ class Level:
             model: the reductions over the model.
         """
         self._traffic.scatter()
+        if self._pairs:
+            self._bring_pairs()
         for _, call, groups in self._calls:
             carried = call.run(model.get(NONFINITE))
             for g in groups:
                 self._coming[g].update(carried)
         self._traffic.gather()
         return 0
+
+    def _take(self, pairs: Pairs, due: Mapping[int, Mapping[str, Due]]) -> None:
+        """Keep the products until the rules have run, if those rules that need some in this step have them."""
+        asking = [s for s in self._curved if any(s.asks(due[m.group][s.rule]) for m, _, _ in self.stacks[s])]
+        for stack in asking:
+            if any(m.param not in pairs for m, _, _ in self.stacks[stack] if stack.asks(due[m.group][stack.rule])):
+                raise OptionError(
+                    f"rule {stack.rule!r} needs Hessian-vector products in this step: call step(closure), with a closure that "
+                    "clears the gradients, computes the loss, calls backward() and returns the loss. A GradScaler passes none; "
+                    "train in bfloat16, which needs no scaler."
+                )
+        self._pairs = pairs if asking else {}
+
+    def _bring_pairs(self) -> None:
+        """Lay the vectors and products out in stacks, like the rules' other inputs."""
+        for stack in self._curved:
+            shape, like = (len(stack.names), *stack.key.shape), stack.inputs["update"]
+            stack.pair = {name: torch.zeros(shape, dtype=like.dtype, device=like.device) for name in ("vector", "hvp")}
+            for m in dict.fromkeys(m for m, _, _ in self.stacks[stack] if m.param in self._pairs):
+                for block, _, row in (run for run in m.views[self.level].runs if run[1] is stack):
+                    for target, whole in zip(stack.pair.values(), self._pairs[m.param], strict=True):
+                        target[row : row + block.batch] = block.of(whole.contiguous())
+        self._pairs = {}
 
     def _arrange(self, base: list[float]) -> None:
         """Sort the rows into calls: those of one rule that have the same numbers and take the same step run together."""
