@@ -180,7 +180,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
             core.modes.reset(training=True)
             stepped = core.plan.step(Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
         finally:
-            core.pairs = {}
+            core.pairs.made = {}
         core.seen = core.state.revision.count
         if core.settings.consume_grad and not capturing():
             for p in stepped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -51,6 +52,24 @@ class Modes:
             self.kept = {}
 
 
+@dataclass
+class Pairs:
+    """Hessian-vector products, for rules that need them; :mod:`hbcore.engine.curvature` makes them.
+
+    Attributes:
+        made: for the coming step, parameter -> a vector and the Hessian's product with it.
+        differences: why products are made by finite differences from now on; empty while nothing says so.
+    """
+
+    made: dict[Tensor, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    differences: str = ""
+
+    def hand_over(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
+        """The products, which are let go of."""
+        made, self.made = self.made, {}
+        return made
+
+
 class OptimizerCore:
     """One optimizer's groups, state and chain, and the plan made of them.
 
@@ -71,8 +90,6 @@ class OptimizerCore:
         report: how steps ran.
         skipping: the steps that ``skip_nonfinite=True`` skipped.
         modes: which weights the parameters hold.
-        pairs: during a step, parameter -> a vector and the Hessian's product with it, for rules that need one.
-        differences: why such products are made by finite differences from now on; empty while nothing says so.
         plan: what runs a step; None before the first one, and after :meth:`invalidate`.
     """
 
@@ -86,9 +103,12 @@ class OptimizerCore:
         self.seen = 0
         self.group_scalars: list[GroupScalars] = []
         self.report, self.modes, self.skipping = Report(), Modes(), Skipping()
-        self.pairs: dict[Tensor, tuple[Tensor, Tensor]] = {}
-        self.differences = ""
         self.plan: StepPlan | None = None
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """Hessian-vector products, which few optimizers have."""
+        return Pairs()
 
     @property
     def settings(self) -> Settings:

@@ -79,7 +79,7 @@ def needed(core: OptimizerCore) -> str:
 
 def wanted_in(core: OptimizerCore) -> Iterator[Wanted]:
     """The parameters whose rules need a product in the coming step."""
-    core.pairs = {}
+    core.pairs.made = {}
     for g, group in enumerate(core.groups):
         forked = core.chain.forked(group)
         curved = {t.name: t.curvature for t in route.every(forked) if "hvp" in t.needs}
@@ -118,7 +118,9 @@ class Evaluation:
     def run(self) -> Any:
         """Run the closure, and leave the products in the cores; return the loss."""
         asked = any(w.curvature.finite_differences for w in self._wanted)
-        failure = "" if asked else next((core.differences for core in self._cores if core.differences), "") or _apart()
+        failure = (
+            "" if asked else next((core.pairs.differences for core in self._cores if core.pairs.differences), "") or _apart()
+        )
         self._check(failure)
         before = Before(self._everyone)
         exact = None if asked or failure else DoubleBackward(self._drawn)
@@ -135,7 +137,7 @@ class Evaluation:
                 self._fall_back(failure)
         for w in self._wanted:
             if w.param in pairs:
-                w.core.pairs[w.param] = pairs[w.param]
+                w.core.pairs.made[w.param] = pairs[w.param]
         return loss
 
     def _drawn(self) -> dict[Tensor, Tensor]:
@@ -186,14 +188,14 @@ class Evaluation:
     def _fall_back(self, failure: str) -> None:
         """Use finite differences from now on; say so once."""
         core = self._wanted[0].core
-        if not core.differences:
+        if not core.pairs.differences:
             warn_at_caller(
                 f"{core.name}: there is no exact Hessian-vector product ({failure}); steps that need one take finite "
                 "differences from now on, and call the closure twice. finite_differences=True asks for them from the start.",
                 FallbackWarning,
             )
         for w in self._wanted:
-            w.core.differences = failure
+            w.core.pairs.differences = failure
             w.core.report.note(f"Hessian-vector products are finite differences: {failure}")
 
 

@@ -169,7 +169,7 @@ def test_products_of_a_failed_step_are_not_used_later():
         optimizer.core.modes.training = False
         optimizer.step(closure_of(model, optimizer))
     optimizer.core.modes.training = True
-    assert not optimizer.core.pairs
+    assert not optimizer.core.pairs.made
 
 
 @WAYS

@@ -98,6 +98,7 @@ class Level:
         stacks: each stack's rows: the member, its index among all active ones, and its rows.
         readers: the groups whose numbers the rules read.
         notes: why rows of some stacks do not run together.
+        curved: the stacks whose rules need Hessian-vector products.
     """
 
     def __init__(self, members: Sequence[StackMember], level: int, tools: Tools) -> None:
@@ -114,7 +115,7 @@ class Level:
         self._base: list[float] | None = None
         self._calls: list[Call] = []
         self._coming: Mapping[int, GroupScalars] = {}
-        self._curved = [stack for stack in self.stacks if stack.curvature is not None]
+        self.curved = [stack for stack in self.stacks if stack.curvature is not None]
         self._pairs: Pairs = {}
 
     def open(self) -> bool:
@@ -140,7 +141,6 @@ class Level:
         read: Readings,
         due: Mapping[int, Mapping[str, Due]],
         coming: Mapping[int, GroupScalars],
-        pairs: Pairs,
     ) -> None:
         """Hand each call this step's numbers.
 
@@ -150,13 +150,7 @@ class Level:
             read: the groups' numbers, which the segments before the rules have read.
             due: whether each rule of a group, by name, refreshes.
             coming: what each group will carry to the next step; :meth:`run` adds to it.
-            pairs: this step's Hessian-vector products.
-
-        Raises:
-            OptionError: a rule needs products in this step, and there are none.
         """
-        if self._curved:
-            self._take(pairs, due)
         kinds: dict[tuple[float, ...], int] = {}
         given: list[list[float]] = []
         found: list[int] = []
@@ -164,7 +158,7 @@ class Level:
             values = read[g, stack.key.spec.numbered]
             own = [values[k] for k in stack.reads]
             when = due[g][stack.rule]
-            refresh = when if stack.staggers else (when.whole, bool(self._curved) and stack.asks(when))
+            refresh = when if stack.staggers else (when.whole, bool(self.curved) and stack.asks(when))
             found.append(kinds.setdefault((spec, stack.key.index, *refresh, *own), i))
             given.append(values)
         if self._base is not base or self._kinds != found:
@@ -190,9 +184,13 @@ class Level:
         self._traffic.gather()
         return 0
 
-    def _take(self, pairs: Pairs, due: Mapping[int, Mapping[str, Due]]) -> None:
-        """Keep the products until the rules have run, if those rules that need some in this step have them."""
-        asking = [s for s in self._curved if any(s.asks(due[m.group][s.rule]) for m, _, _ in self.stacks[s])]
+    def take(self, pairs: Pairs, due: Mapping[int, Mapping[str, Due]]) -> None:
+        """Keep this step's Hessian-vector products until the rules have run.
+
+        Raises:
+            OptionError: a rule needs some in this step, and they were not made.
+        """
+        asking = [s for s in self.curved if any(s.asks(due[m.group][s.rule]) for m, _, _ in self.stacks[s])]
         for stack in asking:
             if any(m.param not in pairs for m, _, _ in self.stacks[stack] if stack.asks(due[m.group][stack.rule])):
                 raise OptionError(
@@ -204,7 +202,7 @@ class Level:
 
     def _bring_pairs(self) -> None:
         """Lay the vectors and products out in stacks, like the rules' other inputs."""
-        for stack in self._curved:
+        for stack in self.curved:
             shape, like = (len(stack.names), *stack.key.shape), stack.inputs["update"]
             stack.pair = {name: torch.zeros(shape, dtype=like.dtype, device=like.device) for name in ("vector", "hvp")}
             for m in dict.fromkeys(m for m, _, _ in self.stacks[stack] if m.param in self._pairs):
