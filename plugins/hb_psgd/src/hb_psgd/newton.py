@@ -82,3 +82,12 @@ def newton_scale(h: Tensor, v: Tensor, dampening: Number) -> Tensor:
     square = torch.linalg.vector_norm(v.flatten(1), dim=-1, dtype=torch.float64).square() / v[0].numel()
     scale: Tensor = square**0.25 * kron.whitening_scale(h, dampening)
     return scale
+
+
+def first_scale(x: Tensor, h: Tensor | None, v: Tensor | None, dampening: Number) -> Tensor:
+    """:func:`newton_scale` where there is a product that is finite and not 0; elsewhere the scale that whitens ``x``."""
+    whitening = kron.whitening_scale(x, dampening)
+    if h is None or v is None:
+        return whitening
+    curved = newton_scale(h, v, dampening)
+    return torch.where(curved > 0, curved, whitening)
