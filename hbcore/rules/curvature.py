@@ -26,3 +26,7 @@ class Curvature:
 
     def __post_init__(self) -> None:
         check_whole("interval", self.interval, 1)
+
+
+EVERY = Curvature()
+"""Exact products, in every refresh."""

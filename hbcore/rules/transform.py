@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hbcore.errors import HyperparameterError, RuleError
 from hbcore.rules.bounds import Bounds, check_bounds
-from hbcore.rules.curvature import Curvature as Curvature
+from hbcore.rules.curvature import EVERY, Curvature
 from hbcore.rules.declared import check_class
 from hbcore.rules.domain import Domain as Domain
 from hbcore.rules.numerics import Scalar, compute_dtype
@@ -234,7 +234,7 @@ class Transform:
     @property
     def curvature(self) -> Curvature:
         """Rules that need ``"hvp"``: in which refreshes, and how the products are made; by default in all of them, exactly."""
-        return Curvature()
+        return EVERY
 
     @property
     def staggers(self) -> bool:
