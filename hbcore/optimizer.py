@@ -15,7 +15,7 @@ from hbcore.declaration import Declaration, declare, entries
 from hbcore.engine import weight_modes
 from hbcore.engine.chain_spec import ChainSpec
 from hbcore.engine.core import Group, OptimizerCore
-from hbcore.engine.curvature import evaluate
+from hbcore.engine.curvature import evaluate, needed
 from hbcore.engine.entry_forms import fixed
 from hbcore.engine.graph.scalar_inputs import Amp, capturing
 from hbcore.engine.new_group import completed
@@ -66,8 +66,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
     sparse_gradients: ClassVar[bool] = False
     """Whether it takes sparse gradients, and only those; its rules are elementwise then."""
 
-    _declared: ClassVar[Declaration] = Declaration({}, {}, {})
-    """The fields that the class and its bases declare."""
+    _declared: ClassVar[Declaration] = Declaration({}, {}, {})  # the fields that the class and its bases declare
 
     own: ClassVar[tuple[str, ...]] = ()
     """The names of the class's own constructor parameters."""
@@ -117,6 +116,11 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         self.core.report.skipped = self.core.skipping.count
         return self.core.report
 
+    @property
+    def requires_closure(self) -> bool:
+        """Whether ``step`` takes a closure: some rule needs Hessian-vector products, :mod:`hbcore.engine.curvature`."""
+        return bool(needed(self.core))
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         declare(cls, Optimizer.__init__)
@@ -143,8 +147,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         """Update every parameter that has a gradient.
 
         Args:
-            closure: computes the loss anew and returns it; called once, with gradients enabled. Rules that need
-                Hessian-vector products need one, and by finite differences call it twice (:mod:`hbcore.engine.curvature`).
+            closure: computes the loss anew and returns it, with gradients enabled; called twice for finite differences only.
 
         Returns:
             The closure's loss, or None.
@@ -236,8 +239,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state and the param groups as plain data, in torch's layout. Changes nothing.
 
-        Every trained parameter has all of its slots, zeros and step 0 before its first step. With sharded parameters this is
-        collective.
+        Every trained parameter has all of its slots, zeros and step 0 before its first step. Collective if some are sharded.
         """
         self.core.expose()
         return save.with_hooks(self, lambda: save.state_dict(self.core))

@@ -170,6 +170,11 @@ def test_sharded_parameters_are_refused_by_name(monkeypatch):
         Keeping(model.parameters()).step(closure_of(model, optimizer))
 
 
+def test_an_optimizer_says_that_it_takes_a_closure():
+    assert trainer()[1].requires_closure
+    assert not hbcore.get("AdamW")(network().parameters()).requires_closure
+
+
 def test_gradient_release_is_refused():
     model, optimizer = trainer()
     with pytest.raises(OptionError, match="Keeping: keep needs Hessian-vector products"):
