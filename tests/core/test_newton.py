@@ -52,6 +52,17 @@ def test_finite_differences_are_within_their_error_of_the_exact_product(dtype):
     assert bound < {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.6}[dtype] * norm(products)  # says something
 
 
+def test_the_vector_of_a_difference_is_what_the_parameters_moved_by():
+    """In bfloat16 they move by whole steps of their dtype."""
+    model, optimizer = trainer(torch.bfloat16, finite_differences=True)
+    start = [p.detach().double() for p in model.parameters()]
+    delta = float(step_size([p.detach() for p in model.parameters()]))
+    optimizer.step(closure_of(model, optimizer))
+    moved = [p + delta * v for p, v in zip(start, kept(optimizer, model, "vector"), strict=True)]
+    for m in moved:
+        assert float((m - m.bfloat16().double()).abs().max()) < 1e-6 * float(m.abs().max())
+
+
 def test_vectors_are_normal_and_differ_by_parameter_step_and_seed_alone():
     model, optimizer = trainer(torch.float64)
     torch.manual_seed(1)
@@ -362,6 +373,46 @@ def test_a_late_group_has_its_own_turn():
     optimizer.step(closure)
     assert not same(kept(optimizer, model, "product"), early)
     assert torch.equal(optimizer.state[late]["product"], product)
+
+
+def test_matrices_that_are_called_together_may_have_their_products_in_other_steps():
+    """Both of the new ones take their first step, in one stack; one is of a group whose second refresh it is."""
+    first, late, other = (torch.nn.Parameter(torch.full((3, 2), x)) for x in (1.0, 2.0, 3.0))
+    optimizer = Keeping([first, late], interval=2)
+
+    def closure_over(*params):
+        def closure():
+            optimizer.zero_grad()
+            sum((p**2).sum() for p in params).backward()
+
+        return closure
+
+    optimizer.step(closure_over(first))
+    optimizer.add_param_group({"params": [other]})
+    optimizer.step(closure_over(late, other))
+    assert distance([optimizer.state[other]["product"]], [2 * optimizer.state[other]["vector"]]) < 1e-6
+    assert not optimizer.state[late]["product"].any()
+    optimizer.step(closure_over(late, other))
+    assert distance([optimizer.state[late]["product"]], [2 * optimizer.state[late]["vector"]]) < 1e-6
+
+
+@WAYS
+def test_a_frozen_parameter_with_a_gradient_left_over_has_no_part_in_the_hessian(differences):
+    model, optimizer = trainer(torch.float64, finite_differences=differences, consume_grad=False)
+    optimizer.step(closure_of(model, optimizer))
+    model[0].weight.requires_grad_(False)
+    twin = copy.deepcopy(model)
+
+    def closure():
+        for p in list(model.parameters())[1:]:
+            p.grad = None
+        loss_of(model).backward()
+
+    optimizer.step(closure)
+    vectors, products = (kept(optimizer, model, name) for name in ("vector", "product"))
+    assert not vectors[0].any()
+    assert not products[0].any()
+    assert distance(products[1:], derivatives(loss_of(twin), list(twin.parameters())[1:], vectors[1:])[1]) < 1e-6
 
 
 def test_parallel_hands_products_on():

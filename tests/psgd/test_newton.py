@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from core.kit import distance, normal
-from reference.psgd_newton import newton_pro
+from core.plain import plain
+from reference.psgd_newton import newton_kron, newton_pro
 
 from hb_psgd.kron import precondition, pro_update, second_moments, whitening_scale
 from hb_psgd.newton import newton_scale, newton_update
+from hb_psgd.psgd import PreconditionByKron
 
 B = 3
 SHAPES = {
@@ -91,3 +93,35 @@ def test_the_first_scale_makes_products_as_large_as_their_vectors():
     assert torch.equal(newton_scale(h, torch.ones_like(h), 1e-9), whitening_scale(h, 1e-9))
     bad = torch.stack([torch.zeros(2, 2), torch.full((2, 2), torch.inf), torch.full((2, 2), torch.nan)])
     assert not newton_scale(bad, torch.ones(3, 2, 2), 1e-9).any()
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3])
+@pytest.mark.parametrize("name", ["matrix", "wide", "vector"])
+def test_the_optimizers_rule_agrees_with_its_oracle(name, interval):
+    """From the first product on, in between whitening."""
+    shape, dense = SHAPES[name]
+    gradients = [normal(*shape, seed=20 + k) * 2.0 ** (k % 3) for k in range(8)]
+
+    def pairs(k):
+        if (k - 1) % interval:
+            return None
+        v = normal(*shape, seed=40 + k)
+        return v, v * torch.linspace(0.2, 3, v.numel(), dtype=torch.float64).view(shape)
+
+    def theirs_of(k):
+        pair = pairs(k)
+        return None if pair is None else tuple(t.numpy() for t in pair)
+
+    options = {"precond_lr": 0.3, "lower_bound_beta": 0.8, "dampening": 1e-3}
+    start, counter = normal(*shape, seed=1), iter(range(1000))
+    ours, state = plain(
+        lambda h: (PreconditionByKron(hessian_approx=True, max_size_triangular=6, **options),), {"lr": 0.1}, start, gradients,
+        probes=lambda i, like: torch.from_numpy(drawn(i, like.shape[1:])).expand(like.shape), pairs=pairs,
+    )  # fmt: skip
+    theirs, factors = newton_kron(
+        start.numpy(), [g.numpy() for g in gradients], theirs_of, dense=dense, lr=0.1,
+        draw=lambda size: drawn(next(counter), size), **options,
+    )  # fmt: skip
+    assert distance([ours], [torch.from_numpy(theirs)]) < 1e-9
+    slots = state["psgd_kron", 0]
+    assert distance([slots[f"Q_{i}"][0] for i in range(len(shape))], list(map(torch.from_numpy, factors))) < 1e-9

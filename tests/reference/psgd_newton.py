@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from reference.options import Array
-from reference.psgd import Draw, contracted, lower_bound, preconditioned, rotated
+from reference.psgd import EPS_FP32, Draw, contracted, lower_bound, preconditioned, pro, rotated
 
 
 def newton_pro(
@@ -37,3 +37,46 @@ def newton_pro(
     sizes = [np.abs(q).max() for q in fitted]
     common = math.prod(sizes) ** (1 / len(sizes))
     return [q * (common / size) for q, size in zip(fitted, sizes, strict=True)]
+
+
+def newton_kron(
+    theta: Array,
+    gradients: Iterable[Array],
+    pairs: Callable[[int], tuple[Array, Array] | None],
+    *,
+    dense: Sequence[bool],
+    draw: Draw,
+    lr: float,
+    beta: float = 0.9,
+    precond_lr: float = 0.1,
+    lower_bound_beta: float = 0.9,
+    dampening: float = 1e-9,
+    half_iters: int = 2,
+) -> tuple[Array, list[Array]]:
+    """PSGD Kron as psgd_torch's KronNewton, without clipping; steps without a pair (v, h) whiten the momentum::
+
+        m_t     = beta m_{t-1} + (1 - beta) g_t,  x = m_t / (1 - beta^t)
+        h~      = h + (dampening + eps |h|) w,    w ~ N(0, 1)
+        Q       = newton_pro(Q, h~, v), or pro(Q, x~) as in :func:`reference.psgd.psgd_kron`
+        theta_t = theta_{t-1} - lr Q^T Q x
+
+    starting from ``Q = s I`` with ``s = mean(v^2)^(1/4) (mean h^4 + dampening^4)^(-1/8)`` of the first pair, at step 1.
+    """
+    theta, shape = np.array(theta, dtype=np.float64), np.shape(theta)
+    factors: list[Array] = []
+    lipschitz, m = [0.0] * len(shape), np.zeros(shape)
+    for t, g in enumerate(gradients, start=1):
+        m = beta * m + (1 - beta) * g
+        x, pair = m / (1 - beta**t), pairs(t)
+        if not factors:
+            assert pair is not None
+            v, h = pair
+            scale = np.mean(v**2) ** (1 / 4) * (np.mean(h**4) + dampening**4) ** (-1 / 8)
+            one = scale ** (1 / len(shape))
+            factors = [one * (np.eye(n) if full else np.ones(n)) for n, full in zip(shape, dense, strict=True)]
+        fitted = x if pair is None else pair[1]
+        noisy = fitted + (dampening + EPS_FP32 * np.abs(fitted)) * draw(shape)
+        rest = (lipschitz, draw, precond_lr, lower_bound_beta, half_iters)
+        factors = pro(noisy, factors, *rest) if pair is None else newton_pro(noisy, pair[0], factors, *rest)
+        theta = theta - lr * preconditioned(x, factors)
+    return theta, factors
