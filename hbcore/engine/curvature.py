@@ -27,11 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hbcore.distributed.placement import is_dtensor
+from hbcore.distributed.exchange import all_reduce
+from hbcore.distributed.placement import Shards, local, shards_of
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.double_backward import DoubleBackward
 from hbcore.engine.group_scalars import advanced
-from hbcore.errors import FallbackWarning, OptionError, ParameterError
+from hbcore.errors import FallbackWarning, OptionError
 from hbcore.rules import route
 from hbcore.rules.curvature import Curvature
 from hbcore.rules.noise import noise_key, normal
@@ -62,7 +63,6 @@ def evaluate(cores: Sequence[OptimizerCore], closure: Closure) -> Any:
     likes.
 
     Raises:
-        ParameterError: a parameter that a product is needed for is sharded.
         OptionError: differentiating twice failed and a rule allows no finite differences; or the closure computes no gradients.
     """
     wanted = [w for core in cores for w in wanted_in(core)]
@@ -93,11 +93,6 @@ def wanted_in(core: OptimizerCore) -> Iterator[Wanted]:
             how = next((asking[t.name] for t in rules if t.name in asking), None)
             if how is None:
                 continue
-            if is_dtensor(p):
-                raise ParameterError(
-                    f"{core.name_of(g, i)} is sharded over ranks; Hessian-vector products need parameters that are whole on "
-                    "every rank: train under DistributedDataParallel, or choose a rule that needs none."
-                )
             yield Wanted(core, p, noise_key(core.seed_key_at(g, i), "hvp", int(coming["step"])), how)
 
 
@@ -119,7 +114,9 @@ class Evaluation:
         """Run the closure, and leave the products in the cores; return the loss."""
         asked = any(w.curvature.finite_differences for w in self._wanted)
         failure = (
-            "" if asked else next((core.pairs.differences for core in self._cores if core.pairs.differences), "") or _apart()
+            ""
+            if asked
+            else next((core.pairs.differences for core in self._cores if core.pairs.differences), "") or self._apart()
         )
         self._check(failure)
         before = Before(self._everyone)
@@ -140,12 +137,19 @@ class Evaluation:
                 w.core.pairs.made[w.param] = pairs[w.param]
         return loss
 
+    def _apart(self) -> str:
+        """Why differentiating twice would give each rank something else; empty for one process and whole parameters."""
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if ranks > 1:
+            return f"each of {ranks} ranks would differentiate its own batch twice, and nothing averages that"
+        return "parameters are sharded" if any(shards_of(w.param) is not None for w in self._wanted) else ""
+
     def _drawn(self) -> dict[Tensor, Tensor]:
         """The vectors, in the parameters' dtypes: standard normal numbers, the same on every rank."""
         if not self._vectors:
             for _, p, key, _ in self._wanted:
                 keys = torch.tensor([key], dtype=torch.int64, device="cpu")
-                drawn = normal(keys, p.numel(), p.device).view(p.shape).to(p.dtype)
+                drawn = own_part(normal(keys, p.numel(), p.device).view(p.shape).to(p.dtype), shards_of(p))
                 self._vectors[p] = drawn if p.requires_grad else torch.zeros_like(drawn)  # frozen, with a gradient left over
         return self._vectors
 
@@ -157,21 +161,21 @@ class Evaluation:
                 "calls backward() and returns the loss."
             )
         vectors, first, after = self._drawn(), [p.grad for p in self._everyone], RandomState(self._everyone)
-        own, pairs = [p.detach().clone() for p in stepping], dict[Tensor, tuple[Tensor, Tensor]]()
-        delta = step_size(own)
+        parts, pairs = [local(p.detach()) for p in stepping], dict[Tensor, tuple[Tensor, Tensor]]()
+        own, delta = [part.clone() for part in parts], step_size(stepping)
         try:
-            for p in stepping:
-                p.add_((vectors[p] * delta.to(p.device)).to(p.dtype))
+            for p, part in zip(stepping, parts, strict=True):
+                part.add_((vectors[p] * delta.to(part.device)).to(part.dtype))
             before.restore()
             with torch.enable_grad():
                 self._closure()
             gradients = dict(zip(self._everyone, first, strict=True))
-            for p, start in zip(stepping, own, strict=True):
-                size, change = delta.to(p.device), None if p.grad is None else _difference(p.grad, gradients[p])
-                pairs[p] = _difference(p, start) / size, _or_zeros(change, p) / size
+            for p, part, start in zip(stepping, parts, own, strict=True):
+                size, change = delta.to(part.device), None if p.grad is None else _difference(p.grad, gradients[p])
+                pairs[p] = _difference(part, start) / size, _or_zeros(change, part) / size
         finally:
-            for p, start in zip(stepping, own, strict=True):
-                p.copy_(start)
+            for part, start in zip(parts, own, strict=True):
+                part.copy_(start)
             for p, gradient in zip(self._everyone, first, strict=True):
                 p.grad = gradient
             after.restore()
@@ -236,10 +240,21 @@ class Before:
 
 
 def step_size(params: Sequence[Tensor]) -> Tensor:
-    """How far finite differences move parameters along a standard normal vector, 0-d on the first one's device."""
-    norms = [torch.linalg.vector_norm(p, dtype=compute_dtype(p.dtype)).to(params[0].device) for p in params]
-    numel = sum(p.numel() for p in params)
-    rms: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].dtype) for n in norms])) / max(numel, 1) ** 0.5
+    """How far finite differences move parameters along a standard normal vector, 0-d. Collective if some are sharded."""
+    squares: dict[Any, tuple[Shards | None, list[Tensor]]] = {}
+    for p in params:
+        part, shards = local(p.detach()), shards_of(p)
+        norm = torch.linalg.vector_norm(part, dtype=compute_dtype(part.dtype))
+        squares.setdefault((None if shards is None else shards.mesh, norm.device), (shards, []))[1].append(
+            norm.float().square()
+        )
+    sums: list[Tensor] = []
+    for shards, some in squares.values():
+        total = torch.stack(some).sum()
+        if shards is not None:
+            all_reduce(total, "sum", shards)
+        sums.append(total.to(sums[0].device) if sums else total)
+    rms = (torch.stack(sums).sum() / max(sum(p.numel() for p in params), 1)).sqrt()
     size: Tensor = torch.where(rms > 0, rms, 1.0) * max(torch.finfo(p.dtype).eps for p in params) ** 0.5
     return size
 
@@ -247,7 +262,7 @@ def step_size(params: Sequence[Tensor]) -> Tensor:
 def _difference(a: Tensor, b: Tensor | None) -> Tensor:
     """``a - b``, rounded to the compute dtype only."""
     dtype = compute_dtype(a.dtype)
-    return a.detach().to(dtype) if b is None else a.detach().to(dtype) - b.detach().to(dtype)
+    return local(a.detach()).to(dtype) if b is None else local(a.detach()).to(dtype) - local(b.detach()).to(dtype)
 
 
 def _or_zeros(product: Tensor | None, p: Tensor) -> Tensor:
@@ -255,7 +270,10 @@ def _or_zeros(product: Tensor | None, p: Tensor) -> Tensor:
     return torch.zeros_like(p, requires_grad=False) if product is None else product.detach()
 
 
-def _apart() -> str:
-    """Why a second derivative would be another on each rank; empty for one process."""
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    return f"each of {ranks} ranks would differentiate its own batch twice, and nothing averages that" if ranks > 1 else ""
+def own_part(whole: Tensor, shards: Shards | None) -> Tensor:
+    """This rank's rows of a tensor that every rank has; all of it if it is not sharded."""
+    if shards is None:
+        return whole
+    sizes = shards.sizes()
+    start = sum(sizes[: shards.rank])
+    return whole.reshape(-1)[start : start + sizes[shards.rank]].view(-1, *whole.shape[1:])

@@ -81,11 +81,12 @@ def test_vectors_are_normal_and_differ_by_parameter_step_and_seed_alone():
 
 
 @WAYS
-def test_a_step_is_the_one_that_no_product_was_made_for(differences):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_is_the_one_that_no_product_was_made_for(dtype, differences):
     """The same loss, gradients, parameters and random numbers, bit for bit."""
-    plain = network(dropout=0.5)
+    plain = network(dtype, dropout=0.5)
     sgd = torch.optim.SGD(plain.parameters(), lr=0.1)
-    model, optimizer = trainer(dropout=0.5, finite_differences=differences, consume_grad=False)
+    model, optimizer = trainer(dtype, dropout=0.5, finite_differences=differences, consume_grad=False)
     for seed in range(3):
         plain.load_state_dict(model.state_dict())  # so that rounding cannot make the two drift apart
         torch.manual_seed(seed)
@@ -98,7 +99,7 @@ def test_a_step_is_the_one_that_no_product_was_made_for(differences):
         assert torch.equal(torch.get_rng_state(), after)
         assert same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
         assert same(kept(optimizer, model, "found"), [p.double() for p in before])
-        assert distance(model.parameters(), plain.parameters()) < 1e-6
+        assert distance(model.parameters(), plain.parameters()) < torch.finfo(dtype).eps
         assert len(losses) == 1 + differences
 
 
@@ -114,15 +115,18 @@ def test_both_calls_of_the_closure_draw_the_same_dropout():
 
 @WAYS
 def test_an_error_in_the_closure_leaves_everything(differences):
-    model, optimizer = trainer(finite_differences=differences)
-    calls, original = [], torch.autograd.backward
+    model, optimizer = trainer(finite_differences=differences, dropout=0.5)
+    calls, states, original = [], [], torch.autograd.backward
 
     def closure():
         optimizer.zero_grad()
+        if len(calls) == 1:
+            raise KeyError("the user's own")
         loss = loss_of(model)
         loss.backward()
         calls.append([p.grad.clone() for p in model.parameters()])
-        if len(calls) == 1 + differences:
+        states.append(torch.get_rng_state())
+        if not differences:
             raise KeyError("the user's own")
         return loss
 
@@ -132,6 +136,7 @@ def test_an_error_in_the_closure_leaves_everything(differences):
     assert same(values(model.parameters()), before)
     assert same([p.grad for p in model.parameters()], calls[0])
     assert torch.autograd.backward is original
+    assert torch.equal(torch.get_rng_state(), states[0])
     optimizer.step(closure_of(model, optimizer))
     assert not same(values(model.parameters()), before)
 

@@ -17,7 +17,7 @@ from hb_adam import SAMWrapper
 from hbcore import SplitOpt
 from hbcore.engine import curvature
 from hbcore.engine.double_backward import DoubleBackward
-from hbcore.errors import FallbackWarning, OptionError, ParameterError
+from hbcore.errors import FallbackWarning, OptionError
 from hbcore.testing.catalog import CHECKS
 from hbcore.testing.subject import Subject
 
@@ -161,13 +161,6 @@ def test_several_processes_average_nothing_that_is_differentiated_twice(monkeypa
     model, optimizer = trainer(fallback=False)
     with pytest.raises(OptionError, match="each of 2 ranks"):
         optimizer.step(closure_of(model, optimizer))
-
-
-def test_sharded_parameters_are_refused_by_name(monkeypatch):
-    monkeypatch.setattr(curvature, "is_dtensor", lambda p: p.ndim == 1)
-    model, optimizer = trainer()
-    with pytest.raises(ParameterError, match=r"parameter number 1 of group 0, shape \(8,\), is sharded over ranks"):
-        Keeping(model.parameters()).step(closure_of(model, optimizer))
 
 
 def test_an_optimizer_says_that_it_takes_a_closure():

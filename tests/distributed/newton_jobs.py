@@ -5,18 +5,21 @@ from __future__ import annotations
 import warnings
 
 import torch
-from core.newton import Keeping, batch, kept, network
+from core.newton import Keeping, batch, network
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hbcore.errors import FallbackWarning, ParameterError
+from hbcore.distributed.placement import gathered
+from hbcore.errors import FallbackWarning, OptionError
 
 
-def follow(rank, ranks):
-    """A step on this rank's part of a batch; the vectors and products, and how often the closure ran."""
+def follow(rank, ranks, how, **options):
+    """A step on this rank's part of a batch: each slot of each parameter, the parameters, and how often the closure ran."""
     model = network(torch.float64)
-    wrapped = DistributedDataParallel(model) if ranks > 1 else model
-    optimizer, calls = Keeping(model.named_parameters()), []
+    if how == "fsdp":
+        fully_shard(model)
+    wrapped = DistributedDataParallel(model) if how == "ddp" else model
+    optimizer, calls = Keeping(model.named_parameters(), **options), []
 
     def closure():
         optimizer.zero_grad()
@@ -28,16 +31,28 @@ def follow(rank, ranks):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)
         optimizer.step(closure)
-    return kept(optimizer, model, "vector"), kept(optimizer, model, "product"), len(calls)
+    state = optimizer.state_dict()["state"].values()
+    kept = {name: [gathered(entry[name]).double() for entry in state] for name in ("vector", "product", "found")}
+    return {**kept, "params": [gathered(p.detach()) for p in model.parameters()], "calls": len(calls)}
 
 
-def sharded(rank):
-    """What a step on sharded parameters says."""
-    model = network()
+def refused(rank, closure, options):
+    """What a step on sharded parameters says, of which the second rank has none."""
+    model = torch.nn.Linear(3, 1, bias=False)
     fully_shard(model)
-    optimizer = Keeping(model.named_parameters())
+    optimizer = Keeping(model.named_parameters(), **options)
+
+    def both():
+        loss = model(torch.ones(2, 3)).square().mean()
+        loss.backward()
+        return loss
+
     try:
-        optimizer.step(lambda: model(batch()).square().mean().backward())
-    except ParameterError as error:
+        if closure:
+            optimizer.step(both)
+        else:
+            both()
+            optimizer.step()
+    except OptionError as error:
         return str(error)
     return ""

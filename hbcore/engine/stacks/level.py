@@ -12,13 +12,11 @@ from hbcore.distributed.exchange import from_owners, to_owners
 from hbcore.engine.graph.program import NONFINITE
 from hbcore.engine.group_scalars import Due, GroupScalars
 from hbcore.engine.stacks.arguments import Part
+from hbcore.engine.stacks.pairs import Curved
 from hbcore.engine.stacks.rule_call import RuleCall
 from hbcore.engine.stacks.stack import ShardedView, Stack, StackView
 from hbcore.engine.stacks.tools import Tools
-from hbcore.errors import OptionError
-
-Pairs = Mapping[Tensor, tuple[Tensor, Tensor]]
-"""Parameter -> a vector and the Hessian's product with it."""
+from hbcore.rules.transform import Transform
 
 Readings = dict[tuple[int, tuple[str, ...]], list[float]]
 """A group, and the names of its numbers as :attr:`SegmentSpec.numbered` has them -> this step's numbers, read once."""
@@ -53,6 +51,9 @@ class StackMember(Protocol):
     @property
     def reach(self) -> int:
         """How many of its segments take part in a step."""
+
+    def rule_at(self, level: int) -> Transform:
+        """The matrix rule with ``level`` others before it."""
 
 
 class Together(NamedTuple):
@@ -98,7 +99,7 @@ class Level:
         stacks: each stack's rows: the member, its index among all active ones, and its rows.
         readers: the groups whose numbers the rules read.
         notes: why rows of some stacks do not run together.
-        curved: the stacks whose rules need Hessian-vector products.
+        curved: the parameters whose rules need Hessian-vector products.
     """
 
     def __init__(self, members: Sequence[StackMember], level: int, tools: Tools) -> None:
@@ -115,8 +116,7 @@ class Level:
         self._base: list[float] | None = None
         self._calls: list[Call] = []
         self._coming: Mapping[int, GroupScalars] = {}
-        self.curved = [stack for stack in self.stacks if stack.curvature is not None]
-        self._pairs: Pairs = {}
+        self.curved = Curved(members, level)
 
     def open(self) -> bool:
         """Take memory for the stacks' inputs; return whether some of it lies elsewhere than in the last step."""
@@ -132,7 +132,7 @@ class Level:
         """Give the memory back."""
         for stack in self.stacks:
             stack.close()
-        self._pairs = {}
+        self.curved.drop()
 
     def fill(
         self,
@@ -175,41 +175,14 @@ class Level:
             model: the reductions over the model.
         """
         self._traffic.scatter()
-        if self._pairs:
-            self._bring_pairs()
+        if self.curved:
+            self.curved.bring()
         for _, call, groups in self._calls:
             carried = call.run(model.get(NONFINITE))
             for g in groups:
                 self._coming[g].update(carried)
         self._traffic.gather()
         return 0
-
-    def take(self, pairs: Pairs, due: Mapping[int, Mapping[str, Due]]) -> None:
-        """Keep this step's Hessian-vector products until the rules have run.
-
-        Raises:
-            OptionError: a rule needs some in this step, and they were not made.
-        """
-        asking = [s for s in self.curved if any(s.asks(due[m.group][s.rule]) for m, _, _ in self.stacks[s])]
-        for stack in asking:
-            if any(m.param not in pairs for m, _, _ in self.stacks[stack] if stack.asks(due[m.group][stack.rule])):
-                raise OptionError(
-                    f"rule {stack.rule!r} needs Hessian-vector products in this step: call step(closure), with a closure that "
-                    "clears the gradients, computes the loss, calls backward() and returns the loss. A GradScaler passes none; "
-                    "train in bfloat16, which needs no scaler."
-                )
-        self._pairs = pairs if asking else {}
-
-    def _bring_pairs(self) -> None:
-        """Lay the vectors and products out in stacks, like the rules' other inputs."""
-        for stack in self.curved:
-            shape, like = (len(stack.names), *stack.key.shape), stack.inputs["update"]
-            stack.pair = {name: torch.zeros(shape, dtype=like.dtype, device=like.device) for name in ("vector", "hvp")}
-            for m in dict.fromkeys(m for m, _, _ in self.stacks[stack] if m.param in self._pairs):
-                for block, _, row in (run for run in m.views[self.level].runs if run[1] is stack):
-                    for target, whole in zip(stack.pair.values(), self._pairs[m.param], strict=True):
-                        target[row : row + block.batch] = block.of(whole.contiguous())
-        self._pairs = {}
 
     def _arrange(self, base: list[float]) -> None:
         """Sort the rows into calls: those of one rule that have the same numbers and take the same step run together."""
