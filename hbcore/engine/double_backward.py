@@ -33,7 +33,7 @@ class DoubleBackward:
         self.products: dict[Tensor, Tensor] = {}
         self.failure = "the closure calls no backward()"
         self._vectors, self._original = vectors, torch.autograd.backward
-        self._thread, self._within, self._passes, self._over = threading.get_ident(), False, 0, False
+        self._thread, self._passes, self._over = threading.get_ident(), 0, False
 
     def __enter__(self) -> Self:
         torch.autograd.backward = self
@@ -46,21 +46,17 @@ class DoubleBackward:
             present = torch.autograd.backward = present._original
 
     def __call__(self, tensors: Any, grad_tensors: Any = None, *args: Any, **options: Any) -> None:
-        ours = threading.get_ident() == self._thread and not self._within and not self._over
-        if ours and (not self._passes or not self.failure):
-            self._passes += 1
-            self._within = True  # reentrant checkpoints call backward within a backward
-            self.failure = ""
-            try:
-                unreached = self._differentiate(tensors, grad_tensors, options.get("inputs"))
-                before = [(p, p.grad, None if p.grad is None else p.grad._version) for p in unreached]
-                self._original(tensors, grad_tensors, *args, **options)
-                if any(p.grad is not g or (g is not None and g._version != version) for p, g, version in before):
-                    self._fail("a parameter's gradient is not of the loss's graph, as with checkpoint(..., use_reentrant=True)")
-            finally:
-                self._within = False
-        else:
+        ours = threading.get_ident() == self._thread and not self._over
+        if not ours or (self._passes and self.failure):
             self._original(tensors, grad_tensors, *args, **options)
+            return
+        self._passes += 1
+        self.failure = ""
+        unreached = self._differentiate(tensors, grad_tensors, options.get("inputs"))
+        before = [(p, p.grad, None if p.grad is None else p.grad._version) for p in unreached]
+        self._original(tensors, grad_tensors, *args, **options)
+        if any(p.grad is not g or (g is not None and g._version != version) for p, g, version in before):
+            self._fail("a parameter's gradient is not of the loss's graph, as with checkpoint(..., use_reentrant=True)")
 
     def _fail(self, why: str) -> None:
         self.products, self.failure = {}, why

@@ -42,6 +42,20 @@ class Keep(Transform):
         return u, {"found": c.param, **pair}
 
 
+@dataclass(frozen=True)
+class KeepAgain(Keep):
+    """The same for a second rule in a chain."""
+
+    name = "again"
+
+    def slots(self, param):
+        return {f"again.{name}": slot for name, slot in super().slots(param).items()}
+
+    def update(self, u, s, c):
+        u, new = super().update(u, s, c)
+        return u, {f"again.{name}": value for name, value in new.items()}
+
+
 class Keeping(Optimizer):
     """Gradient descent that keeps products; no decay, no momentum."""
 

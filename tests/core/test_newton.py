@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from core.kit import distance, same, values
-from core.newton import Keep, Keeping, batch, closure_of, derivatives, kept, loss_of, network, trainer
+from core.newton import Keep, KeepAgain, Keeping, batch, closure_of, derivatives, kept, loss_of, network, trainer
 from core.rules import matrix, optimizer_with, parameter, rule
 
 from hbcore.api import Parallel
@@ -421,6 +421,22 @@ def test_a_frozen_parameter_with_a_gradient_left_over_has_no_part_in_the_hessian
     assert not vectors[0].any()
     assert not products[0].any()
     assert distance(products[1:], derivatives(loss_of(twin), list(twin.parameters())[1:], vectors[1:])[1]) < 1e-6
+
+
+def test_two_rules_of_a_chain_have_the_same_products():
+    class Twice(Keeping):
+        @staticmethod
+        def chain(h):
+            return (Keep(), KeepAgain(interval=2))
+
+    model = network(torch.float64)
+    optimizer = Twice(model.parameters())
+    optimizer.step(closure_of(model, optimizer))
+    first = kept(optimizer, model, "product")
+    assert all(bool(t.any()) for t in first)
+    assert same(kept(optimizer, model, "again.product"), first)
+    optimizer.step(closure_of(model, optimizer))
+    assert not same(kept(optimizer, model, "product"), kept(optimizer, model, "again.product"))
 
 
 def test_parallel_hands_products_on():
