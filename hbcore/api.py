@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from hbcore.rules import launching as launching
     from hbcore.rules import triangle as triangle
     from hbcore.rules.checks import check_whole as check_whole
+    from hbcore.rules.curvature import Curvature as Curvature
     from hbcore.rules.domain import Domain as Domain
+    from hbcore.rules.hyper import Role as Role
+    from hbcore.rules.hyper import hyper as hyper
     from hbcore.rules.moments import Average as Average
     from hbcore.rules.moments import CorrectedDecay as CorrectedDecay
     from hbcore.rules.moments import Momentum as Momentum
@@ -56,10 +59,8 @@ if TYPE_CHECKING:
     from hbcore.rules.stages import CoupleDecay as CoupleDecay
     from hbcore.rules.stages import DecayWeights as DecayWeights
     from hbcore.rules.transform import Context as Context
-    from hbcore.rules.transform import Role as Role
     from hbcore.rules.transform import State as State
     from hbcore.rules.transform import Transform as Transform
-    from hbcore.rules.transform import hyper as hyper
     from hbcore.rules.views import Block as Block
     from hbcore.rules.views import grid_view as grid_view
     from hbcore.rules.views import matrix_view as matrix_view
@@ -78,6 +79,7 @@ _HOMES = {
     "Context": "hbcore.rules.transform:Context",
     "CorrectedDecay": "hbcore.rules.moments:CorrectedDecay",
     "CoupleDecay": "hbcore.rules.stages:CoupleDecay",
+    "Curvature": "hbcore.rules.curvature:Curvature",
     "DecayWeights": "hbcore.rules.stages:DecayWeights",
     "Domain": "hbcore.rules.domain:Domain",
     "Extension": "hbcore.wrappers.extension:Extension",
@@ -90,7 +92,7 @@ _HOMES = {
     "Options": "hbcore.engine.shared_options:Options",
     "Parallel": "hbcore.rules.parallel:Parallel",
     "Products": "hbcore.rules.products:Products",
-    "Role": "hbcore.rules.transform:Role",
+    "Role": "hbcore.rules.hyper:Role",
     "Route": "hbcore.rules.route:Route",
     "STAGES": "hbcore.rules.domain:ORDER",
     "Scalar": "hbcore.rules.numerics:Scalar",
@@ -111,7 +113,7 @@ _HOMES = {
     "ema": "hbcore.rules.numerics:ema",
     "graft": "hbcore.rules.parallel:graft",
     "grid_view": "hbcore.rules.views:grid_view",
-    "hyper": "hbcore.rules.transform:hyper",
+    "hyper": "hbcore.rules.hyper:hyper",
     "is_matrix": "hbcore.rules.route:is_matrix",
     "matrix_view": "hbcore.rules.views:matrix_view",
     "scalar": "hbcore.rules.slot:scalar",

@@ -15,6 +15,7 @@ from hbcore.declaration import Declaration, declare, entries
 from hbcore.engine import weight_modes
 from hbcore.engine.chain_spec import ChainSpec
 from hbcore.engine.core import Group, OptimizerCore
+from hbcore.engine.curvature import evaluate, needed
 from hbcore.engine.entry_forms import fixed
 from hbcore.engine.graph.scalar_inputs import Amp, capturing
 from hbcore.engine.new_group import completed
@@ -65,8 +66,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
     sparse_gradients: ClassVar[bool] = False
     """Whether it takes sparse gradients, and only those; its rules are elementwise then."""
 
-    _declared: ClassVar[Declaration] = Declaration({}, {}, {})
-    """The fields that the class and its bases declare."""
+    _declared: ClassVar[Declaration] = Declaration({}, {}, {})  # the fields that the class and its bases declare
 
     own: ClassVar[tuple[str, ...]] = ()
     """The names of the class's own constructor parameters."""
@@ -116,6 +116,11 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         self.core.report.skipped = self.core.skipping.count
         return self.core.report
 
+    @property
+    def requires_closure(self) -> bool:
+        """Whether ``step`` takes a closure: some rule needs Hessian-vector products, :mod:`hbcore.engine.curvature`."""
+        return bool(needed(self.core))
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         declare(cls, Optimizer.__init__)
@@ -142,7 +147,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         """Update every parameter that has a gradient.
 
         Args:
-            closure: computes the loss anew and returns it; called once, with gradients enabled.
+            closure: computes the loss anew and returns it, with gradients enabled; called twice for finite differences only.
 
         Returns:
             The closure's loss, or None.
@@ -161,23 +166,24 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
     step.hooked = True  # type: ignore[attr-defined]  # torch then leaves it unwrapped: _observed_step is what it would make
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        core, loss = self.core, None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not core.modes.training:
-            raise RuleError(f"{core.name}.step() with the weights to evaluate with; call optimizer.train() first.")
-        if core.modes.averaging:
-            raise RuleError(f"{core.name}.step() within ema_weights(); step outside.")
-        if not core.state and dry_step.is_dry(core):
-            dry_step.allocate(core)
-            return loss
-        if core.recorded is not None and core.state.revision.count != core.seen:
+        core = self.core
+        if core.recorded is not None:
             load.adopt(core)
-        if core.plan is None:
-            core.plan = plan_for(core)
-        core.modes.reset(training=True)
-        stepped = core.plan.step(Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
+        loss = None if closure is None else evaluate((core,), closure)
+        try:
+            if not core.modes.training:
+                raise RuleError(f"{core.name}.step() with the weights to evaluate with; call optimizer.train() first.")
+            if core.modes.averaging:
+                raise RuleError(f"{core.name}.step() within ema_weights(); step outside.")
+            if not core.state and dry_step.is_dry(core):
+                dry_step.allocate(core)
+                return loss
+            if core.plan is None:
+                core.plan = plan_for(core)
+            core.modes.reset(training=True)
+            stepped = core.plan.step(Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
+        finally:
+            core.pairs.made = {}
         core.seen = core.state.revision.count
         if core.settings.consume_grad and not capturing():
             for p in stepped:
@@ -233,8 +239,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state and the param groups as plain data, in torch's layout. Changes nothing.
 
-        Every trained parameter has all of its slots, zeros and step 0 before its first step. With sharded parameters this is
-        collective.
+        Every trained parameter has all of its slots, zeros and step 0 before its first step. Collective if some are sharded.
         """
         self.core.expose()
         return save.with_hooks(self, lambda: save.state_dict(self.core))

@@ -46,11 +46,13 @@ def adopt(core: OptimizerCore) -> None:
     """Take what groups carry from the strings that somebody wrote into them, along with state: wrappers of optimizers, such as
     ZeroRedundancyOptimizer, load so.
 
-    Called where the state was written to since the last step, and the strings were up to date before.
+    Does nothing unless the state was written to since the last step, and the strings were up to date before.
 
     Raises:
         CheckpointError: a string is malformed.
     """
+    if core.recorded is None or core.state.revision.count == core.seen:
+        return
     for g, group in enumerate(core.groups):
         record = schema.read(group.get(schema.KEY), g)
         if record is not None and dict(record.progress) != dict(core.carried(g)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -51,6 +52,24 @@ class Modes:
             self.kept = {}
 
 
+@dataclass
+class Pairs:
+    """Hessian-vector products, for rules that need them; :mod:`hbcore.engine.curvature` makes them.
+
+    Attributes:
+        made: for the coming step, parameter -> a vector and the Hessian's product with it.
+        differences: why products are made by finite differences from now on; empty while nothing says so.
+    """
+
+    made: dict[Tensor, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    differences: str = ""
+
+    def hand_over(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
+        """The products, which are let go of."""
+        made, self.made = self.made, {}
+        return made
+
+
 class OptimizerCore:
     """One optimizer's groups, state and chain, and the plan made of them.
 
@@ -85,6 +104,11 @@ class OptimizerCore:
         self.group_scalars: list[GroupScalars] = []
         self.report, self.modes, self.skipping = Report(), Modes(), Skipping()
         self.plan: StepPlan | None = None
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """Hessian-vector products, which few optimizers have."""
+        return Pairs()
 
     @property
     def settings(self) -> Settings:
@@ -142,6 +166,9 @@ class OptimizerCore:
 
     def seed_key(self, g: int, param: Tensor) -> str:
         """What a parameter's noise is drawn by: the seed, and its name, or its position where it has none."""
-        index = next(i for i, p in enumerate(self.groups[g]["params"]) if p is param)
+        return self.seed_key_at(g, next(i for i, p in enumerate(self.groups[g]["params"]) if p is param))
+
+    def seed_key_at(self, g: int, i: int) -> str:
+        """The same for parameter ``i`` of group ``g``."""
         names = self.groups[g].get("param_names")
-        return f"{self.settings.seed}/{names[index] if names else f'{g}.{index}'}"
+        return f"{self.settings.seed}/{names[i] if names else f'{g}.{i}'}"

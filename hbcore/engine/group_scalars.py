@@ -26,6 +26,10 @@ class Due(NamedTuple):
         """Whether the rule refreshes: the sum passes a whole number."""
         return self.at(0.0)
 
+    def asks(self, interval: int) -> bool:
+        """Whether the rule refreshes for the first time, or for the ``interval``-th since it last had a product."""
+        return self.whole and (math.floor(self.after + SLACK) - 1) % interval == 0
+
     def at(self, phase: float) -> bool:
         """The same for matrices that are ahead of the others by ``phase``, in [0, 1)."""
         return math.floor(self.after + phase + SLACK) > math.floor(self.before + phase + SLACK)

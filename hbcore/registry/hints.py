@@ -25,6 +25,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "hb_psgd": (
         *("PSGDKron", "ForeachPSGDKron", "ForeachCachedPSGDKron", "CachedPSGDKron", "ForeachPurePSGD", "PurePSGD"),
         *("ForeachDelayedPSGD", "DelayedPSGD", "ForeachCachedDelayedPSGDKron", "CachedDelayedPSGDKron"),
+        *("ForeachCachedNewtonPSGD", "NewtonPSGDKron", "NewtonHybrid2PSGDKron"),
     ),
 }
 """The optimizers and aliases of hbcore's families."""
@@ -38,7 +39,7 @@ _RELATIVES = {
     **dict.fromkeys(("PSGD", "PSGDPRO", "QSGD", "LATHER", "PSGDLRA"), "PSGDKron"),
 }
 _CODEC_RELATIVES = {"fp16+8": "bf16+8", "fp16+16": "bf16+16", "int8": "bf16+8"}
-# HeavyBall's old names prefix the optimizer's name with these words: PaLMForeachSFAdamW, NewtonHybrid2PSGDKron.
+# HeavyBall's old names prefix the optimizer's name with these words: PaLMForeachSFAdamW, NewtonHybrid2PSGDLRA.
 _OLD_PREFIXES = re.compile("(?:foreach|cached|delayed|newton|hybrid2|pure|palm|precondschedule|sf(?=palm))*")
 
 

@@ -247,6 +247,11 @@ def _check_methods(t: Transform) -> None:
         raise RuleError(f"{where} does not define update(u, s, c).")
     if t.primes and (t.domain != Domain.MATRIX or cls.prime is Transform.prime):
         raise RuleError(f"{where} has primes = True, which is for rules of Domain.MATRIX that define prime(u, s, c).")
+    if "hvp" in t.needs and (t.domain != Domain.MATRIX or t.staggers):
+        raise RuleError(
+            f"{where} needs Hessian-vector products, which rules of Domain.MATRIX get, all matrices in the same step; "
+            + ("leave staggers False." if t.domain == Domain.MATRIX else "declare that domain, or need none.")
+        )
     if t.domain == Domain.MATRIX:
         rate: Any = t.rate(1)
         if not isinstance(rate, Real) or not 0 <= float(rate) <= 1:

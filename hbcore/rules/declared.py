@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hbcore.errors import RuleError
+from hbcore.rules.curvature import Curvature
 from hbcore.rules.domain import ORDER, Domain
 
 METHODS = (
@@ -24,7 +25,11 @@ ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "primes": (lambda v: isinstance(v, bool), "True or False"),
     "staggers": (lambda v: isinstance(v, bool), "True or False"),
     "draws": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0, "a whole number, at least 0"),
-    "needs": (lambda v: isinstance(v, (set, frozenset)) and v <= {"param", "grad"}, "a subset of {'param', 'grad'}"),
+    "needs": (
+        lambda v: isinstance(v, (set, frozenset)) and v <= {"param", "grad", "hvp"},
+        "a subset of {'param', 'grad', 'hvp'}",
+    ),
+    "curvature": (lambda v: isinstance(v, Curvature), "a Curvature"),
 }
 """The class attributes of the protocol: whether a value is allowed, and which ones are."""
 

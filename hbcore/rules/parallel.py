@@ -12,6 +12,7 @@ from torch import Tensor
 from hbcore.errors import RuleError
 from hbcore.rules.bounds import Bounds
 from hbcore.rules.contract import pair
+from hbcore.rules.curvature import Curvature
 from hbcore.rules.declared import check_branch
 from hbcore.rules.route import Route
 from hbcore.rules.transform import Context, Domain, Slot, State, Transform
@@ -77,7 +78,14 @@ class Parallel(Transform):
         object.__setattr__(self, "draws", sum(t.draws for t in inner))
         if self._matrix is not None:
             object.__setattr__(self, "domain", Domain.MATRIX)
-            object.__setattr__(self, "needs", frozenset().union(*(t.needs for t in inner)))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset[str]().union(*(t.needs for _, t in self._inner())) if self._matrix is not None else frozenset()
+
+    @property
+    def curvature(self) -> Curvature:
+        return self._matrix.curvature if self._matrix is not None else super().curvature
 
     @property
     def _matrix(self) -> Transform | None:

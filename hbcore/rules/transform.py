@@ -8,16 +8,19 @@ anything that depends on a whole tensor. In return the engine fuses, batches, co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hbcore.errors import HyperparameterError, RuleError
 from hbcore.rules.bounds import Bounds, check_bounds
+from hbcore.rules.curvature import EVERY, Curvature
 from hbcore.rules.declared import check_class
 from hbcore.rules.domain import Domain as Domain
+from hbcore.rules.hyper import Role as Role
+from hbcore.rules.hyper import hyper as hyper
 from hbcore.rules.numerics import Scalar, compute_dtype
 from hbcore.rules.products import IEEE, Products
 from hbcore.rules.slot import Slot as Slot
@@ -26,44 +29,6 @@ from hbcore.rules.slot import zeros as zeros
 from hbcore.rules.views import Block
 
 State = Mapping[str, Tensor]
-
-
-Role = Literal["first_moment", "second_moment", "weight_decay"]
-"""The meaning of a hyperparameter to its rule: the decay rate of a first or second moment, or the weight decay."""
-
-
-def hyper(
-    default: Any,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    role: Role | tuple[Role | None, ...] | None = None,
-) -> Any:
-    """Declare a dataclass field that may change every step without recompilation.
-
-    Inside ``update`` the field is a 0-d float64 tensor (a tuple of them for a tuple default), bound to the param group's
-    entry of the same name, so schedulers that write ``group["lr"]`` just work. Fields declared without ``hyper`` are
-    structural: changing one builds another graph. Bounds are checked at construction.
-
-    Args:
-        default: a number, or a tuple of numbers.
-        ge, gt, le, lt: bounds of each number.
-        role: the meaning of the number; for a tuple, one role or None per number. ``palm=True`` replaces every
-            ``"second_moment"``, ``mars=True`` reads the first ``"first_moment"``, and a rule with a ``"weight_decay"`` decays
-            the weights itself. An option is refused if no hyperparameter has the role it needs.
-
-    Raises:
-        RuleError: a role does not exist, or the numbers and roles of a tuple differ in length.
-    """
-    each = role if isinstance(role, tuple) else (role,)
-    if unknown := [r for r in each if r is not None and r not in get_args(Role)]:
-        raise RuleError(f"hyper(role={unknown[0]!r}): no such role; pass one of {', '.join(get_args(Role))}.")
-    numbers = default if isinstance(default, tuple) else (default,)
-    if role is not None and (isinstance(role, tuple) != isinstance(default, tuple) or len(each) != len(numbers)):
-        raise RuleError(f"hyper({default!r}, role={role!r}): pass one role for a number, a tuple of equal length for a tuple.")
-    return field(default=default, metadata={"hyper": Bounds(ge, gt, le, lt), "role": role})
 
 
 def unavailable(*_: Any) -> Any:
@@ -93,6 +58,10 @@ class Context(NamedTuple):
 
     * ``param`` and ``grad`` are available if the rule's ``needs`` name them; reading them otherwise is an error.
     * ``refresh``: the expensive part is due this step, see :meth:`Transform.rate`.
+    * ``hvp`` and ``vector``, of rules whose ``needs`` name ``"hvp"``: the Hessian of the closure's loss times a standard normal
+      vector, and the vector, which are stacks in the working dtype; None in steps without, see :attr:`Transform.curvature`. The
+      Hessian is that of all parameters whose rules get products in this step, taken together. Products may be infinite or NaN
+      where the gradient is finite.
     * ``products``: multiplies matrices at the precision that the user chose with ``matmul_precision``, see
       :mod:`hbcore.rules.products`. Operators of torch multiply in float32, or in TF32 where the user chose that.
     * ``apply(inner, u, s)``: run the elementwise rule ``inner`` on the stack: ``inner.update(u, s, c)``, compiled where
@@ -116,6 +85,8 @@ class Context(NamedTuple):
     apply: Callable[[Transform, Tensor, State], tuple[Tensor, dict[str, Tensor]]] = unavailable
     products: Products = IEEE
     into: Callable[[str], Tensor | None] = no_memory
+    hvp: Tensor | None = None
+    vector: Tensor | None = None
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of ``x`` over the rule's domain, 0-d."""
@@ -145,7 +116,10 @@ class Transform:
         owns_apply: ``update`` returns the new parameter rather than a step to subtract; at the stage ``"apply"`` only.
         primes: the first gradient only initialises the state, see :meth:`prime`; it moves no parameter and counts no step.
         draws: how many times one ``update`` calls ``c.noise`` and ``c.probe``, at most; matrix rules need not say.
-        needs: what a matrix rule reads besides the update: a subset of ``{"param", "grad"}``.
+
+    Attributes, which a class may also define as properties of its fields:
+        needs: what a matrix rule reads besides the update: a subset of ``{"param", "grad", "hvp"}``. With ``"hvp"``, ``step``
+            takes a closure: see :attr:`curvature`.
     """
 
     name: ClassVar[str] = ""
@@ -155,7 +129,6 @@ class Transform:
     owns_apply: ClassVar[bool] = False
     primes: ClassVar[bool] = False
     draws: ClassVar[int] = 0
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -225,6 +198,16 @@ class Transform:
         f-th step. The engine keeps the sum, and checkpoints store it.
         """
         return 1.0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Matrix rules: what ``update`` reads besides the update, see the class."""
+        return frozenset()
+
+    @property
+    def curvature(self) -> Curvature:
+        """Rules that need ``"hvp"``: in which refreshes, and how the products are made; by default in all of them, exactly."""
+        return EVERY
 
     @property
     def staggers(self) -> bool:

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from hbcore.checkpoint import load, save
 from hbcore.engine.core import Group
+from hbcore.engine.curvature import evaluate, needed
 from hbcore.engine.report import Report
 from hbcore.engine.skipping import nonfinite
 from hbcore.engine.step_hooks import step_outside_graphs
@@ -40,6 +41,11 @@ class Composite(torch.optim.Optimizer):
 
     def __init__(self, children: Iterable[Optimizer]) -> None:
         self.children = list(children)
+        if self.requires_closure and (curved := next((c for c in self.children if needed(c.core)), None)):
+            raise OptionError(
+                f"{type(self).__name__} calls the closure itself, at other parameters, and {type(curved).__name__} needs "
+                "Hessian-vector products from it; use one of the two."
+            )
         defaults = [child.defaults for child in self.children]
         shared = {k: v for k, v in defaults[0].items() if all(k in d and _equal(d[k], v) for d in defaults)}
         super().__init__([group for child in self.children for group in child.param_groups], shared)
@@ -84,13 +90,13 @@ class Composite(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every child; ``closure`` recomputes the loss and is called once."""
+        """Step every child; ``closure`` recomputes the loss and is called as often as :meth:`Optimizer.step` says."""
         if torch.compiler.is_compiling():
             return step_outside_graphs(self, closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        self._hand_down()
+        for core in (child.core for child in self.children):
+            load.adopt(core)
+        loss = None if closure is None else evaluate([child.core for child in self.children], closure)
         self._hand_down()
         with self._skipping_together():
             for child in self.children:

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from hbcore.distributed.placement import is_dtensor
 from hbcore.engine.core import OptimizerCore
+from hbcore.engine.curvature import needed
 from hbcore.engine.graph.scalar_inputs import NO_AMP
 from hbcore.engine.group_scalars import GroupScalars
 from hbcore.engine.planning.sparse_plan import plan_for
@@ -179,6 +180,11 @@ def _check(optimizer: Optimizer) -> None:
     seeing = [t.name for group in optimizer.param_groups for t in optimizer.core.chain.every(group) if t.domain == Domain.MODEL]
     if seeing:
         raise OptionError(f"{name}: {seeing[0]} needs the whole model, but backward has one gradient at a time.")
+    if curved := needed(optimizer.core):
+        raise OptionError(
+            f"{name}: {curved} needs Hessian-vector products, which step(closure) makes of all gradients; backward has one at "
+            "a time."
+        )
     if optimizer.settings.skip_nonfinite:
         raise OptionError(
             f"{name}: skip_nonfinite=True needs all gradients before the first parameter moves, but backward has one at a time."

@@ -27,6 +27,7 @@ def plain(
     *,
     divide: Callable[..., Tensor] = eps_clamp,
     probes: Callable[[int, Tensor], Tensor] | None = None,
+    pairs: Callable[[int], tuple[Tensor, Tensor] | None] = lambda k: None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Train one parameter with ``chain`` between the usual decay, lr and application; return it and its state.
 
@@ -37,6 +38,7 @@ def plain(
         gradients: one for each step.
         divide: the division backend.
         probes: what ``c.probe(like)`` draws, given how many draws came before; normal numbers of a fixed seed by default.
+        pairs: step (1, 2, ...) -> a vector and the Hessian's product with it, for rules that need them; None for none.
     """
     h = {"weight_decay": 0.0, "warmup_steps": 0, **hyperparameters}
     generator = torch.Generator().manual_seed(0)
@@ -68,6 +70,8 @@ def plain(
                 divide=divide, sum=torch.sum, amax=torch.amax, numel=torch.tensor(float(param.numel())), refresh=refresh,
                 probe=probe, noise=lambda like: torch.rand(like.shape, generator=generator).to(like.dtype),
             )  # fmt: skip
+            if "hvp" in t.needs and (pair := pairs(k)) is not None:
+                c = c._replace(vector=pair[0], hvp=pair[1])
             c = c._replace(apply=lambda inner, u, s, c=c: inner.update(u, s, c))
             if t.domain == Domain.MATRIX:
                 u = _matrix(t, u, c, state, scalars, primes)
@@ -102,7 +106,8 @@ def _matrix(t: Transform, u: Tensor, c: Context, state: dict[str, Any], scalars:
         slots = state.setdefault((t.name, i), {n: _filled((block.batch,), s, u) for n, s in declared.items()})
         if any(s.derived for s in declared.values()):
             slots.update(t.derive({n: v for n, v in slots.items() if not declared[n].derived}, c))
-        needed = {n: block.of(getattr(c, n).contiguous()) for n in t.needs}
+        names = (t.needs - {"hvp"}) | ({"hvp", "vector"} if c.hvp is not None else set())
+        needed = {n: block.of(getattr(c, n).contiguous()) for n in names}
         stack = block.of(u.contiguous())
         if primes and t.primes:
             new = t.prime(stack, {**slots, **scalars}, c._replace(**needed))

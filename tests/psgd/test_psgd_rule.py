@@ -374,7 +374,7 @@ class TestOptimizer:
     def test_options_that_are_not_there_yet_are_refused_by_name(self, option):
         params = [torch.nn.Parameter(torch.zeros(2))]
         PSGDKron(params, **{option: NOT_YET[option]})
-        other = {"q_dtype": "bfloat16", "hvp_interval": 2}.get(option, not NOT_YET[option])
+        other = {"q_dtype": "bfloat16"}.get(option, not NOT_YET[option])
         with pytest.raises(OptionError, match=f"PSGDKron: {option}="):
             PSGDKron(params, **{option: other})
 
@@ -394,6 +394,9 @@ class TestOptimizer:
                 "precond_update_power_iterations=0 is not a whole number from 1 on",
             ),
             ({"precond_update_power_iterations": "2"}, HyperparameterError, "precond_update_power_iterations='2'"),
+            ({"hvp_interval": 0}, HyperparameterError, "hvp_interval=0 is not a whole number from 1 on"),
+            ({"hessian_approx": "exact"}, HyperparameterError, "hessian_approx='exact' is neither True nor False"),
+            ({"finite_differences": 1e-3}, HyperparameterError, r"finite_differences=0\.001 is neither True nor False"),
         ],
         ids=str,
     )
@@ -419,3 +422,6 @@ class TestOptimizer:
                 group = hbcore.create(name, [torch.nn.Parameter(torch.zeros(2))]).param_groups[0]
                 assert group[option] is (option == "delayed")
         assert {a for names in presets.values() for a in names} < set(registry.info("PSGDKron").aliases)
+        for name, interval in (("ForeachCachedNewtonPSGD", 1), ("NewtonPSGDKron", 1), ("NewtonHybrid2PSGDKron", 2)):
+            group = hbcore.create(name, [torch.nn.Parameter(torch.zeros(2))]).param_groups[0]
+            assert (group["hessian_approx"], group["hvp_interval"]) == (True, interval)

@@ -81,7 +81,7 @@ def test_an_api_mismatch_runs_no_hook(site: Any) -> None:
 
 
 def test_an_older_minor_version_would_be_accepted(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hbcore.registry.loading.API_VERSION", (1, 6))
+    monkeypatch.setattr("hbcore.registry.loading.API_VERSION", (1, 7))
     site.offer("hb_good", "Good")
     assert site.registry().list_optimizers() == ["Good"]
 

@@ -34,7 +34,7 @@ def test_no_hint_sends_a_user_to_a_package_without_the_name() -> None:
         ("ForeachSOAP", r"ForeachSOAP comes with hb_soap: pip install hb_soap"),
         ("hb_soap:Anything", "No plugin named 'hb_soap' is installed. hb_soap has no such optimizer either; it has SOAP, "),
         ("PrecondScheduleSFPaLMSOAP", r"nearest relative that hbcore has is SOAP \(hb_soap: pip install hb_soap\)"),
-        ("NewtonHybrid2PSGDKron", r"nearest relative that hbcore has is PSGDKron \(hb_psgd: pip install hb_psgd\)"),
+        ("NewtonHybrid2PSGDLRA", r"nearest relative that hbcore has is PSGDKron \(hb_psgd: pip install hb_psgd\)"),
         ("KLSOAP", r"nearest relative that hbcore has is SOAP"),
         ("hb_psgd:QSGD", r"nearest relative that hbcore has is PSGDKron"),
         ("PaLMForeachSFAdamW", "comes with hb_adam: pip install hb_adam"),

@@ -128,6 +128,10 @@ class Layout:
             changed = self._compiler.prepare(batch) or changed
         for level in self.levels:
             level.fill(base, ahead, read, self._due, self._coming)
+        if self.levels and any(level.curved for level in self.levels):
+            pairs = core.pairs.hand_over()  # the levels give them back as they run
+            for level in self.levels:
+                level.curved.take(pairs, self._due)
         if changed:
             self.operations = operations_of(self.batches, self.levels, core)
             core.report.backend = "+".join(sorted({b.segment.backend for b in self.batches} - {""})) or core.report.backend

@@ -81,4 +81,4 @@ def _feeds(rule: Transform, p: Tensor, promote: bool) -> tuple[tuple[str, torch.
     works_in: Any = rule.working_dtype(p)
     if not isinstance(works_in, torch.dtype) or not works_in.is_floating_point:
         raise RuleError(f"{title(rule, 'working_dtype')} returned {works_in!r}; return a floating dtype, as torch.bfloat16.")
-    return (("update", dtype if promote else works_in), *((name, dtype) for name in sorted(rule.needs)))
+    return (("update", dtype if promote else works_in), *((name, dtype) for name in sorted(rule.needs - {"hvp"})))

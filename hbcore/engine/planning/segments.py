@@ -126,6 +126,10 @@ class Member:
             return len(self.segments)
         return 1 + next(level for level, i in enumerate(self.partition.rules) if self.partition.transforms[i].primes)
 
+    def rule_at(self, level: int) -> Transform:
+        """The matrix rule with ``level`` others before it, with example numbers."""
+        return self.partition.transforms[self.partition.rules[level]]
+
     def lend(self) -> None:
         """Leave the state's memory to the tensors in :attr:`state`: whoever has those may free it."""
         for view in self.views:

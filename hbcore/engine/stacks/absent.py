@@ -23,8 +23,8 @@ class Absent:
 
     Args:
         rule: the rule.
-        part: ``"param"`` or ``"grad"``.
-        method: the method that is given it; ``refresh`` has neither, whatever the rule declares.
+        part: ``"param"``, ``"grad"``, ``"hvp"`` or ``"vector"``.
+        method: the method that is given it; ``refresh`` has neither parameter nor gradient, whatever the rule declares.
     """
 
     def __init__(self, rule: Transform, part: str, method: str = "update") -> None:
@@ -32,12 +32,13 @@ class Absent:
 
     def refuse(self) -> NoReturn:
         """Raise the error."""
-        if self._method != "update":
+        if self._method != "update" and self._part in ("param", "grad"):
             raise RuleError(
                 f"{title(self._rule, self._method)} reads c.{self._part}, which only update can; keep what it needs in a slot."
             )
-        declared = ", ".join(map(repr, sorted({*self._rule.needs, self._part})))
-        raise RuleError(f"{title(self._rule)} reads c.{self._part}; declare needs = frozenset({{{declared}}}).")
+        needed = "hvp" if self._part == "vector" else self._part
+        declared = ", ".join(map(repr, sorted({*self._rule.needs, needed})))
+        raise RuleError(f"{title(self._rule, self._method)} reads c.{self._part}; declare needs = frozenset({{{declared}}}).")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what Python itself looks for, such as __array__, may be lacking

@@ -39,6 +39,7 @@ class Turn:
         carried: what the groups carry for it.
         step: the rows' step.
         due: whether the rule's expensive part is due.
+        asks: whether it has Hessian-vector products.
         row: the numbers themselves, as in ``spec.scalar_names``.
     """
 
@@ -46,7 +47,8 @@ class Turn:
         self.spec, self.index, self.tools = key.spec, key.index, tools
         self._bound = BoundRule(key.spec, key.index)
         self.rule, self.carried = self._bound.rule, self._bound.carried
-        self.step, self.due = 0, Due(0.0, 1.0)
+        self._interval = self.rule.curvature.interval if "hvp" in self.rule.needs else 0
+        self.step, self.due, self.asks = 0, Due(0.0, 1.0), False
         self.row: list[float] = []
 
     @property
@@ -58,6 +60,7 @@ class Turn:
         """Take this step's numbers: hyperparameters and what a group carries."""
         self.step, self.due, self.row = int(step), due, [*numbers, step, 1.0]
         self.rule = self._bound.fill(numbers, step)
+        self.asks = self._interval > 0 and due.asks(self._interval)
 
 
 class Arguments:
@@ -69,7 +72,7 @@ class Arguments:
         self.stack = stack
         self._stored: Mapping[str, Tensor] = stack.stored if rows is None else Rows(stack.stored, rows)
         self._state = StackState(self._stored, stack.slots, stack.key, turn.carried)
-        self._absent: dict[str, Any] = {name: Absent(turn.rule, name) for name in ("param", "grad")}
+        self._absent: dict[str, Any] = {name: Absent(turn.rule, name) for name in ("param", "grad", "hvp", "vector")}
         self._settled = StackState(self._stored, stack.slots, stack.key, {})
         self._dims = tuple(range(1, len(stack.key.shape) + 1))
         self._numel = torch.tensor(float(torch.Size(stack.key.shape).numel()), dtype=torch.float64, device="cpu")
@@ -100,12 +103,23 @@ class Arguments:
             grad=inputs.get("grad", self._absent["grad"]),
             refresh=self._turn.due.whole,
         )
+        if stack.curvature is not None:
+            context = context._replace(**self._pair())
         return inputs["update"], self._state, context._replace(apply=partial(self._apply, context), into=self._into)
 
     def settled(self) -> tuple[State, Context]:
         """The arguments of the rule's ``refresh`` in this step."""
         self._drawing.begin(f"{self._turn.rule.name}.refresh", self._turn.step)  # whatever update drew
-        return self._settled, self._context_settled
+        if self.stack.curvature is None:
+            return self._settled, self._context_settled
+        return self._settled, self._context_settled._replace(**self._pair())
+
+    def _pair(self) -> dict[str, Any]:
+        """The vectors and Hessian-vector products of this step; None where it has none."""
+        if not self._turn.asks:
+            return dict.fromkeys(("hvp", "vector"))
+        rows, pair = self.part.rows, self.stack.pair
+        return pair if rows is None else {name: t[rows] for name, t in pair.items()}
 
     def take(self, nonfinite: Tensor | None) -> None:
         """Take this step's flag: where it is above 0, nothing is kept."""

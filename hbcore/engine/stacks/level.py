@@ -11,9 +11,11 @@ from torch import Tensor
 from hbcore.distributed.exchange import from_owners, to_owners
 from hbcore.engine.graph.program import NONFINITE
 from hbcore.engine.group_scalars import Due, GroupScalars
+from hbcore.engine.stacks.pairs import Curved
 from hbcore.engine.stacks.rule_call import RuleCall
 from hbcore.engine.stacks.stack import Part, ShardedView, Stack, StackView
 from hbcore.engine.stacks.tools import Tools
+from hbcore.rules.transform import Transform
 
 Readings = dict[tuple[int, tuple[str, ...]], list[float]]
 """A group, and the names of its numbers as :attr:`SegmentSpec.numbered` has them -> this step's numbers, read once."""
@@ -30,12 +32,14 @@ class StackMember(Protocol):
     """What a level knows of a parameter.
 
     Attributes:
+        param: the parameter itself.
         group: its group's index.
         views: where each matrix rule of its chain sees it.
         stored: its state tensors by name, this rank's parts.
         primed: whether its rules that prime did so.
     """
 
+    param: Tensor
     group: int
     primed: bool
     stored: dict[str, Tensor]
@@ -46,6 +50,9 @@ class StackMember(Protocol):
     @property
     def reach(self) -> int:
         """How many of its segments take part in a step."""
+
+    def rule_at(self, level: int) -> Transform:
+        """The matrix rule with ``level`` others before it."""
 
 
 class Together(NamedTuple):
@@ -91,6 +98,7 @@ class Level:
         stacks: each stack's rows: the member, its index among all active ones, and its rows.
         readers: the groups whose numbers the rules read.
         notes: why rows of some stacks do not run together.
+        curved: the parameters whose rules need Hessian-vector products.
     """
 
     def __init__(self, members: Sequence[StackMember], level: int, tools: Tools) -> None:
@@ -114,6 +122,7 @@ class Level:
         self._base: list[float] | None = None
         self._calls: list[Call] = []
         self._coming: Mapping[int, GroupScalars] = {}
+        self.curved = Curved(members, level)
 
     def open(self) -> bool:
         """Take memory for the stacks' inputs; return whether some of it lies elsewhere than in the last step."""
@@ -134,6 +143,7 @@ class Level:
         """Give the memory back."""
         for stack in self.stacks:
             stack.close()
+        self.curved.drop()
 
     def fill(
         self,
@@ -159,7 +169,7 @@ class Level:
             values = read[g, stack.key.spec.numbered]
             own = [values[k] for k in stack.reads]
             when = due[g][stack.rule]
-            refresh = when if stack.staggers else (when.whole,)
+            refresh = when if stack.staggers else (when.whole, bool(self.curved) and stack.asks(when))
             found.append(kinds.setdefault((spec, stack.key.index, *refresh, *own), i))
             given.append(values)
         if self._base is not base or self._kinds != found:
@@ -176,6 +186,8 @@ class Level:
             model: the reductions over the model.
         """
         self._traffic.scatter()
+        if self.curved:
+            self.curved.bring()
         for _, call, groups in self._calls:
             carried = call.run(model.get(NONFINITE))
             for g in groups:

@@ -17,6 +17,7 @@ from torch import Tensor
 from hbcore.distributed.exchange import Transfer
 from hbcore.distributed.placement import Shards
 from hbcore.engine.graph.segment_spec import SegmentSpec
+from hbcore.engine.group_scalars import Due
 from hbcore.rules.contract import slots_of
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.row_noise import stream_key
@@ -58,8 +59,10 @@ class Stack:
         names: what each row's random numbers are drawn by.
         rule: the name of the rule that takes it.
         staggers: whether the rule's refreshes of its rows are spread over steps.
+        curvature: how the rule has Hessian-vector products made; None if it needs none.
         reads: which of a group's numbers that rule reads, see :class:`~hbcore.engine.stacks.bound_rule.BoundRule`.
         inputs: what the segment before writes: ``update``, and what else the rule needs. The rule's result replaces ``update``.
+        pair: ``vector`` and ``hvp``, like the inputs, while the rule runs in a step that has them.
         stored: the slots as the codec stores them, ``[rows, *slot.shape]`` each.
         derived: the slots that follow from the others, and have no place in the parameters' state.
         unknown: the rows of which those have to be computed before the rule's next update.
@@ -71,6 +74,8 @@ class Stack:
     ) -> None:
         self.key, self.names, self.rule, self.reads = key, names, rule.name, reads
         self.staggers = rule.staggers
+        self.curvature = rule.curvature if "hvp" in rule.needs else None
+        self.pair: dict[str, Tensor] = {}
         self.slots = slots_of(rule, torch.empty(key.shape, dtype=key.dtype, device="meta"))
         self.derived = frozenset(name for name, slot in self.slots.items() if slot.derived)
         self.unknown: set[int] = set()
@@ -96,9 +101,14 @@ class Stack:
 
     def close(self) -> None:
         """Give the memory back. Views of the inputs stay valid, and have memory again when the stack opens."""
+        self.pair = {}
         if self.key.device.type in LENT:
             for t in self.inputs.values():
                 t.untyped_storage().resize_(0)
+
+    def asks(self, due: Due) -> bool:
+        """Whether the rule has Hessian-vector products in a step."""
+        return self.curvature is not None and due.asks(self.curvature.interval)
 
     def lend(self) -> None:
         """Leave the slots' memory to the views that parameters have of it: whoever has those may free it, or write there."""

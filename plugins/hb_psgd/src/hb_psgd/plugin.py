@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hbcore.api import Alias, OptimizerSpec, hookimpl
 
-API = (1, 4)
+API = (1, 7)
 
 
 OPTIMIZERS = (
@@ -32,8 +32,11 @@ def hb_aliases(api: object) -> list[Alias]:
     same = ("ForeachPSGDKron", "ForeachCachedPSGDKron", "CachedPSGDKron")
     pure = ("ForeachPurePSGD", "PurePSGD")
     delayed = ("ForeachDelayedPSGD", "DelayedPSGD", "ForeachCachedDelayedPSGDKron", "CachedDelayedPSGDKron")
+    newton = ("ForeachCachedNewtonPSGD", "NewtonPSGDKron")
     return [
         *(Alias(name, "PSGDKron") for name in same),
         *(Alias(name, "PSGDKron", {"exp_avg_input": False}) for name in pure),
         *(Alias(name, "PSGDKron", {"delayed": True}) for name in delayed),
+        *(Alias(name, "PSGDKron", {"hessian_approx": True}) for name in newton),
+        Alias("NewtonHybrid2PSGDKron", "PSGDKron", {"hessian_approx": True, "hvp_interval": 2}),
     ]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from hb_psgd import kron
+from hb_psgd import kron, newton
 from hbcore.api import (
     Block,
     Context,
+    Curvature,
     Domain,
     HyperparameterError,
     Optimizer,
@@ -35,6 +37,8 @@ EPS = torch.finfo(torch.float32).eps
 
 RULES = {"pro": kron.pro_update}
 """How the factors follow the gradient, by name."""
+NEWTON = {"pro": newton.newton_update}
+"""How they follow a Hessian-vector product."""
 
 
 def update_probability(k: int) -> float:
@@ -54,7 +58,9 @@ class PreconditionByKron(Transform):
         \tilde x = x + (\mathrm{dampening} + \epsilon |x|)\, v \qquad v \sim \mathcal N(0, 1) \qquad
         Q \leftarrow \mathrm{rule}(Q, \tilde x) \;\text{ when due} \qquad u_t = Q^T Q\, x
 
-    The factors start as multiples of the identity at a block's first gradient that is not zero; until then u is zero.
+    The factors start as multiples of the identity at a block's first gradient that is not zero; until then u is zero. With
+    ``hessian_approx`` refreshes that have a Hessian-vector product fit and start the factors by :mod:`hb_psgd.newton` instead:
+    x is the product there, dampened like a gradient.
 
     Args:
         beta: decay of the momentum.
@@ -72,6 +78,10 @@ class PreconditionByKron(Transform):
         precond_update_power_iterations: of :func:`hb_psgd.kron.norm_bound`.
         precond_init_scale: the scale of Q at first; None for ``(a s)^b``, s by :func:`hb_psgd.kron.whitening_scale`.
         precond_init_scale_scale, precond_init_scale_power: a and b; None for 1.
+        hessian_approx: fit the factors to Hessian-vector products, for which ``step`` takes a closure.
+        hvp_interval: the first refresh has a product, and every so manyth after it; the others whiten.
+        finite_differences: products by finite differences, :mod:`hbcore.engine.curvature`.
+        fallback_to_finite_differences: use them where the loss cannot be differentiated twice, with a warning.
         rule: one of :data:`RULES`.
     """
 
@@ -91,6 +101,10 @@ class PreconditionByKron(Transform):
     precond_init_scale: float | None = None
     precond_init_scale_scale: float = hyper(1.0, gt=0)
     precond_init_scale_power: float | None = None
+    hessian_approx: bool = False
+    hvp_interval: int = 1
+    finite_differences: bool = False
+    fallback_to_finite_differences: bool = True
     rule: str = "pro"
     name = "psgd_kron"
     domain = Domain.MATRIX
@@ -109,6 +123,18 @@ class PreconditionByKron(Transform):
             check_whole("merge_dims", self.merge_dims, 1)
         _check("precond_init_scale", self.precond_init_scale, low=1e-30)
         _check("precond_init_scale_power", self.precond_init_scale_power)
+        check_whole("hvp_interval", self.hvp_interval, 1)
+        for name in ("hessian_approx", "finite_differences", "fallback_to_finite_differences"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise HyperparameterError(f"{name}={value!r} is neither True nor False; pass one of them.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"hvp"}) if self.hessian_approx else frozenset()
+
+    @property
+    def curvature(self) -> Curvature:
+        return Curvature(self.hvp_interval, self.finite_differences, self.fallback_to_finite_differences)
 
     def rate(self, k: int) -> float:
         p = self.preconditioner_update_probability
@@ -134,13 +160,16 @@ class PreconditionByKron(Transform):
         if self.exp_avg_input:
             new["exp_avg"], x = debiased(s["exp_avg"], u, self.beta, c.step)
         target = x if self.momentum_into_precond_update else u
-        new["init_scale"], factors = self.started(target, s)
+        h, v = (c.hvp, c.vector) if self.hessian_approx else (None, None)
+        new["init_scale"], factors = self.started(target, s, h, v)
         before = factors
         if c.refresh:
             bounds = [s[f"L_{i}"] for i in range(len(factors))]
-            dampened = target + (self.dampening + EPS * target.abs()) * c.probe(target)
-            made, risen = RULES[self.rule](
-                dampened, factors, bounds, lr=self.precond_lr, beta=self.lower_bound_beta, probe=c.probe,
+            fitted = target if h is None else h
+            dampened = fitted + (self.dampening + EPS * fitted.abs()) * c.probe(fitted)
+            rule = RULES[self.rule] if v is None else partial(NEWTON[self.rule], v=v)
+            made, risen = rule(
+                dampened, factors=factors, bounds=bounds, lr=self.precond_lr, beta=self.lower_bound_beta, probe=c.probe,
                 iterations=self.precond_update_power_iterations,
             )  # fmt: skip
             kept = kron.kept_where_finite([*factors, *bounds], [*made, *risen])
@@ -149,14 +178,14 @@ class PreconditionByKron(Transform):
         new |= {f"Q_{i}": q for i, q in enumerate(factors)}
         return kron.precondition(x, before if self.delayed else factors), new
 
-    def started(self, x: Tensor, s: State) -> tuple[Tensor, list[Tensor]]:
+    def started(self, x: Tensor, s: State, h: Tensor | None, v: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Q's initial scale, ``[B]``, and the factors, initialised in blocks where they were not and ``x`` is not zero."""
         factors = [s[f"Q_{i}"] for i in range(x.ndim - 1)]
         waiting = s["init_scale"] == 0
         if self.precond_init_scale is not None:
             first = torch.full_like(s["init_scale"], self.precond_init_scale)
         else:
-            first = self.precond_init_scale_scale * kron.whitening_scale(x, self.dampening)
+            first = self.precond_init_scale_scale * newton.first_scale(x, h, v, self.dampening)
             if self.precond_init_scale_power is not None:
                 first = torch.where(first > 0, first**self.precond_init_scale_power, 0.0)
         scale = torch.where(waiting, first.to(x.dtype), s["init_scale"])
@@ -176,10 +205,6 @@ def _check(name: str, value: Any, low: float = -math.inf, high: float = math.inf
 
 
 NOT_YET: Mapping[str, Any] = {
-    "hessian_approx": False,
-    "hvp_interval": 1,
-    "finite_differences": False,
-    "fallback_to_finite_differences": True,
     "q_dtype": "float32",
     "precond_grad_accum": False,
     "cached": True,
@@ -212,8 +237,12 @@ class PSGDKron(Optimizer):
         precond_init_scale: the scale of the factors' product at first; None to take it from the first gradient.
         precond_init_scale_scale, precond_init_scale_power: that scale's factor, and the power it is then raised to.
         precond_lr: learning rate of the factors, in [0, 1].
-        hessian_approx, hvp_interval, finite_differences, fallback_to_finite_differences, q_dtype, precond_grad_accum, cached,
-            store_triu_as_line: HeavyBall's, not supported yet; any value but the default is refused.
+        hessian_approx: fit the factors to Hessian-vector products, so that P becomes an inverse Hessian; step takes a closure.
+        hvp_interval: the first refresh has a product, and every so manyth after it; the others whiten.
+        finite_differences: make products from two calls of the closure, instead of differentiating twice.
+        fallback_to_finite_differences: do so where the loss cannot be differentiated twice, with a warning; False for an error.
+        q_dtype, precond_grad_accum, cached, store_triu_as_line: HeavyBall's, not supported yet; any value but the default is
+            refused.
         weight_decay: decoupled.
 
     State: ``exp_avg``, of the parameter's shape; ``Q_0``, ``Q_1``, ..., a matrix or a diagonal for each dimension larger than

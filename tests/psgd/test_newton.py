@@ -1,0 +1,127 @@
+"""The Newton form's formulas, against their float64 oracle and against whitening."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from core.kit import distance, normal
+from core.plain import plain
+from reference.psgd_newton import newton_kron, newton_pro
+
+from hb_psgd.kron import precondition, pro_update, second_moments, whitening_scale
+from hb_psgd.newton import newton_scale, newton_update
+from hb_psgd.psgd import PreconditionByKron
+
+B = 3
+SHAPES = {
+    "matrix": ((5, 4), (True, True)),
+    "wide": ((3, 7), (True, False)),
+    "diagonals": ((6, 4), (False, False)),
+    "vector": ((9,), (False,)),
+    "convolution": ((4, 3, 2, 2), (True, False, True, True)),
+    "one": ((1,), (False,)),
+}
+
+
+def drawn(i, shape):
+    return np.random.default_rng([7, i]).standard_normal(shape)
+
+
+def begun(shape, dense, dtype=torch.float64):
+    """Factors near the identity, not symmetric."""
+    factors = []
+    for i, (n, d) in enumerate(zip(shape, dense, strict=True)):
+        one = torch.eye(n, dtype=torch.float64) if d else torch.ones(n, dtype=torch.float64)
+        factors.append((one + 0.2 * normal(B, *one.shape, seed=i)).to(dtype))
+    return factors
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_rule_agrees_with_its_oracle(name):
+    shape, dense = SHAPES[name]
+    factors, bounds = begun(shape, dense), [torch.zeros(B, dtype=torch.float64) for _ in shape]
+    theirs = [[q[b].numpy() for q in factors] for b in range(B)]
+    lipschitz = [[0.0] * len(shape) for _ in range(B)]
+    for step in range(5):
+        v = normal(B, *shape, seed=10 + step)
+        h = v * torch.linspace(0.2, 3, v[0].numel(), dtype=torch.float64).view(shape) * 2.0 ** (step - 3)
+        counter = iter(range(100))
+        factors, bounds = newton_update(
+            h, v, factors, bounds, lr=0.3, beta=0.8, iterations=3,
+            probe=lambda like, i=counter: torch.from_numpy(drawn(next(i), like.shape[1:])).expand(like.shape),
+        )  # fmt: skip
+        for b in range(B):
+            counter = iter(range(100))
+            theirs[b] = newton_pro(
+                h[b].numpy(), v[b].numpy(), theirs[b], lipschitz[b],
+                lambda size, i=counter: drawn(next(i), size), 0.3, 0.8, 3,
+            )  # fmt: skip
+    for i, (q, bound) in enumerate(zip(factors, bounds, strict=True)):
+        assert distance(list(q), [torch.from_numpy(own[i]) for own in theirs]) < 1e-9
+        assert torch.allclose(bound, torch.tensor([own[i] for own in lipschitz], dtype=torch.float64), rtol=1e-9)
+
+
+def test_where_a_product_is_undone_nothing_changes():
+    factors = begun((5, 4), (True, False))
+    factors = [factors[0] @ factors[0].mT, factors[1].abs()]  # symmetric: Procrustes has nothing to turn
+    h = normal(B, 5, 4, seed=5)
+    v = precondition(h, factors)
+    made, _ = newton_update(
+        h, v, factors, [torch.zeros(B).double()] * 2, lr=0.5, beta=0.9, probe=lambda like: torch.ones_like(like)
+    )
+    assert distance([precondition(h, made)], [v]) < 1e-10
+
+
+def test_whitening_is_the_mean_over_vectors():
+    """Of one factor, with a v whose second moments are their mean: what is left is how the bound is taken, T + t for both."""
+    v = torch.linalg.qr(normal(B, 6, 6, seed=1)).Q * 6**0.5
+    assert distance([second_moments(v, 0, True)], [6 * torch.eye(6, dtype=torch.float64).expand(B, 6, 6)]) < 1e-12
+    h, (q, one), zero = normal(B, 6, 6, seed=2), begun((6, 6), (True, True)), [torch.zeros(B).double()] * 2
+    one = torch.eye(6, dtype=torch.float64).expand(B, 6, 6)
+    rest = {"lr": 0.1, "beta": 0.9, "probe": lambda like: normal(*like.shape, seed=4), "iterations": 200}
+    ours, whitened = newton_update(h, v, [q, one], zero, **rest), pro_update(h, [q, one], zero, **rest)
+    assert distance(ours[0], whitened[0]) < 1e-6
+    assert distance(ours[1], whitened[1]) < 1e-6
+
+
+def test_the_first_scale_makes_products_as_large_as_their_vectors():
+    v = normal(B, 50, 40, seed=3)
+    h = 1e-3 * v.sign()  # all of one size
+    scale = newton_scale(h, v, 1e-9)
+    assert torch.allclose(scale**2 * 1e-3, v.flatten(1).square().mean(1).sqrt(), rtol=1e-6)
+    assert torch.equal(newton_scale(h, torch.ones_like(h), 1e-9), whitening_scale(h, 1e-9))
+    bad = torch.stack([torch.zeros(2, 2), torch.full((2, 2), torch.inf), torch.full((2, 2), torch.nan)])
+    assert not newton_scale(bad, torch.ones(3, 2, 2), 1e-9).any()
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3])
+@pytest.mark.parametrize("name", ["matrix", "wide", "vector"])
+def test_the_optimizers_rule_agrees_with_its_oracle(name, interval):
+    """From the first product on, in between whitening."""
+    shape, dense = SHAPES[name]
+    gradients = [normal(*shape, seed=20 + k) * 2.0 ** (k % 3) for k in range(8)]
+
+    def pairs(k):
+        if (k - 1) % interval:
+            return None
+        v = normal(*shape, seed=40 + k)
+        return v, v * torch.linspace(0.2, 3, v.numel(), dtype=torch.float64).view(shape)
+
+    def theirs_of(k):
+        pair = pairs(k)
+        return None if pair is None else tuple(t.numpy() for t in pair)
+
+    options = {"precond_lr": 0.3, "lower_bound_beta": 0.8, "dampening": 1e-3}
+    start, counter = normal(*shape, seed=1), iter(range(1000))
+    ours, state = plain(
+        lambda h: (PreconditionByKron(hessian_approx=True, max_size_triangular=6, **options),), {"lr": 0.1}, start, gradients,
+        probes=lambda i, like: torch.from_numpy(drawn(i, like.shape[1:])).expand(like.shape), pairs=pairs,
+    )  # fmt: skip
+    theirs, factors = newton_kron(
+        start.numpy(), [g.numpy() for g in gradients], theirs_of, dense=dense, lr=0.1,
+        draw=lambda size: drawn(next(counter), size), **options,
+    )  # fmt: skip
+    assert distance([ours], [torch.from_numpy(theirs)]) < 1e-9
+    slots = state["psgd_kron", 0]
+    assert distance([slots[f"Q_{i}"][0] for i in range(len(shape))], list(map(torch.from_numpy, factors))) < 1e-9
