@@ -168,10 +168,12 @@ def test_no_key_is_made_after_the_first_step(monkeypatch):
     optimizer = stepped(drawing(), *params, steps=1)
     assert sorted(heard) == sorted((f"0/0.{i}/0.0", what) for i in range(3) for what in ("toy", "round.m"))
     heard.clear()
-    for _ in range(3):
+    for active in (params, params, params[1:], params):
+        before = [int(optimizer.state[p]["step"]) for p in params]
+        for p in active:
+            p.grad = torch.ones_like(p)
         optimizer.step()
-    params[0].grad = None
-    optimizer.step()
+        assert sum(int(optimizer.state[p]["step"]) for p in params) == sum(before) + len(active)
     assert heard == []
 
 
