@@ -1,0 +1,279 @@
+r"""A low-rank preconditioner of one long vector. Pure functions, but for :func:`rewrite`, which overwrites what it is told to.
+
+For vectors of N elements it is :math:`P = Q^T Q` with :math:`Q = (I + U V^T)\,\mathrm{diag}(d)`, where ``U`` and ``V`` are
+``[N, r]`` and ``d`` is ``[N]``. Everything that is not of length N is r numbers or r x r, and in float64.
+
+The vector may be spread over ranks, each of which has some of the rows of ``U``, ``V`` and ``d``: sums over all rows go through
+:class:`Sums`, and nothing else travels.
+
+Sources: Li 2015, Preconditioned Stochastic Gradient Descent (arXiv:1512.04202); Pooladzandi and Li 2024, Curvature-Informed
+SGD via General Purpose Lie-Group Preconditioners (arXiv:2402.11858), section 4; and the author's psgd_torch of 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Number: TypeAlias = "Tensor | float"
+
+ROWS = 2**22
+"""How many rows are rewritten at once where torch does it, so that no second ``[N, r]`` is ever held."""
+
+TURN = 0.1
+"""How far one balancing turns U and V towards equal Gram matrices: the source's choice."""
+
+FAR = 100.0
+"""How far off the scale of Q may be before it is put right at once rather than by steps."""
+
+
+class Sums(NamedTuple):
+    """How ranks agree.
+
+    Attributes:
+        total: the sum over the ranks of a tensor that each has a part of.
+        amax: the largest element over the ranks of a tensor, 0-d.
+    """
+
+    total: Callable[[Tensor], Tensor]
+    amax: Callable[[Tensor], Tensor]
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest absolute value of a vector, of which a rank may have nothing; 0-d."""
+        return self.amax(torch.linalg.vector_norm(x, float("inf")) if x.numel() else x.new_zeros(()))
+
+    def norms(self, *vectors: Tensor) -> Tensor:
+        """Their Euclidean norms, float64."""
+        return self.total(torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) ** 2 for x in vectors])).sqrt()
+
+
+class Moments(NamedTuple):
+    """Products of the factors with each other, ``[r, r]``, and with two vectors, ``[r]``."""
+
+    uu: Tensor
+    vv: Tensor
+    vu: Tensor
+    ux: Tensor
+    vx: Tensor
+    uy: Tensor
+    vy: Tensor
+
+
+class Change(NamedTuple):
+    r"""What becomes of one factor: :math:`U \leftarrow U T + \sum_k c_k w_k^T`.
+
+    Attributes:
+        turn: T, ``[r, r]``; None for the identity.
+        columns: the :math:`c_k`, ``[N]`` each.
+        weights: the :math:`w_k`, ``[r]`` each.
+    """
+
+    turn: Tensor | None
+    columns: Sequence[Tensor] = ()
+    weights: Sequence[Tensor] = ()
+
+
+class Fit(NamedTuple):
+    """A fitted preconditioner: the new ``d`` and ``bounds``, and what becomes of U and V."""
+
+    d: Tensor
+    bounds: Tensor
+    u: Change
+    v: Change
+
+
+def precondition(x: Tensor, u: Tensor, v: Tensor, d: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+    r""":math:`P x = \mathrm{diag}(d) (I + V U^T)(I + U V^T)\,\mathrm{diag}(d)\, x`; reads U and V twice."""
+    x = d * x
+    x = torch.addmv(x, u, total(v.mT @ x))
+    return d * torch.addmv(x, v, total(u.mT @ x))
+
+
+def begun(d: Tensor, x: Tensor, dampening: Number, numel: Number, sums: Sums, factor: Number, power: float | None) -> Tensor:
+    r"""``d``; where it is zero, :math:`(a s)^b` with the s whose :math:`s^2 x` has elements of about size 1.
+
+    .. math:: s = \left(\mathrm{mean}(x^4) + \mathrm{dampening}^4\right)^{-1/8}
+
+    It stays zero while ``x`` is zero. ``factor`` is a, ``power`` b, ``numel`` the length of the whole vector.
+    """
+    largest = sums.largest(x)
+    safe = torch.where(largest > 0, largest, 1)
+    fourth = sums.total((x / safe).square_().square_().sum(dtype=torch.float64)) / numel
+    scale = factor * (fourth * safe.double() ** 4 + dampening**4) ** -0.125
+    scale = scale if power is None else scale**power
+    return torch.where(d == 0, torch.where(largest > 0, scale, 0.0).to(d.dtype), d)
+
+
+def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor, total: Callable[[Tensor], Tensor]) -> Moments:
+    """One pass over U and V."""
+    r = u.shape[1]
+    xy = torch.stack((x, y), 1)
+    parts = (u.mT @ u, v.mT @ v, v.mT @ u, u.mT @ xy, v.mT @ xy)
+    whole = total(torch.cat([part.reshape(-1) for part in parts]).double())
+    uu, vv, vu, *rest = torch.split(whole, [r * r, r * r, r * r, 2 * r, 2 * r])
+    (ux, uy), (vx, vy) = (part.view(r, 2).unbind(1) for part in rest)
+    return Moments(uu.view(r, r), vv.view(r, r), vu.view(r, r), ux, vx, uy, vy)
+
+
+def balancing(uu: Tensor, vv: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The ``[r, r]`` A and B for which :math:`U A` and :math:`V B` have the same norm and more similar Gram matrices.
+
+    .. math::
+        \rho = \left(\frac{\mathrm{tr}\, U^T U}{\mathrm{tr}\, V^T V}\right)^{1/4} \qquad
+        E = 0.1\, \frac{U^T U / \rho^2 - \rho^2 V^T V}{\mathrm{tr}(U^T U) / \rho^2 + \rho^2\, \mathrm{tr}(V^T V)} \\
+        A = (I - E + E^2 / 2) / \rho \qquad B = (I + E + E^2 / 2)\, \rho \qquad A B^T = I + E^4 / 4
+
+    so that :math:`U V^T` stays what it is. Factors of zeros are left alone.
+    """
+    ratio = uu.trace() / vv.trace()
+    rho = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1).pow(0.25)
+    e = uu / rho**2 - vv * rho**2
+    e = TURN * e / (uu.trace() / rho**2 + vv.trace() * rho**2).clamp(min=torch.finfo(e.dtype).tiny)
+    half = _identity(uu) + e @ e / 2
+    return (half - e) / rho, (half + e) * rho
+
+
+def fit(
+    h: Tensor, probe: Tensor, u: Tensor, v: Tensor, d: Tensor, bounds: Tensor,
+    *, on_u: bool, balance: bool, lr: Number, beta: Number, eps: Number, sums: Sums,
+) -> Fit:  # fmt: skip
+    r"""Fit the preconditioner so that it whitens ``h``: one step, relative to Q, down the gradient of
+    :math:`h^T P h + v^T P^{-1} v`, where v is the standard normal ``probe``.
+
+    .. math::
+        a = Q h \qquad b = Q^{-T} v \qquad K = I + V^T U \\
+        d \leftarrow d - \tfrac{\mathrm{lr}}{L_d} (h \odot P h - v \odot P^{-1} v) \odot d \\
+        U \leftarrow U - \tfrac{\mathrm{lr}}{L_u} (a a^T - b b^T) V K \quad\text{or}\quad
+        V \leftarrow V - \tfrac{\mathrm{lr}}{L_v} (I + V U^T)(a a^T - b b^T) U
+
+    Each L is the running maximum :math:`\max(\beta L + (1 - \beta) \ell, \ell)` of a bound :math:`\ell` on the step:
+    :math:`\lVert h \odot P h \rVert_\infty + \lVert v \odot P^{-1} v \rVert_\infty` for d, and
+    :math:`\lVert a \rVert \lVert V V^T a \rVert + \lVert b \rVert \lVert V V^T b \rVert` for U. Inverses of Q come from K,
+    by Woodbury's identity, and both vectors are divided by their largest element before anything is squared. Where the norms
+    of a and b are further apart than :data:`FAR` squared, as when the first gradient was 1e25, d is multiplied by
+    :math:`\sqrt{\lVert b \rVert / \lVert a \rVert}`, the best single number, and U and V wait.
+
+    Args:
+        h: the dampened gradient or momentum, ``[N]``.
+        bounds: :math:`L_d, L_u, L_v`, ``[3]``; 0 at first.
+        on_u: whether U is fitted, or V; the source draws lots.
+        balance: whether both factors are balanced first, :func:`balancing`; both are rewritten then.
+        lr: in [0, 1].
+        beta: in [0, 1).
+        eps: the smallest L.
+
+    Returns:
+        The fit. If h is zero or not finite, or K is singular, it changes nothing.
+    """
+    x, y = d * h, torch.where(d > 0, probe / d, 0.0)
+    del h, probe  # each vector counts
+    sizes = torch.stack((sums.largest(x), sums.largest(y))).double()
+    size = sizes.amax()
+    usable = size.isfinite() & (sizes > 0).all()
+    x, y = (torch.where(usable, t.mul_(1 / size), 0.0) for t in (x, y))
+    s = _solved(moments(u, v, x, y, sums.total), usable, on_u, balance, x.dtype)
+
+    a, b = torch.addmv(x, u, s.ux), torch.addmv(y, v, s.vy, alpha=-1)
+    na, nb = sums.norms(a, b)
+    lifted = torch.addmv(a, v, s.vx)  # (I + V U^T) a
+    columns = (a, b) if on_u else (lifted, y)
+    gain, loss = lifted * x, torch.addmv(b, u, s.uy, alpha=-1).mul_(y)
+    del a, b, lifted, x
+    own = torch.stack((sums.largest(gain) + sums.largest(loss), na * s.lengths[0] + nb * s.lengths[1]))
+    before = torch.stack((bounds[0], bounds[1 if on_u else 2]))
+    risen = torch.maximum(torch.maximum(beta * (before.double() / size**2) + (1 - beta) * own, own), eps / size**2)
+    fits = s.fits & risen.isfinite().all()
+    scale = (nb / na).sqrt()
+    far = fits & scale.isfinite() & ((scale > FAR) | (scale < 1 / FAR))
+    steps = torch.where(fits, lr / risen, 0.0)
+
+    factor = gain.sub_(loss).mul_(-steps[0]).add_(1)
+    kept = torch.where(fits, (risen * size**2).clamp(max=torch.finfo(bounds.dtype).max).to(bounds.dtype), before)
+    kept = torch.stack((kept[0], kept[1], bounds[2]) if on_u else (kept[0], bounds[1], kept[1]))
+    step = torch.where(far, 0.0, steps[1])
+    moved = (columns, (-step * s.weights[0], step * s.weights[1]))
+    new_u = Change(s.turn_u, *(moved if on_u else ()))
+    new_v = Change(s.turn_v, *(() if on_u else moved))
+    return Fit(d * torch.where(far, scale.to(d.dtype), factor), kept, new_u, new_v)
+
+
+class _Solved(NamedTuple):
+    r"""What follows from the moments, in coordinates of the present U and V.
+
+    Attributes:
+        ux, vx: :math:`a = x + U u_x` and :math:`(I + V U^T) a = a + V v_x`.
+        vy, uy: :math:`b = y - V v_y` and :math:`Q^{-1} b = b - U u_y`, up to d.
+        lengths: of :math:`V V^T a` and :math:`V V^T b`, or the same with U.
+        weights: of the two columns that are added to the fitted factor.
+        turn_u, turn_v: what balances the factors; None for nothing.
+        fits: whether all of it is finite; if not, it is zeros.
+    """
+
+    ux: Tensor
+    vx: Tensor
+    vy: Tensor
+    uy: Tensor
+    lengths: tuple[Tensor, Tensor]
+    weights: tuple[Tensor, Tensor]
+    turn_u: Tensor | None
+    turn_v: Tensor | None
+    fits: Tensor
+
+
+def _solved(m: Moments, usable: Tensor, on_u: bool, balance: bool, dtype: torch.dtype) -> _Solved:
+    """The r x r part of a fit."""
+    one = _identity(m.uu)
+    turn_u, turn_v = balancing(m.uu, m.vv) if balance else (one, one)
+    m = _turned(m, turn_u, turn_v)
+    k = one + m.vu
+    w = _solve(k.mT, m.uy)  # U^T b
+    va, vb = k @ m.vx, m.vy - m.vv @ w  # V^T a, V^T b
+    ua = m.ux + m.uu @ m.vx  # U^T a
+    gram, (ca, cb) = (m.vv, (va, vb)) if on_u else (m.uu, (ua, w))
+    weights = (k.mT @ va, k.mT @ vb) if on_u else (ua, w)
+    found = (turn_u @ m.vx, turn_v @ ua, turn_v @ w, turn_u @ _solve(k, vb), *weights, turn_u, turn_v)
+    fits = usable & torch.stack([c.isfinite().all() for c in found]).all()
+    ux, vx, vy, uy, wa, wb = (torch.where(fits, c, 0.0).to(dtype) for c in found[:6])
+    stay = [torch.where(fits, turn, one).to(dtype) if balance else None for turn in (turn_u, turn_v)]
+    return _Solved(ux, vx, vy, uy, (_length(gram, ca), _length(gram, cb)), (wa, wb), stay[0], stay[1], fits)
+
+
+def rewrite(factor: Tensor, change: Change) -> Tensor:
+    """Overwrite ``factor``, U or V, with what becomes of it; some rows at a time."""
+    if change.turn is None and not change.columns:
+        return factor
+    weights = torch.stack([*change.weights]).to(factor.dtype) if change.columns else None
+    for rows in _pieces(len(factor)):
+        piece = factor[rows]
+        new = piece if change.turn is None else piece @ change.turn
+        if weights is not None:
+            new = torch.addmm(new, torch.stack([c[rows] for c in change.columns], 1), weights)
+        piece.copy_(new)
+    return factor
+
+
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)
+
+
+def _pieces(n: int) -> Iterator[slice]:
+    return (slice(first, first + ROWS) for first in range(0, n, ROWS))
+
+
+def _turned(m: Moments, a: Tensor, b: Tensor) -> Moments:
+    """The moments of U A and V B."""
+    return Moments(a.mT @ m.uu @ a, b.mT @ m.vv @ b, b.mT @ m.vu @ a, a.mT @ m.ux, b.mT @ m.vx, a.mT @ m.uy, b.mT @ m.vy)
+
+
+def _solve(a: Tensor, b: Tensor) -> Tensor:
+    """The solution of ``a x = b``, without waiting for the device to say whether ``a`` is singular."""
+    solution: Tensor = torch.linalg.solve_ex(a, b.unsqueeze(1))[0]
+    return solution.squeeze(1)
+
+
+def _length(gram: Tensor, c: Tensor) -> Tensor:
+    """The norm of ``U c``, by the Gram matrix of U."""
+    return (c @ (gram @ c)).clamp(min=0).sqrt()
