@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hbcore.errors import RuleError
+from hbcore.rules import flat
 from hbcore.rules.declared import check_instance, inner, kind, lines_of
 from hbcore.rules.domain import Domain
 from hbcore.rules.route import Route
@@ -72,7 +73,7 @@ def slot_names(t: Transform, param: Tensor) -> set[str]:
     Raises:
         RuleError: as :func:`slots_of` does, and where blocks do not add up to the parameter.
     """
-    if t.domain != Domain.MATRIX:
+    if t.domain != Domain.MATRIX or t.flat:
         return {*slots_of(t, param)}
     shapes = dict.fromkeys(block.shape for block in blocks_of(t, param.shape))
     return {name for shape in shapes for name in slots_of(t, block_like(shape, param))}
@@ -246,6 +247,7 @@ def _check_methods(t: Transform) -> None:
         raise RuleError(f"{where} does not define update(u, s, c).")
     if t.primes and (t.domain != Domain.MATRIX or cls.prime is Transform.prime):
         raise RuleError(f"{where} has primes = True, which is for rules of Domain.MATRIX that define prime(u, s, c).")
+    flat.check_rule(where, t)
     if t.domain == Domain.MATRIX:
         rate: Any = t.rate(1)
         if not isinstance(rate, Real) or not 0 <= float(rate) <= 1:
@@ -262,6 +264,7 @@ def _check_slot(t: Transform, name: str, slot: Slot, param: Tensor) -> None:
             f"{where} is a scalar, which rules of Domain.TENSOR and Domain.MODEL may have. "
             + ("Use Slot(torch.Size(())): one number for each block." if t.domain == Domain.MATRIX else "Declare one of them.")
         )
+    flat.check_slot(where, t, slot, param.shape)
     if slot.scalar and tuple(slot.shape):
         raise RuleError(f"{where} is a scalar and has shape {tuple(slot.shape)}; call scalar(fill).")
     if t.domain != Domain.MATRIX and not slot.scalar and tuple(slot.shape) != tuple(param.shape):

@@ -19,6 +19,7 @@ class Slot:
         basis: how a change of basis acts on it: ``"rotate"`` (a first moment), ``"permute"`` (a second moment), ``None``.
         exact: store it in the compute dtype regardless of the optimizer's codec: preconditioners, and small numbers.
         scalar: one number for the whole parameter, see :func:`scalar`.
+        shared: one for all parameters of a flat rule's vector, and exact; see :mod:`hbcore.rules.flat`.
     """
 
     shape: torch.Size
@@ -26,9 +27,10 @@ class Slot:
     basis: Literal["rotate", "permute"] | None = None
     exact: bool = False
     scalar: bool = False
+    shared: bool = False
 
     def __post_init__(self) -> None:
-        if self.scalar:
+        if self.scalar or self.shared:
             object.__setattr__(self, "exact", True)
 
 

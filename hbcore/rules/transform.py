@@ -68,7 +68,12 @@ def hyper(
 
 def unavailable(*_: Any) -> Any:
     """Placeholder for the entries of :class:`Context` that an engine provides."""
-    raise RuleError("c.probe, c.noise and c.apply need an engine that runs the rule.")
+    raise RuleError("c.probe, c.noise, c.apply and c.writable need an engine that runs the rule.")
+
+
+def itself(x: Tensor) -> Tensor:
+    """``c.total`` where a rule sees all there is."""
+    return x
 
 
 class Context(NamedTuple):
@@ -88,6 +93,8 @@ class Context(NamedTuple):
 
     * ``param`` and ``grad`` are available if the rule's ``needs`` name them; reading them otherwise is an error.
     * ``refresh``: the expensive part is due this step, see :meth:`Transform.rate`.
+    * ``writable(name)``: a slot's memory, or a copy, to overwrite and return; ``total(x)``: a sum over the ranks, ``x`` itself
+      for all but flat rules; see :mod:`hbcore.rules.flat` for both.
     * ``products``: multiplies matrices at the precision that the user chose with ``matmul_precision``, see
       :mod:`hbcore.rules.products`. Operators of torch multiply in float32, or in TF32 where the user chose that.
     * ``apply(inner, u, s)``: run the elementwise rule ``inner`` on the stack: ``inner.update(u, s, c)``, compiled where
@@ -107,6 +114,8 @@ class Context(NamedTuple):
     noise: Callable[[Tensor], Tensor] = unavailable
     apply: Callable[[Transform, Tensor, State], tuple[Tensor, dict[str, Tensor]]] = unavailable
     products: Products = IEEE
+    total: Callable[[Tensor], Tensor] = itself
+    writable: Callable[[str], Tensor] = unavailable
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of ``x`` over the rule's domain, 0-d."""
@@ -137,6 +146,7 @@ class Transform:
         primes: the first gradient only initialises the state, see :meth:`prime`; it moves no parameter and counts no step.
         draws: how many times one ``update`` calls ``c.noise`` and ``c.probe``, at most; matrix rules need not say.
         needs: what a matrix rule reads besides the update: a subset of ``{"param", "grad"}``.
+        flat: a matrix rule sees all parameters of a group as one vector, see :mod:`hbcore.rules.flat`.
     """
 
     name: ClassVar[str] = ""
@@ -147,6 +157,7 @@ class Transform:
     primes: ClassVar[bool] = False
     draws: ClassVar[int] = 0
     needs: ClassVar[frozenset[str]] = frozenset()
+    flat: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

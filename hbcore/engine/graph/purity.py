@@ -27,6 +27,7 @@ class Purity(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._title = "the chain"
         self._given: dict[int, Tensor] = {}  # the tensors are kept: an address is only unique while its memory is in use
         self._lent: dict[int, Tensor] = {}
+        self._permitted: dict[int, Tensor] = {}
 
     def give(self, t: Transform, tensors: Iterable[Any]) -> None:
         """From here on ``t`` runs, which is given ``tensors``."""
@@ -39,6 +40,10 @@ class Purity(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(tensor, Tensor):
             self._given[tensor.untyped_storage().data_ptr()] = tensor
 
+    def permit(self, tensor: Tensor) -> None:
+        """A tensor that the rule may write to, though it is given it."""
+        self._permitted[tensor.untyped_storage().data_ptr()] = tensor
+
     def lend(self, tensor: Tensor) -> None:
         """One more tensor that the rule is given until :meth:`take_back`: its memory is not to be kept any longer."""
         self._lent[tensor.untyped_storage().data_ptr()] = tensor
@@ -46,6 +51,7 @@ class Purity(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def take_back(self) -> None:
         """The rule has no more use for what it was lent."""
         self._lent.clear()
+        self._permitted.clear()
 
     @contextmanager
     def within(self, t: Transform, tensor: Tensor) -> Iterator[None]:
@@ -71,7 +77,7 @@ class Purity(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         for tensor in written(func, args, kwargs):
             address = tensor.untyped_storage().data_ptr()
-            if address and (address in self._given or address in self._lent):
+            if address and address not in self._permitted and (address in self._given or address in self._lent):
                 raise RuleError(impure(func, self._title))
         return func(*args, **kwargs)
 

@@ -90,7 +90,6 @@ class Arguments:
         self._absent: dict[str, Any] = {name: Absent(turn.rule, name) for name in ("param", "grad")}
         self._settled = StackState(self._stored, stack.slots, stack.key, {})
         self._dims = tuple(range(1, len(stack.key.shape) + 1))
-        self._numel = torch.tensor(float(torch.Size(stack.key.shape).numel()), dtype=torch.float64, device="cpu")
         self._draws, self._drawing = 0, ""
         self._skip: Tensor | None = None
         self.nonfinite: Tensor | None = None
@@ -102,9 +101,11 @@ class Arguments:
             divide=turn.spec.divide,
             sum=self._sum,
             amax=self._amax,
-            numel=self._numel,
+            numel=torch.tensor(float(self._elements()), dtype=torch.float64, device="cpu"),
             probe=self._probe,
             noise=self._noise,
+            total=self._total,
+            writable=self._writable,
         )
         settled: dict[str, Any] = {name: Absent(turn.rule, name, "refresh") for name in self._absent}
         self._context_settled = self._context._replace(**settled, apply=partial(_only_update_applies, turn.rule))
@@ -135,7 +136,17 @@ class Arguments:
         """The same for a rule whose writes ``purity`` watches."""
         state, context = self.settled()
         purity.give(self._turn.rule, (*self.stack.stored.values(), *context))
-        return WatchedState(self._turn.rule, state, purity, "refresh"), context
+        return WatchedState(self._turn.rule, state, purity, "refresh"), context._replace(writable=self._permitted(purity))
+
+    def _permitted(self, purity: Purity) -> Callable[[str], Tensor]:
+        """``c.writable`` for a rule that is watched."""
+
+        def writable(name: str) -> Tensor:
+            value = self._writable(name)
+            purity.permit(value)
+            return value
+
+        return writable
 
     def watched(self, purity: Purity) -> tuple[Tensor, State, Context]:
         """:meth:`given` for a rule whose writes ``purity`` watches, and what its inner rules return."""
@@ -151,7 +162,7 @@ class Arguments:
             with purity.within(inner, u), naming(inner):
                 return checked(inner, inner.update(u, s, context), u, s, whole=False)
 
-        return update, watched, context._replace(apply=apply)
+        return update, watched, context._replace(apply=apply, writable=self._permitted(purity))
 
     def _apply(self, context: Context, inner: Transform, u: Tensor, s: State) -> tuple[Tensor, dict[str, Tensor]]:
         segment = self._segment(inner, u, s)
@@ -187,15 +198,14 @@ class Arguments:
 
     def slot_shapes(self) -> dict[str, Tensor]:
         """Tensors of the shapes of the rows' slots, without memory."""
-        rows = len(self.part.names)
-        return {n: torch.empty((rows, *slot.shape), device="meta") for n, slot in self.part.stack.slots.items()}
+        return {n: torch.empty((*self._rows(), *slot.shape), device="meta") for n, slot in self.part.stack.slots.items()}
 
     def keep(self, new: Mapping[str, Tensor], update: Tensor | None = None) -> dict[str, float]:
         """Write what the rule returned to the stack; return what the group carries."""
         stack, rows, carried = self.part.stack, self.part.rows, dict[str, float]()
         # Results that are views of this stack's memory are copied first: it is overwritten below. Rows are copies already.
         memory = _memory((*stack.inputs.values(), *stack.stored.values())) if rows is None else set()
-        kept = [(name, value.clone() if _memory((value,)) <= memory else value) for name, value in new.items()]
+        kept = [(n, v.clone() if _memory((v,)) <= memory and v is not stack.stored.get(n) else v) for n, v in new.items()]
         if update is not None:
             update = update.clone() if update is not stack.inputs["update"] and _memory((update,)) <= memory else update
             _put(stack.inputs["update"], rows, update)
@@ -213,26 +223,47 @@ class Arguments:
         slot, spec = stack.slots[name], turn.spec
         noise = None
         if spec.stochastic and not slot.exact and spec.codec.rounds:
-            noise = bits(self._keys(f"round.{name}"), slot.shape.numel(), stack.key.device).view(-1, *slot.shape)
+            noise = self._numbers(bits, f"round.{name}", (*self._rows(), *slot.shape), stack.key.device)
         for part, kept in codec_of(slot, spec.codec).write(self._stored, name, value, noise).items():
             new = kept if self._skip is None else torch.where(self._skip, self._stored[part], kept)
             _put(stack.stored[part], self.part.rows, new)
 
-    def _keys(self, what: str) -> Tensor:
+    def _keys(self, what: str, names: Sequence[str]) -> Tensor:
         """A key for each row, int64."""
-        keys = [noise_key(name, what, self._turn.step) for name in self.part.names]
+        keys = [noise_key(name, what, self._turn.step) for name in names]
         return torch.tensor(keys, dtype=torch.int64, device="cpu")
+
+    def _numbers(self, draw: Callable[..., Tensor], what: str, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Random numbers for tensors of ``shape``, by the keys of its rows."""
+        return draw(self._keys(what, self.part.names), torch.Size(shape[1:]).numel(), device).view(*shape)
 
     def _drawn(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
         self._draws += 1
-        keys = self._keys(f"{self._turn.rule.name}.{self._drawing}{self._draws}")
-        return draw(keys, like[0].numel(), like.device).view(like.shape).to(like.dtype)
+        what = f"{self._turn.rule.name}.{self._drawing}{self._draws}"
+        return self._numbers(draw, what, like.shape, like.device).to(like.dtype)
+
+    def _writable(self, name: str) -> Tensor:
+        """A slot's own memory, where its old values are needed no more; otherwise a copy of them."""
+        value = self._state[name]
+        lent = self.part.rows is None and self._skip is None and value is self.stack.stored.get(name)
+        return value if lent else value.clone()
 
     def _probe(self, like: Tensor) -> Tensor:
         return self._drawn(normal, like)
 
     def _noise(self, like: Tensor) -> Tensor:
         return self._drawn(uniform, like)
+
+    def _rows(self) -> tuple[int, ...]:
+        """What comes before the shape of a row."""
+        return (len(self.part.names),)
+
+    def _elements(self) -> int:
+        """How many elements the reductions reduce."""
+        return torch.Size(self.stack.key.shape).numel()
+
+    def _total(self, x: Tensor) -> Tensor:
+        return x
 
     def _sum(self, x: Tensor) -> Tensor:
         return x.sum(self._dims, keepdim=True) if self._dims else x  # no dimensions would mean all of them

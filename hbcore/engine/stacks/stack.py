@@ -67,10 +67,10 @@ class Stack:
     ) -> None:
         self.key, self.names, self.rule, self.reads = key, names, rule.name, reads
         self.staggers = rule.staggers
-        self.slots = slots_of(rule, torch.empty(key.shape, dtype=key.dtype, device="meta"))
+        self.slots = self._slots(rule)
         self.checked: set[str] = set()
-        rows = len(names)
-        self.inputs = {n: torch.zeros(rows, *key.shape, dtype=d, device=key.device) for n, d in feeds.items()}
+        rows = self._rows()
+        self.inputs = {n: torch.zeros(*rows, *key.shape, dtype=d, device=key.device) for n, d in feeds.items()}
         self._addresses = list(map(Tensor.data_ptr, self.inputs.values()))
         self.stored: dict[str, Tensor] = {}
         for name, slot in self.slots.items():
@@ -111,9 +111,17 @@ class Stack:
             found.update(zip(codec.parts(name, dtype), codec.parts(part_name(name, k, runs), dtype), strict=True))
         return found
 
-    def _blank(self, name: str, slot: Slot, rows: int) -> dict[str, Tensor]:
+    def _slots(self, rule: Transform) -> dict[str, Slot]:
+        """The slots of one row."""
+        return slots_of(rule, torch.empty(self.key.shape, dtype=self.key.dtype, device="meta"))
+
+    def _rows(self) -> tuple[int, ...]:
+        """What comes before the shape of a row."""
+        return (len(self.names),)
+
+    def _blank(self, name: str, slot: Slot, rows: tuple[int, ...]) -> dict[str, Tensor]:
         codec, dtype = codec_of(slot, self.key.spec.codec), compute_dtype(self.key.dtype)
-        shape, device = (rows, *slot.shape), self.key.device
+        shape, device = (*rows, *slot.shape), self.key.device
         blank = {part: torch.zeros(shape, dtype=d, device=device) for part, d in codec.parts(name, dtype).items()}
         filled = torch.full(shape, slot.fill, dtype=dtype, device=device) if slot.fill else None
         return blank if filled is None else codec.write(blank, name, filled)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hbcore.api import Alias, OptimizerSpec, hookimpl
 
-API = (1, 4)
+API = (1, 7)
 
 
 OPTIMIZERS = (
@@ -14,6 +14,14 @@ OPTIMIZERS = (
         summary="Preconditioned SGD with Kronecker factors that whiten the momentum",
         paper="Pooladzandi & Li 2024, arXiv:2402.11858; Li 2015, arXiv:1512.04202",
         capabilities=frozenset({"matrix", "random"}),
+        small_lr=0.0025,
+    ),
+    OptimizerSpec(
+        name="PSGDLRA",
+        target="hb_psgd.lra_rule:PSGDLRA",
+        summary="Preconditioned SGD with one low-rank preconditioner for all parameters of a group",
+        paper="Pooladzandi & Li 2024, arXiv:2402.11858; Li 2015, arXiv:1512.04202",
+        capabilities=frozenset({"matrix", "random", "joint"}),
         small_lr=0.0025,
     ),
 )
@@ -36,4 +44,6 @@ def hb_aliases(api: object) -> list[Alias]:
         *(Alias(name, "PSGDKron") for name in same),
         *(Alias(name, "PSGDKron", {"exp_avg_input": False}) for name in pure),
         *(Alias(name, "PSGDKron", {"delayed": True}) for name in delayed),
+        Alias("ForeachPSGDLRA", "PSGDLRA"),
+        *(Alias(name, "PSGDLRA", {"delayed": True}) for name in ("ForeachDelayedPSGDLRA", "DelayedPSGDLRA")),
     ]
