@@ -140,6 +140,7 @@ def test_a_scale_that_is_far_off_is_put_right_at_once(size):
         u, v, d, bounds = fitted(h, probe, u, v, d, bounds, t)
     assert all(t.isfinite().all() for t in (u, v, d, bounds))
     assert 0.01 < float(lra.precondition(h, u, v, d, lambda t: t).square().mean().sqrt()) < 100
+    assert bounds.max() < 1e6
 
 
 @pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])

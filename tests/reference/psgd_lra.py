@@ -40,6 +40,10 @@ class LowRank:
         """One step from the pair (v, h); with ``on_u`` on U, otherwise on V."""
         q, p = self.q(), self.q().T @ self.q()
         a, b = q @ h, np.linalg.solve(q.T, v)
+        scale = (norm(b) / norm(a)) ** 0.5
+        if not 0.1 <= scale <= 10:  # ours alone: hundreds of steps at once
+            self.d, self.bounds = scale * self.d, [0.0, 0.0, 0.0]
+            return
         gain, loss = h * (p @ h), v * np.linalg.solve(p, v)
         step_d = lr / self._bound(0, np.abs(gain).max() + np.abs(loss).max(), beta, eps)
         d = self.d - step_d * (gain - loss) * self.d
@@ -98,12 +102,11 @@ def psgd_lra(
         before = lra.precondition(x)
         if refresh(t):
             v = draw((n,))
-            if turn % balance_every == 0:
-                lra.balance()
-            if lra.d.any():
-                lra.fit(
-                    target + (dampening + EPS_FP32 * np.abs(target)) * v, v, turn % 2 == 0, precond_lr, lower_bound_beta, eps
-                )
+            if lra.d.any() and target.any():
+                if turn % balance_every == 0:
+                    lra.balance()
+                dampened = target + (dampening + EPS_FP32 * np.abs(target)) * v
+                lra.fit(dampened, v, turn % 2 == 0, precond_lr, lower_bound_beta, eps)
             turn += 1
         update = clip(before if delayed else lra.precondition(x))
         param = param - lr * decayed(update, param, weight_decay)

@@ -70,6 +70,8 @@ class FlatInit:
                     rows.setdefault(self._key(n, level, i, serial), []).append((n, level))
         made: dict[tuple[Tensor, int], FlatView] = {}
         for key, members in rows.items():
+            places = {p: i for i, p in enumerate(self.core.groups[key.group]["params"])}
+            members.sort(key=lambda member: places[member[0].param])
             stack = self._stack(key, *members[0], [n for n, _ in members])
             for row, (n, level) in enumerate(members):
                 made[n.param, level] = FlatView(stack, row, n.param, local(n.param.detach()))

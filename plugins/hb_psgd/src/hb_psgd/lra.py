@@ -26,8 +26,8 @@ ROWS = 2**22
 TURN = 0.1
 """How far one balancing turns U and V towards equal Gram matrices: the source's choice."""
 
-FAR = 100.0
-"""How far off the scale of Q may be before it is put right at once rather than by steps."""
+FAR = 10.0
+"""How far off the scale of Q may be before it is put right at once: by steps, a factor of 10 may take a thousand."""
 
 
 class Sums(NamedTuple):
@@ -154,7 +154,8 @@ def fit(
     :math:`\lVert a \rVert \lVert V V^T a \rVert + \lVert b \rVert \lVert V V^T b \rVert` for U. Inverses of Q come from K,
     by Woodbury's identity, and both vectors are divided by their largest element before anything is squared. Where the norms
     of a and b are further apart than :data:`FAR` squared, as when the first gradient was 1e25, d is multiplied by
-    :math:`\sqrt{\lVert b \rVert / \lVert a \rVert}`, the best single number, and U and V wait.
+    :math:`\sqrt{\lVert b \rVert / \lVert a \rVert}`, the best single number, instead; U and V wait, and the bounds,
+    which are as large as h, start again.
 
     Args:
         h: the dampened gradient or momentum, ``[N]``.
@@ -188,13 +189,13 @@ def fit(
     fits = s.fits & risen.isfinite().all()
     scale = (nb / na).sqrt()
     far = fits & scale.isfinite() & ((scale > FAR) | (scale < 1 / FAR))
-    steps = torch.where(fits, lr / risen, 0.0)
+    steps = torch.where(fits & ~far, lr / risen, 0.0)
 
     factor = gain.sub_(loss).mul_(-steps[0]).add_(1)
     kept = torch.where(fits, (risen * size**2).clamp(max=torch.finfo(bounds.dtype).max).to(bounds.dtype), before)
     kept = torch.stack((kept[0], kept[1], bounds[2]) if on_u else (kept[0], bounds[1], kept[1]))
-    step = torch.where(far, 0.0, steps[1])
-    moved = (columns, (-step * s.weights[0], step * s.weights[1]))
+    kept = torch.where(far, 0.0, kept)
+    moved = (columns, (-steps[1] * s.weights[0], steps[1] * s.weights[1]))
     new_u = Change(s.turn_u, *(moved if on_u else ()))
     new_v = Change(s.turn_v, *(() if on_u else moved))
     return Fit(d * torch.where(far, scale.to(d.dtype), factor), kept, new_u, new_v)

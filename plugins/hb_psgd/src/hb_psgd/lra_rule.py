@@ -145,8 +145,9 @@ class PreconditionByLRA(Transform):
         if c.refresh:
             fits = s["psgd_lra.fits"]
             v = c.probe(u)
+            amount = (self.dampening + EPS * target.abs()) * (sums.largest(target) > 0)  # zeros stay zeros, and fit nothing
             fit = lra.fit(
-                torch.addcmul(target, self.dampening + EPS * target.abs(), v), v, factor_u, factor_v, d, s["bounds"],
+                torch.addcmul(target, amount, v), v, factor_u, factor_v, d, s["bounds"],
                 on_u=int(fits) % 2 == 0, balance=int(fits) % BALANCE == 0, lr=self.precond_lr, beta=self.lower_bound_beta,
                 eps=self.eps, sums=sums,
             )  # fmt: skip
