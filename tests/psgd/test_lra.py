@@ -11,7 +11,7 @@ import torch
 from core.kit import normal
 from reference.psgd_lra import LowRank
 
-from hb_psgd import lra
+from hb_psgd import lra, lra_passes
 
 N, R = 37, 4
 ALONE = lra.Sums(lambda x: x, torch.amax)
@@ -26,7 +26,7 @@ def factors(n=N, r=R, dtype=torch.float64, seed=0):
 def fitted(h, probe, u, v, d, bounds, turn, sums=ALONE, **options):
     settings = {"lr": 0.1, "beta": 0.9, "eps": 1e-8, "balance": turn % 3 == 0, **options}
     fit = lra.fit(h, probe, u, v, d, bounds, on_u=turn % 2 == 0, sums=sums, **settings)
-    return lra.rewrite(u.clone(), fit.u), lra.rewrite(v.clone(), fit.v), fit.d, fit.bounds
+    return lra_passes.rewrite(u.clone(), fit.u), lra_passes.rewrite(v.clone(), fit.v), fit.d, fit.bounds
 
 
 def relative(ours, theirs):
@@ -74,7 +74,7 @@ def test_rows_are_rewritten_piece_by_piece(monkeypatch):
     u, v, d = factors()
     args = (normal(N, seed=3), normal(N, seed=4), u, v, d, torch.zeros(3, dtype=torch.float64))
     whole = fitted(*args, 0)
-    monkeypatch.setattr(lra, "ROWS", 8)
+    monkeypatch.setattr(lra_passes, "ROWS", 8)
     assert all(relative(a, b) < 1e-14 for a, b in zip(fitted(*args, 0), whole, strict=True))
 
 

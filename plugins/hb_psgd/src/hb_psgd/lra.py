@@ -1,4 +1,4 @@
-r"""A low-rank preconditioner of one long vector. Pure functions, but for :func:`rewrite`, which overwrites what it is told to.
+r"""A low-rank preconditioner of one long vector. Pure functions; :mod:`hb_psgd.lra_passes` has the passes over its factors.
 
 For vectors of N elements it is :math:`P = Q^T Q` with :math:`Q = (I + U V^T)\,\mathrm{diag}(d)`, where ``U`` and ``V`` are
 ``[N, r]`` and ``d`` is ``[N]``. Everything that is not of length N is r numbers or r x r, and in float64.
@@ -12,16 +12,15 @@ SGD via General Purpose Lie-Group Preconditioners (arXiv:2402.11858), section 4;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-Number: TypeAlias = "Tensor | float"
+from hb_psgd.lra_passes import Change, Moments, inner, moments, plus
 
-ROWS = 2**22
-"""How many rows are rewritten at once where torch does it, so that no second ``[N, r]`` is ever held."""
+Number: TypeAlias = "Tensor | float"
 
 TURN = 0.1
 """How far one balancing turns U and V towards equal Gram matrices: the source's choice."""
@@ -50,32 +49,6 @@ class Sums(NamedTuple):
         return self.total(torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) ** 2 for x in vectors])).sqrt()
 
 
-class Moments(NamedTuple):
-    """Products of the factors with each other, ``[r, r]``, and with two vectors, ``[r]``."""
-
-    uu: Tensor
-    vv: Tensor
-    vu: Tensor
-    ux: Tensor
-    vx: Tensor
-    uy: Tensor
-    vy: Tensor
-
-
-class Change(NamedTuple):
-    r"""What becomes of one factor: :math:`U \leftarrow U T + \sum_k c_k w_k^T`.
-
-    Attributes:
-        turn: T, ``[r, r]``; None for the identity.
-        columns: the :math:`c_k`, ``[N]`` each.
-        weights: the :math:`w_k`, ``[r]`` each.
-    """
-
-    turn: Tensor | None
-    columns: Sequence[Tensor] = ()
-    weights: Sequence[Tensor] = ()
-
-
 class Fit(NamedTuple):
     """A fitted preconditioner: the new ``d`` and ``bounds``, and what becomes of U and V."""
 
@@ -88,8 +61,8 @@ class Fit(NamedTuple):
 def precondition(x: Tensor, u: Tensor, v: Tensor, d: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
     r""":math:`P x = \mathrm{diag}(d) (I + V U^T)(I + U V^T)\,\mathrm{diag}(d)\, x`; reads U and V twice."""
     x = d * x
-    x = torch.addmv(x, u, total(v.mT @ x))
-    return d * torch.addmv(x, v, total(u.mT @ x))
+    x = plus(x, u, total(inner(v, x)))
+    return d * plus(x, v, total(inner(u, x)))
 
 
 def begun(d: Tensor, x: Tensor, dampening: Number, numel: Number, sums: Sums, factor: Number, power: float | None) -> Tensor:
@@ -105,17 +78,6 @@ def begun(d: Tensor, x: Tensor, dampening: Number, numel: Number, sums: Sums, fa
     scale = factor * (fourth * safe.double() ** 4 + dampening**4) ** -0.125
     scale = scale if power is None else scale**power
     return torch.where(d == 0, torch.where(largest > 0, scale, 0.0).to(d.dtype), d)
-
-
-def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor, total: Callable[[Tensor], Tensor]) -> Moments:
-    """One pass over U and V."""
-    r = u.shape[1]
-    xy = torch.stack((x, y), 1)
-    parts = (u.mT @ u, v.mT @ v, v.mT @ u, u.mT @ xy, v.mT @ xy)
-    whole = total(torch.cat([part.reshape(-1) for part in parts]).double())
-    uu, vv, vu, *rest = torch.split(whole, [r * r, r * r, r * r, 2 * r, 2 * r])
-    (ux, uy), (vx, vy) = (part.view(r, 2).unbind(1) for part in rest)
-    return Moments(uu.view(r, r), vv.view(r, r), vu.view(r, r), ux, vx, uy, vy)
 
 
 def balancing(uu: Tensor, vv: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,11 +139,11 @@ def fit(
     x, y = (torch.where(usable, t.mul_(1 / size), 0.0) for t in (x, y))
     s = _solved(moments(u, v, x, y, sums.total), usable, on_u, balance, x.dtype)
 
-    a, b = torch.addmv(x, u, s.ux), torch.addmv(y, v, s.vy, alpha=-1)
+    a, b = plus(x, u, s.ux), plus(y, v, -s.vy)
     na, nb = sums.norms(a, b)
-    lifted = torch.addmv(a, v, s.vx)  # (I + V U^T) a
+    lifted = plus(a, v, s.vx)  # (I + V U^T) a
     columns = (a, b) if on_u else (lifted, y)
-    gain, loss = lifted * x, torch.addmv(b, u, s.uy, alpha=-1).mul_(y)
+    gain, loss = lifted * x, plus(b, u, -s.uy).mul_(y)
     del a, b, lifted, x
     own = torch.stack((sums.largest(gain) + sums.largest(loss), na * s.lengths[0] + nb * s.lengths[1]))
     before = torch.stack((bounds[0], bounds[1 if on_u else 2]))
@@ -242,26 +204,8 @@ def _solved(m: Moments, usable: Tensor, on_u: bool, balance: bool, dtype: torch.
     return _Solved(ux, vx, vy, uy, (_length(gram, ca), _length(gram, cb)), (wa, wb), stay[0], stay[1], fits)
 
 
-def rewrite(factor: Tensor, change: Change) -> Tensor:
-    """Overwrite ``factor``, U or V, with what becomes of it; some rows at a time."""
-    if change.turn is None and not change.columns:
-        return factor
-    weights = torch.stack([*change.weights]).to(factor.dtype) if change.columns else None
-    for rows in _pieces(len(factor)):
-        piece = factor[rows]
-        new = piece if change.turn is None else piece @ change.turn
-        if weights is not None:
-            new = torch.addmm(new, torch.stack([c[rows] for c in change.columns], 1), weights)
-        piece.copy_(new)
-    return factor
-
-
 def _identity(like: Tensor) -> Tensor:
     return torch.eye(len(like), dtype=like.dtype, device=like.device)
-
-
-def _pieces(n: int) -> Iterator[slice]:
-    return (slice(first, first + ROWS) for first in range(0, n, ROWS))
 
 
 def _turned(m: Moments, a: Tensor, b: Tensor) -> Moments:

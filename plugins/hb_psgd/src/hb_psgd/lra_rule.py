@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hb_psgd import lra
+from hb_psgd import lra, lra_passes
 from hb_psgd.psgd import EPS, update_probability
 from hbcore.api import (
     Context,
@@ -154,7 +154,7 @@ class PreconditionByLRA(Transform):
             new |= {"d": fit.d, "bounds": fit.bounds, "psgd_lra.fits": fits + 1}
             for name, change in (("U", fit.u), ("V", fit.v)):
                 if change.turn is not None or change.columns:
-                    new[name] = lra.rewrite(new[name] if name in new else c.writable(name), change)
+                    new[name] = lra_passes.rewrite(new[name] if name in new else c.writable(name), change)
         if not self.delayed:
             result = lra.precondition(u, new.get("U", factor_u), new.get("V", factor_v), new["d"], c.total)
         return result, new

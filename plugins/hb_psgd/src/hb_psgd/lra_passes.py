@@ -1,0 +1,105 @@
+r"""The passes over ``[N, r]`` that a low-rank preconditioner takes, each of which reads its matrices once.
+
+On a GPU they are kernels of :mod:`hb_psgd.lra_kernel`, elsewhere products of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hbcore.api import launching
+
+ROWS = 2**22
+"""How many rows are rewritten at once where torch does it, so that no second ``[N, r]`` is ever held."""
+
+WIDEST = 64
+"""The largest rank that the kernels take: a tile has as many columns."""
+
+
+class Moments(NamedTuple):
+    """Products of the factors with each other, ``[r, r]``, and with two vectors, ``[r]``."""
+
+    uu: Tensor
+    vv: Tensor
+    vu: Tensor
+    ux: Tensor
+    vx: Tensor
+    uy: Tensor
+    vy: Tensor
+
+
+class Change(NamedTuple):
+    r"""What becomes of one factor: :math:`U \leftarrow U T + \sum_k c_k w_k^T`.
+
+    Attributes:
+        turn: T, ``[r, r]``; None for the identity.
+        columns: two :math:`c_k`, ``[N]`` each, or none.
+        weights: as many :math:`w_k`, ``[r]`` each.
+    """
+
+    turn: Tensor | None
+    columns: Sequence[Tensor] = ()
+    weights: Sequence[Tensor] = ()
+
+
+def inner(a: Tensor, x: Tensor) -> Tensor:
+    """:math:`A^T x` for ``[N, r]`` and ``[N]``."""
+    if not _has_kernels(a):
+        return a.mT @ x
+    from hb_psgd import lra_kernel  # Triton is slow to import, and not everywhere
+
+    return lra_kernel.inner(a, x)
+
+
+def plus(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
+    """:math:`x + A c` for ``[N]``, ``[N, r]`` and ``[r]``."""
+    if not _has_kernels(a):
+        return torch.addmv(x, a, c)
+    from hb_psgd import lra_kernel
+
+    return lra_kernel.plus(x, a, c)
+
+
+def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor, total: Callable[[Tensor], Tensor]) -> Moments:
+    """All in one pass over U and V; ``total`` sums over the ranks."""
+    r = u.shape[1]
+    if _has_kernels(u):
+        from hb_psgd import lra_kernel
+
+        parts = lra_kernel.moments(u, v, x, y)
+    else:
+        xy = torch.stack((x, y), 1)
+        (ux, uy), (vx, vy) = ((a.mT @ xy).unbind(1) for a in (u, v))
+        parts = [u.mT @ u, v.mT @ v, v.mT @ u, ux, vx, uy, vy]
+    whole = total(torch.cat([part.reshape(-1) for part in parts]).double())
+    squares, lines = whole[: 3 * r * r].view(3, r, r), whole[3 * r * r :].view(4, r)
+    return Moments(*squares.unbind(), *lines.unbind())
+
+
+def rewrite(factor: Tensor, change: Change) -> Tensor:
+    """Overwrite ``factor``, U or V, with what becomes of it; nothing of its size is made."""
+    if change.turn is None and not change.columns:
+        return factor
+    weights = torch.stack([*change.weights]).to(factor.dtype) if change.columns else None
+    if _has_kernels(factor):
+        from hb_psgd import lra_kernel
+
+        lra_kernel.rewrite(factor, change.turn, [*change.columns], weights)
+        return factor
+    for first in range(0, len(factor), ROWS):
+        rows = slice(first, first + ROWS)
+        piece = factor[rows]
+        new = piece if change.turn is None else piece @ change.turn
+        if weights is not None:
+            new = torch.addmm(new, torch.stack([c[rows] for c in change.columns], 1), weights)
+        piece.copy_(new)
+    return factor
+
+
+def _has_kernels(a: Tensor) -> bool:
+    """Whether generated kernels take ``[N, r]``: on a GPU, in float32, if it is not too wide and has rows."""
+    return a.is_cuda and a.dtype == torch.float32 and 0 < a.shape[1] <= WIDEST and len(a) > 0 and launching.has_triton()
