@@ -24,7 +24,7 @@ def factors(n=N, r=R, dtype=torch.float64, seed=0):
 
 
 def fitted(h, probe, u, v, d, bounds, turn, sums=ALONE, **options):
-    settings = {"lr": 0.1, "beta": 0.9, "eps": 1e-8, "balance": turn % 3 == 0, **options}
+    settings = {"lr": 0.1, "beta": 0.9, "eps": 1e-8, "dampening": 0.0, "relative": 0.0, "balance": turn % 3 == 0, **options}
     fit = lra.fit(h, probe, u, v, d, bounds, on_u=turn % 2 == 0, sums=sums, **settings)
     return lra_passes.rewrite(u.clone(), fit.u), lra_passes.rewrite(v.clone(), fit.v), fit.d, fit.bounds
 

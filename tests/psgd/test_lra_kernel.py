@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from core.kit import normal
+from psgd.test_lra import followed, relative
 
 from hb_psgd import lra_passes
 from hb_psgd.lra_passes import Change, rewrite
@@ -82,3 +84,43 @@ def test_a_factor_is_overwritten(r, turns, moves):
     if not INTERPRETED:
         assert lra_passes._has_kernels(a)
     assert close(rewrite(a, Change(turn, columns, weights)), exact, r + 2, size)
+
+
+@pytest.mark.parametrize("n", [1, 1500])
+def test_the_pair_of_vectors_and_their_sizes(n):
+    t, probe, d = vector(n), vector(n, seed=1), vector(n, seed=2).abs()
+    d[0] = 0
+    x, y, sizes = kernel.pair(t, probe, d, 0.25, 0.5)
+    wanted_x, wanted_y, wanted = lra_passes.pair(t.cpu(), probe.cpu(), d.cpu(), 0.25, 0.5)
+    assert torch.allclose(x.cpu(), wanted_x, rtol=0, atol=float(4 * EPS * (d * (t.abs() + probe.abs())).max()))
+    assert torch.allclose(y.cpu(), wanted_y, rtol=4 * EPS, atol=0)
+    assert torch.allclose(torch.stack(sizes).cpu(), torch.stack(wanted), rtol=4 * EPS)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_noticed_and_left_out(bad):
+    for make in (kernel.pair, lra_passes.pair):
+        t, ones = vector(9), torch.ones(9, device=DEVICE)
+        t[3] = bad
+        x, _, sizes = make(t, ones, ones, 0.0, 0.0)
+        assert x.isfinite().all() and float(x[3]) == 0 and [float(s) for s in sizes] == [torch.inf, torch.inf, 1.0]
+
+
+@pytest.mark.parametrize("on_u", [True, False])
+@pytest.mark.parametrize(("n", "r"), [(1, 1), (300, 10), (1025, 27)])
+def test_what_a_fit_needs_of_both_vectors(n, r, on_u):
+    u, v, x, y = matrix(n, r), matrix(n, r, seed=1), vector(n, seed=2), vector(n, seed=3)
+    ux, vx, uy, vy = (vector(r, seed=s) for s in (4, 5, 6, 7))
+    ours = kernel.ends(u, v, x, y, on_u, torch.stack((ux, uy)), torch.stack((vx, vy)))
+    double = [z.cpu().double() for z in (u, v, x, y, ux, vx, uy, vy)]
+    theirs = lra_passes.ends(*double[:4], on_u, *double[4:])
+    for found, exact in zip(ours, theirs, strict=True):
+        assert float((found.cpu().double() - exact).norm() / exact.norm()) < 10 * EPS * (r + n) ** 0.5
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the oracle's problem is on the CPU")
+def test_a_fit_by_kernels_equals_the_oracle(monkeypatch):
+    monkeypatch.setattr(lra_passes, "_has_kernels", lambda a: a.dtype == torch.float32)
+    (u, v, d, bounds), oracle = followed(12, torch.float32)
+    for ours, theirs in zip((u, v, d, bounds), (oracle.u, oracle.v, oracle.d, np.array(oracle.bounds)), strict=True):
+        assert relative(ours, theirs) < 2e-4

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from hb_psgd.lra_passes import Change, Moments, inner, moments, plus
+from hb_psgd.lra_passes import Change, Moments, ends, inner, moments, pair, plus
 
 Number: TypeAlias = "Tensor | float"
 
@@ -43,10 +43,6 @@ class Sums(NamedTuple):
     def largest(self, x: Tensor) -> Tensor:
         """The largest absolute value of a vector, of which a rank may have nothing; 0-d."""
         return self.amax(torch.linalg.vector_norm(x, float("inf")) if x.numel() else x.new_zeros(()))
-
-    def norms(self, *vectors: Tensor) -> Tensor:
-        """Their Euclidean norms, float64."""
-        return self.total(torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) ** 2 for x in vectors])).sqrt()
 
 
 class Fit(NamedTuple):
@@ -99,13 +95,14 @@ def balancing(uu: Tensor, vv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit(
-    h: Tensor, probe: Tensor, u: Tensor, v: Tensor, d: Tensor, bounds: Tensor,
-    *, on_u: bool, balance: bool, lr: Number, beta: Number, eps: Number, sums: Sums,
+    t: Tensor, probe: Tensor, u: Tensor, v: Tensor, d: Tensor, bounds: Tensor,
+    *, on_u: bool, balance: bool, lr: Number, beta: Number, eps: Number, dampening: Number, relative: float, sums: Sums,
 ) -> Fit:  # fmt: skip
-    r"""Fit the preconditioner so that it whitens ``h``: one step, relative to Q, down the gradient of
+    r"""Fit the preconditioner so that it whitens t: one step, relative to Q, down the gradient of
     :math:`h^T P h + v^T P^{-1} v`, where v is the standard normal ``probe``.
 
     .. math::
+        h = t + (\mathrm{dampening} + \mathrm{relative}\, |t|) \odot v \\
         a = Q h \qquad b = Q^{-T} v \qquad K = I + V^T U \\
         d \leftarrow d - \tfrac{\mathrm{lr}}{L_d} (h \odot P h - v \odot P^{-1} v) \odot d \\
         U \leftarrow U - \tfrac{\mathrm{lr}}{L_u} (a a^T - b b^T) V K \quad\text{or}\quad
@@ -120,7 +117,7 @@ def fit(
     which are as large as h, start again.
 
     Args:
-        h: the dampened gradient or momentum, ``[N]``.
+        t: the gradient or momentum, ``[N]``.
         bounds: :math:`L_d, L_u, L_v`, ``[3]``; 0 at first.
         on_u: whether U is fitted, or V; the source draws lots.
         balance: whether both factors are balanced first, :func:`balancing`; both are rewritten then.
@@ -129,23 +126,19 @@ def fit(
         eps: the smallest L.
 
     Returns:
-        The fit. If h is zero or not finite, or K is singular, it changes nothing.
+        The fit. If t is zero or not finite, or K is singular, it changes nothing.
     """
-    x, y = d * h, torch.where(d > 0, probe / d, 0.0)
-    del h, probe  # each vector counts
-    sizes = torch.stack((sums.largest(x), sums.largest(y))).double()
-    size = sizes.amax()
+    x, y, local = pair(t, probe, d, float(dampening), float(relative))
+    del t, probe  # each vector counts
+    sizes = torch.stack([sums.amax(size) for size in local]).double()
+    size = sizes[1:].amax()
     usable = size.isfinite() & (sizes > 0).all()
-    x, y = (torch.where(usable, t.mul_(1 / size), 0.0) for t in (x, y))
+    torch._foreach_mul_([x, y], torch.where(usable, 1 / size, 0.0).to(x.dtype))
     s = _solved(moments(u, v, x, y, sums.total), usable, on_u, balance, x.dtype)
-
-    a, b = plus(x, u, s.ux), plus(y, v, -s.vy)
-    na, nb = sums.norms(a, b)
-    lifted = plus(a, v, s.vx)  # (I + V U^T) a
-    columns = (a, b) if on_u else (lifted, y)
-    gain, loss = lifted * x, plus(b, u, -s.uy).mul_(y)
-    del a, b, lifted, x
-    own = torch.stack((sums.largest(gain) + sums.largest(loss), na * s.lengths[0] + nb * s.lengths[1]))
+    e = ends(u, v, x, y, on_u, s.ux, s.vx, s.uy, s.vy)
+    del x, y
+    na, nb = sums.total(e.squares).sqrt()
+    own = torch.stack((sums.amax(e.gain) + sums.amax(e.loss), na * s.lengths[0] + nb * s.lengths[1]))
     before = torch.stack((bounds[0], bounds[1 if on_u else 2]))
     risen = torch.maximum(torch.maximum(beta * (before.double() / size**2) + (1 - beta) * own, own), eps / size**2)
     fits = s.fits & risen.isfinite().all()
@@ -153,11 +146,11 @@ def fit(
     far = fits & scale.isfinite() & ((scale > FAR) | (scale < 1 / FAR))
     steps = torch.where(fits & ~far, lr / risen, 0.0)
 
-    factor = gain.sub_(loss).mul_(-steps[0]).add_(1)
+    factor = e.gap.mul_(-steps[0]).add_(1)
     kept = torch.where(fits, (risen * size**2).clamp(max=torch.finfo(bounds.dtype).max).to(bounds.dtype), before)
     kept = torch.stack((kept[0], kept[1], bounds[2]) if on_u else (kept[0], bounds[1], kept[1]))
     kept = torch.where(far, 0.0, kept)
-    moved = (columns, (-steps[1] * s.weights[0], steps[1] * s.weights[1]))
+    moved = ((e.first, e.second), (-steps[1] * s.weights[0], steps[1] * s.weights[1]))
     new_u = Change(s.turn_u, *(moved if on_u else ()))
     new_v = Change(s.turn_v, *(() if on_u else moved))
     return Fit(d * torch.where(far, scale.to(d.dtype), factor), kept, new_u, new_v)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from hbcore.api import launching
 
+LINE = 1024
+"""How many elements of vectors alone a program takes."""
+
 PROGRAMS = 1024
 """How many programs share a sum over all rows; each leaves a part, and torch adds those in order."""
 
@@ -47,6 +50,60 @@ def plus_kernel(x, a, c, out, numel, R: tl.constexpr, PAD: tl.constexpr, ROWS: t
     moved = tl.sum(tile_of(a, first, numel, R, PAD, ROWS) * weights[None, :], 1)
     value = tl.load(x + rows, mask=rows < numel, other=0.0)
     tl.store(out + rows, value + moved, mask=rows < numel)
+
+
+@triton.jit
+def size_of(x):  # type: ignore[no-untyped-def]
+    """The largest magnitude; inf if one is not finite."""
+    return tl.max(tl.where(tl.abs(x) < float("inf"), tl.abs(x), float("inf")), 0)
+
+
+@triton.jit
+def pair_kernel(t, probe, d, x, y, sizes, dampening, relative, numel, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``x`` is d times the dampened t, ``y`` is v / d; what is not finite is stored as 0."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < numel
+    value = tl.load(t + rows, mask=inside, other=0.0)
+    noise = tl.load(probe + rows, mask=inside, other=0.0)
+    scale = tl.load(d + rows, mask=inside, other=0.0)
+    left = scale * (value + (relative * tl.abs(value) + dampening) * noise)
+    right = tl.where(scale > 0, noise / tl.where(scale > 0, scale, 1.0), 0.0)
+    tl.store(x + rows, tl.where(tl.abs(left) < float("inf"), left, 0.0), mask=inside)
+    tl.store(y + rows, tl.where(tl.abs(right) < float("inf"), right, 0.0), mask=inside)
+    place = sizes + tl.program_id(0) * 3
+    tl.store(place, size_of(value))
+    tl.store(place + 1, size_of(left))
+    tl.store(place + 2, size_of(right))
+
+
+@triton.jit
+def ends_kernel(  # type: ignore[no-untyped-def]
+    u, v, x, y, of_u, of_v, first, second, gap, sizes, squares, numel,
+    R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, ON_U: tl.constexpr,
+):  # fmt: skip
+    """See :func:`hb_psgd.lra_passes.ends`; ``of_u`` is ``u_x`` and ``u_y``, ``of_v`` is ``v_x`` and ``v_y``."""
+    start = tl.program_id(0) * ROWS
+    rows, columns = start + tl.arange(0, ROWS), tl.arange(0, PAD)
+    inside, known = rows < numel, columns < R
+    p = tile_of(u, start, numel, R, PAD, ROWS)
+    q = tile_of(v, start, numel, R, PAD, ROWS)
+    left = tl.load(x + rows, mask=inside, other=0.0)
+    right = tl.load(y + rows, mask=inside, other=0.0)
+    a = left + tl.sum(p * tl.load(of_u + columns, mask=known, other=0.0)[None, :], 1)
+    b = right - tl.sum(q * tl.load(of_v + R + columns, mask=known, other=0.0)[None, :], 1)
+    lifted = a + tl.sum(q * tl.load(of_v + columns, mask=known, other=0.0)[None, :], 1)
+    rest = b - tl.sum(p * tl.load(of_u + R + columns, mask=known, other=0.0)[None, :], 1)
+    gain, loss = lifted * left, rest * right
+    if ON_U:
+        tl.store(first + rows, a, mask=inside)
+        tl.store(second + rows, b, mask=inside)
+    else:
+        tl.store(first + rows, lifted, mask=inside)
+    tl.store(gap + rows, gain - loss, mask=inside)
+    tl.store(sizes + tl.program_id(0) * 2, size_of(gain))
+    tl.store(sizes + tl.program_id(0) * 2 + 1, size_of(loss))
+    tl.store(squares + tl.program_id(0) * 2, tl.sum(a * a, 0))
+    tl.store(squares + tl.program_id(0) * 2 + 1, tl.sum(b * b, 0))
 
 
 @triton.jit
@@ -126,6 +183,31 @@ def plus(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
     grid = (launching.pieces(len(a), rows), 1, 1)
     launching.run(plus_kernel, grid, (x, a, c.contiguous(), out), sizes=(len(a),), constants=(r, pad, rows))
     return out
+
+
+def pair(
+    t: Tensor, probe: Tensor, d: Tensor, dampening: float, relative: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """See :func:`hb_psgd.lra_passes.pair`."""
+    grid = (launching.pieces(len(t), LINE), 1, 1)
+    x, y, sizes = torch.empty_like(t), torch.empty_like(t), t.new_empty(grid[0], 3)
+    tensors, numbers = (t, probe, d, x, y, sizes), (float(dampening), float(relative))
+    launching.run(pair_kernel, grid, tensors, numbers=numbers, sizes=(len(t),), constants=(LINE,))
+    first, second, third = sizes.amax(0).unbind()
+    return x, y, (first, second, third)
+
+
+def ends(u: Tensor, v: Tensor, x: Tensor, y: Tensor, on_u: bool, of_u: Tensor, of_v: Tensor) -> tuple[Tensor, ...]:
+    """See :func:`hb_psgd.lra_passes.ends`; ``of_u`` and ``of_v`` are ``[2, r]``."""
+    r, pad, rows = _sizes(u)
+    grid = (launching.pieces(len(u), rows), 1, 1)
+    first, gap = torch.empty_like(x), torch.empty_like(x)
+    second = torch.empty_like(x) if on_u else y
+    sizes, squares = x.new_empty(grid[0], 2), x.new_empty(grid[0], 2)
+    tensors = (u, v, x, y, of_u, of_v, first, second, gap, sizes, squares)
+    launching.run(ends_kernel, grid, tensors, sizes=(len(u),), constants=(r, pad, rows, int(on_u)))
+    gain, loss = sizes.amax(0).unbind()
+    return first, second, gap, gain, loss, squares.sum(0, dtype=torch.float64)
 
 
 def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:

@@ -64,6 +64,61 @@ def plus(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
     return lra_kernel.plus(x, a, c)
 
 
+def pair(
+    t: Tensor, probe: Tensor, d: Tensor, dampening: float, relative: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    r""":math:`x = d \odot (t + (\mathrm{dampening} + \mathrm{relative} |t|) \odot v)` and :math:`y = v / d`, ``[N]`` each.
+
+    ``probe`` is v. y is 0 where d is. Also the largest absolute values of t, x and y, 0-d: inf where one is not finite; a 0 is
+    in its place.
+    """
+    if _has_kernels(t[:, None]):
+        from hb_psgd import lra_kernel
+
+        return lra_kernel.pair(t, probe, d, dampening, relative)
+    h = torch.addcmul(t, t.abs().mul_(relative).add_(dampening), probe)
+    vectors = (t, d * h, torch.where(d > 0, probe / d, 0.0))
+    sizes = [torch.linalg.vector_norm(z, float("inf")) if len(z) else z.new_zeros(()) for z in vectors]
+    _, x, y = (torch.where(z.isfinite(), z, 0.0) for z in vectors)
+    first, second, third = (torch.where(size.isfinite(), size, float("inf")) for size in sizes)
+    return x, y, (first, second, third)
+
+
+class Ends(NamedTuple):
+    r"""What a fit needs of a and b, ``[N]`` each and 0-d.
+
+    Attributes:
+        first, second: the columns that the fitted factor is moved by: a and b for U, :math:`(I + V U^T) a` and y for V.
+        gap: :math:`h \odot P h - v \odot P^{-1} v`.
+        gain, loss: the largest absolute values of its two parts.
+        squares: the squared norms of a and b, ``[2]`` in float64.
+    """
+
+    first: Tensor
+    second: Tensor
+    gap: Tensor
+    gain: Tensor
+    loss: Tensor
+    squares: Tensor
+
+
+def ends(u: Tensor, v: Tensor, x: Tensor, y: Tensor, on_u: bool, ux: Tensor, vx: Tensor, uy: Tensor, vy: Tensor) -> Ends:
+    r"""In one pass over U and V, :math:`a = x + U u_x`, :math:`b = y - V v_y`, :math:`(I + V U^T) a = a + V v_x` and
+    :math:`(I + U V^T)^{-1} b = b - U u_y`, which times x and y are the parts of the gap."""
+    if _has_kernels(u):
+        from hb_psgd import lra_kernel
+
+        return Ends(*lra_kernel.ends(u, v, x, y, on_u, torch.stack((ux, uy)), torch.stack((vx, vy))))
+    a, b = torch.addmv(x, u, ux), torch.addmv(y, v, vy, alpha=-1)
+    squares = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in (a, b)])
+    lifted = torch.addmv(a, v, vx)
+    columns = (a, b) if on_u else (lifted, y)
+    gain, loss = lifted * x, torch.addmv(b, u, uy, alpha=-1).mul_(y)
+    del a, b, lifted  # each vector counts
+    most = [torch.linalg.vector_norm(t, float("inf")) if len(t) else t.new_zeros(()) for t in (gain, loss)]
+    return Ends(*columns, gain.sub_(loss), most[0], most[1], squares)
+
+
 def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor, total: Callable[[Tensor], Tensor]) -> Moments:
     """All in one pass over U and V; ``total`` sums over the ranks."""
     r = u.shape[1]

@@ -144,12 +144,10 @@ class PreconditionByLRA(Transform):
         result = lra.precondition(u, factor_u, factor_v, d, c.total) if self.delayed else u
         if c.refresh:
             fits = s["psgd_lra.fits"]
-            v = c.probe(u)
-            amount = (self.dampening + EPS * target.abs()) * (sums.largest(target) > 0)  # zeros stay zeros, and fit nothing
             fit = lra.fit(
-                torch.addcmul(target, amount, v), v, factor_u, factor_v, d, s["bounds"],
+                target, c.probe(u), factor_u, factor_v, d, s["bounds"],
                 on_u=int(fits) % 2 == 0, balance=int(fits) % BALANCE == 0, lr=self.precond_lr, beta=self.lower_bound_beta,
-                eps=self.eps, sums=sums,
+                eps=self.eps, dampening=self.dampening, relative=EPS, sums=sums,
             )  # fmt: skip
             new |= {"d": fit.d, "bounds": fit.bounds, "psgd_lra.fits": fits + 1}
             for name, change in (("U", fit.u), ("V", fit.v)):
