@@ -60,7 +60,7 @@ class OptimizerSpec:
             ``"closure"``: ``step`` requires a closure;
             ``"random"``: draws random numbers, seeded by the option ``seed``;
             ``"matrix"``: works on whole matrices rather than elementwise;
-            ``"joint"``: sees all parameters of a group at once, so that a parameter's step depends on the others';
+            ``"joint"``: sees all parameters of a group at once, so that a parameter's step depends on the others;
                 with ``multi_tensor=False`` it is another optimizer;
             ``"sparse"``: accepts only sparse gradients.
         small_lr: the learning rate for models of up to a few million parameters, if it is not the default of ``lr``:

@@ -267,10 +267,20 @@ def test_a_slot_is_overwritten_where_it_lies():
         seen.append((result[1]["pair"].data_ptr(), s["pair"].data_ptr()))
         return result
 
+    copied = []
+    clone = Tensor.clone
+
+    def watched_clone(self, *args, **kwargs):
+        copied.append(tuple(self.shape))
+        return clone(self, *args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Centre, "update", watched)
+        patch.setattr(Tensor, "clone", watched_clone)
         run(optimizer, params, steps(1))
     assert seen[0][0] == seen[0][1] == optimizer.state[params[0]]["pair"].data_ptr()
+    numel = sum(p.numel() for p in params)
+    assert copied and (numel, 2) not in copied
 
 
 @dataclass(frozen=True)
