@@ -13,7 +13,7 @@ from torch import nn
 
 from hb_adam import SFAdamW
 from hb_muon import Muon
-from hb_psgd import PSGDKron, PSGDLRA
+from hb_psgd import PSGDLRA, PSGDKron
 from hb_soap import SOAP
 
 pytestmark = pytest.mark.gpu
