@@ -70,6 +70,15 @@ def test_balancing_leaves_the_product_of_the_factors_alone():
     assert abs(float((100 * u @ a).norm() / (v @ b).norm()) - 1) < 0.05
 
 
+@pytest.mark.parametrize("piece", [1, 5, N])
+def test_products_over_all_rows_are_summed_piece_by_piece(piece, monkeypatch):
+    u, v, d = factors()
+    args = (normal(N, seed=3), normal(N, seed=4), u, v, d, torch.zeros(3, dtype=torch.float64))
+    whole = fitted(*args, 0)
+    monkeypatch.setattr(lra_passes, "PIECE", piece)
+    assert all(relative(a, b) < 1e-13 for a, b in zip(fitted(*args, 0), whole, strict=True))
+
+
 def test_rows_are_rewritten_piece_by_piece(monkeypatch):
     u, v, d = factors()
     args = (normal(N, seed=3), normal(N, seed=4), u, v, d, torch.zeros(3, dtype=torch.float64))
