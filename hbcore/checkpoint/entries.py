@@ -13,7 +13,7 @@ from hbcore import registry
 from hbcore.checkpoint import recode
 from hbcore.checkpoint.migrations import Migration, path
 from hbcore.checkpoint.schema import KEPT, Record
-from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like
+from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like, spread_rows
 from hbcore.engine.core import OptimizerCore
 from hbcore.errors import CheckpointError, HbcoreError, StateWarning
 from hbcore.rules.numerics import compute_dtype
@@ -179,7 +179,7 @@ class Reader:
             if slot.name not in values:
                 raise CheckpointError(f"{self._who(i)}: the migrations of {rule!r} leave it without {slot.name!r}.")
             written = recode.write(slot.codec, slot.name, values[slot.name].to(dtype), slot.parts(param), who)
-            loaded.update({name: t if slot.scalar else spread_like(t, param) for name, t in written.items()})
+            loaded.update({name: _spread_slot(slot, t, param) for name, t in written.items()})
         return loaded
 
     def _unexpected(self, i: int, name: Any, value: Any, loaded: dict[str, Any]) -> None:
@@ -236,12 +236,22 @@ class Reader:
             )
         if is_dtensor(saved):
             return saved.detach().clone()
-        if slot.matrix or slot.scalar:
+        shards = shards_of(param)
+        if slot.flat and shards is not None:
+            return share_out(saved.detach().to(local(param).device), shards)
+        if slot.matrix or slot.scalar or slot.flat:
             return saved.detach().to(param.device, copy=True)
         return spread(saved, param)
 
     def _who(self, i: int) -> str:
         return self.core.name_of(self.g, i)
+
+
+def _spread_slot(slot: Logical, part: Tensor, param: Tensor) -> Tensor:
+    """A slot's stored tensor as the parameter's state has it."""
+    if slot.flat:
+        return spread_rows(part, param, slot.shape[param.ndim :])
+    return part if slot.scalar else spread_like(part, param)
 
 
 def _listed(dtypes: Iterable[torch.dtype]) -> str:

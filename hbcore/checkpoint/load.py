@@ -80,7 +80,7 @@ def put(core: OptimizerCore, content: Content) -> None:
 
 def _place(core: OptimizerCore, state: dict[Tensor, dict[str, Any]]) -> None:
     """Copy loaded state into the existing tensors, so that captured graphs stay valid; replace those if they do not match."""
-    fits = core.plan is not None and set(state) == set(core.state) - set(core.state.own()) and not _primes(core)
+    fits = core.plan is not None and set(state) == set(core.state) - set(core.state.own()) and not _decides(core)
     fits = fits and all(_alike(core.state[p], entry) for p, entry in state.items())
     if not fits:
         core.state.clear()
@@ -95,9 +95,9 @@ def _place(core: OptimizerCore, state: dict[Tensor, dict[str, Any]]) -> None:
     core.plan.reread()
 
 
-def _primes(core: OptimizerCore) -> bool:
-    """Whether a rule primes on its first gradient: the loaded state then decides whether priming is still due."""
-    return any(t.primes for group in core.groups for t in core.chain.every(group))
+def _decides(core: OptimizerCore) -> bool:
+    """Whether loaded state decides what a step does: whether a rule has yet to prime, and what a flat rule's vector is."""
+    return any(t.primes or t.flat for group in core.groups for t in core.chain.every(group))
 
 
 def _alike(held: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:

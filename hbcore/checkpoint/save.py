@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hbcore.checkpoint import schema
 from hbcore.distributed.exchange import broadcast, owners
-from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like
+from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like, spread_rows
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.entry_forms import fixed
 from hbcore.state.expected import Logical
@@ -111,11 +111,20 @@ def whole_entry(core: OptimizerCore, group: dict[str, Any], p: Tensor, owned: Ma
         elif slot.scalar:
             blank = slot.blank(local(p))
             entry.update({name: compact(held.get(name, blank[name])) for name in parts})
+        elif slot.flat:
+            entry.update(_flat_slot(slot, p, held))
         elif all(name in held for name in parts):
             entry.update({name: held[name] for name in parts})
         else:
             entry.update({name: spread_like(t, p) for name, t in blank_local(slot, p).items()})
     return entry
+
+
+def _flat_slot(slot: Logical, p: Tensor, held: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A parameter's part of a flat rule's slot, in memory of its own, sharded like the parameter."""
+    part, rest = local(p.detach()), slot.shape[p.ndim :]
+    blank = slot._replace(shape=torch.Size((*part.shape, *rest))).blank(part)
+    return {name: spread_rows(compact(local(held[name])) if name in held else t, p, rest) for name, t in blank.items()}
 
 
 def _kept(core: OptimizerCore, p: Tensor) -> dict[str, Tensor]:

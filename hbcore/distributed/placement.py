@@ -104,6 +104,18 @@ def spread_like(part: Tensor, param: Tensor) -> Tensor:
     return DTensor.from_local(part, shards.mesh, shards.placements, run_check=False, shape=shards.shape, stride=shards.stride)
 
 
+def spread_rows(part: Tensor, param: Tensor, rest: Sequence[int]) -> Tensor:
+    """A tensor of ``param``'s shape and ``rest`` beyond, sharded like it, whose shard on this rank is ``part``; contiguous."""
+    shards = shards_of(param)
+    if shards is None:
+        return part
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((*shards.shape, *rest))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, shards.mesh, shards.placements, run_check=False, shape=shape, stride=stride)
+
+
 def share_out(whole: Tensor, shards: Shards) -> Tensor:
     """Shard a tensor that every rank has along its rows; a 0-d tensor is replicated."""
     from torch.distributed.tensor import DTensor, Replicate, Shard

@@ -19,6 +19,7 @@ from hbcore.engine.shared_options import SCHEDULED
 from hbcore.errors import HyperparameterError, ParameterError, RuleError
 from hbcore.rules import palm, route
 from hbcore.rules.contract import scalar_names, slot_names, title, transforms_of
+from hbcore.rules.flat import rests
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.expected import Logical, expected
 
@@ -206,6 +207,7 @@ def check_slots(chain: ChainSpec, group: Group) -> None:
         return
     chains = {branches: chain(Hypers(**chain.usual(group)), branches) for branches in {b for b, _, _ in kinds}}
     first: dict[tuple[int, tuple[bool, ...]], tuple[torch.Size, set[str]]] = {}
+    vectors: dict[tuple[int, tuple[bool, ...], torch.dtype], Tensor] = {}
     for (branches, shape, _), p in kinds.items():
         owners: dict[str, str] = {}
         for i, t in enumerate(chains[branches]):
@@ -221,6 +223,8 @@ def check_slots(chain: ChainSpec, group: Group) -> None:
                     raise RuleError(f"two rules are called {t.name!r} and would draw the same random numbers; rename one.")
                 owners[name] = t.name
             before, known = first.setdefault((i, branches), (shape, names))
+            if t.flat and chain.settings.multi_tensor:
+                check_rests(t, seen(p), vectors.setdefault((i, branches, p.dtype), seen(p)))
             if t.domain != Domain.MATRIX and names != known:
                 raise RuleError(
                     f"{title(t, 'slots')} has the slots {sorted(known)} for shape {tuple(before)} and {sorted(names)} for "
@@ -228,6 +232,16 @@ def check_slots(chain: ChainSpec, group: Group) -> None:
                 )
     if structure is not None:
         chain.checked.add((structure, *kinds))
+
+
+def check_rests(t: Transform, p: Tensor, other: Tensor) -> None:
+    """Raise :class:`RuleError` unless a flat rule's slots for two parameters differ only in the parameters' own shapes."""
+    ours, theirs = rests(t, t.slots(p), p.shape), rests(t, t.slots(other), other.shape)
+    if ours != theirs:
+        raise RuleError(
+            f"{title(t, 'slots')} has slots of the shapes {theirs} beside shape {tuple(other.shape)} and {ours} beside "
+            f"{tuple(p.shape)}; one vector is made of both: give them the same."
+        )
 
 
 def seen(p: Tensor) -> Tensor:

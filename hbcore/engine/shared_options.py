@@ -81,7 +81,7 @@ class SharedOptions(Declared):
     )
     consume_grad: bool = option(default=True, doc="step() clears p.grad once it is used")
     multi_tensor: bool = option(
-        default=True, doc="run many parameters together; False runs one at a time, with the same results"
+        default=True, doc="run many parameters together; False runs one at a time, with the same results but for flat rules"
     )
     capturable: bool = option(
         default=False, doc="keep step counters and scalars on the device, so that a CUDA graph can hold a step"

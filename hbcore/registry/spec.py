@@ -16,7 +16,7 @@ from typing import Any
 
 from hbcore.errors import RegistryError
 
-CAPABILITIES = frozenset({"capturable", "modes", "primes", "closure", "random", "matrix", "sparse"})
+CAPABILITIES = frozenset({"capturable", "modes", "primes", "closure", "random", "matrix", "joint", "sparse"})
 """The capabilities that an :class:`OptimizerSpec` may declare; its docstring explains each."""
 
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -60,6 +60,8 @@ class OptimizerSpec:
             ``"closure"``: ``step`` requires a closure;
             ``"random"``: draws random numbers, seeded by the option ``seed``;
             ``"matrix"``: works on whole matrices rather than elementwise;
+            ``"joint"``: sees all parameters of a group at once, so that a parameter's step depends on the others;
+                with ``multi_tensor=False`` it is another optimizer;
             ``"sparse"``: accepts only sparse gradients.
         small_lr: the learning rate for models of up to a few million parameters, if it is not the default of ``lr``:
             what ``hbcore compare`` uses where none is given.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hbcore.errors import RuleError
+from hbcore.rules import flat
 from hbcore.rules.declared import check_instance, inner, kind, lines_of
 from hbcore.rules.domain import Domain
 from hbcore.rules.route import Route
@@ -73,7 +74,7 @@ def slot_names(t: Transform, param: Tensor) -> set[str]:
     Raises:
         RuleError: as :func:`slots_of` does, and where blocks do not add up to the parameter.
     """
-    if t.domain != Domain.MATRIX:
+    if t.domain != Domain.MATRIX or t.flat:
         return {*slots_of(t, param)}
     shapes = dict.fromkeys(block.shape for block in blocks_of(t, param.shape))
     return {name for shape in shapes for name in slots_of(t, block_like(shape, param))}
@@ -252,6 +253,7 @@ def _check_methods(t: Transform) -> None:
             f"{where} needs Hessian-vector products, which rules of Domain.MATRIX get, all matrices in the same step; "
             + ("leave staggers False." if t.domain == Domain.MATRIX else "declare that domain, or need none.")
         )
+    flat.check_rule(where, t)
     if t.domain == Domain.MATRIX:
         rate: Any = t.rate(1)
         if not isinstance(rate, Real) or not 0 <= float(rate) <= 1:

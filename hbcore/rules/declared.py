@@ -24,6 +24,7 @@ ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "owns_apply": (lambda v: isinstance(v, bool), "True or False"),
     "primes": (lambda v: isinstance(v, bool), "True or False"),
     "staggers": (lambda v: isinstance(v, bool), "True or False"),
+    "flat": (lambda v: isinstance(v, bool), "True or False"),
     "draws": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0, "a whole number, at least 0"),
     "needs": (
         lambda v: isinstance(v, (set, frozenset)) and v <= {"param", "grad", "hvp"},

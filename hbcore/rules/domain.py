@@ -15,7 +15,7 @@ class Domain(IntEnum):
     MATRIX = 2
     """A whole matrix: Muon, SOAP, PSGD."""
     MODEL = 3
-    """Reductions over the whole model, or one preconditioner for a group: global clipping, low-rank PSGD."""
+    """Reductions over the whole model: global clipping. A preconditioner for a whole group is a flat rule of MATRIX."""
 
 
 ORDER: tuple[str, ...] = (

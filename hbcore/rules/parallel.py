@@ -71,8 +71,10 @@ class Parallel(Transform):
                 f"Parallel: {', '.join(unfit)} cannot be in a branch, which takes rules of the stage 'rule' whose domain is at "
                 "most one tensor; put a Route around Parallel, and pass clips as options."
             )
-        if unfit := [t.name for t in inner if t.owns_apply or t.primes]:
-            raise RuleError(f"Parallel: {', '.join(unfit)} cannot be in a branch: it applies its update itself, or primes.")
+        if unfit := [t.name for t in inner if t.owns_apply or t.primes or t.flat]:
+            raise RuleError(
+                f"Parallel: {', '.join(unfit)} cannot be in a branch: it applies its update itself, primes, or is flat."
+            )
         if sum(t.domain == Domain.MATRIX for t in inner) > 1:
             raise RuleError("Parallel takes one matrix rule, in one of its branches; two would see the parameter differently.")
         object.__setattr__(self, "draws", sum(t.draws for t in inner))

@@ -28,8 +28,9 @@ class Slot:
         derived: it follows from the other slots by :meth:`Transform.derive`. It is not in ``state[p]`` and never saved, and has
             no ``fill``. Otherwise it is a slot like any other, which ``update`` and ``refresh`` keep up to date. Its ``dtype``
             rounds to nearest. For rules of ``Domain.MATRIX``.
+        shared: one for all parameters of a flat rule's vector; see :mod:`hbcore.rules.flat`.
 
-    A slot with ``scalar``, ``dtype`` or ``derived`` is ``exact`` too.
+    A slot with ``scalar``, ``dtype``, ``derived`` or ``shared`` is ``exact`` too.
     """
 
     shape: torch.Size
@@ -39,9 +40,10 @@ class Slot:
     scalar: bool = False
     dtype: torch.dtype | None = None
     derived: bool = False
+    shared: bool = False
 
     def __post_init__(self) -> None:
-        if self.scalar or self.dtype is not None or self.derived:
+        if self.scalar or self.shared or self.dtype is not None or self.derived:
             object.__setattr__(self, "exact", True)
 
 

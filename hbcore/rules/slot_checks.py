@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hbcore.errors import RuleError
+from hbcore.rules import flat
 from hbcore.rules.declared import kind
 from hbcore.rules.domain import Domain
 from hbcore.rules.slot import STORABLE, Slot
@@ -29,6 +30,7 @@ def check_slot(t: Transform, where: str, slot: Slot, param: Tensor) -> None:
             f"{where} is a scalar, which rules of Domain.TENSOR and Domain.MODEL may have. "
             + ("Use Slot(torch.Size(())): one number for each block." if t.domain == Domain.MATRIX else "Declare one of them.")
         )
+    flat.check_slot(where, t, slot, param.shape)
     if slot.scalar and tuple(slot.shape):
         raise RuleError(f"{where} is a scalar and has shape {tuple(slot.shape)}; call scalar(fill).")
     if t.domain != Domain.MATRIX and not slot.scalar and tuple(slot.shape) != tuple(param.shape):

@@ -36,6 +36,11 @@ def unavailable(*_: Any) -> Any:
     raise RuleError("c.probe, c.noise and c.apply need an engine that runs the rule.")
 
 
+def itself(x: Tensor) -> Tensor:
+    """``c.total`` where a rule sees all there is."""
+    return x
+
+
 def no_memory(name: str) -> Tensor | None:
     """No value can be written at once."""
     return None
@@ -62,6 +67,7 @@ class Context(NamedTuple):
       vector, and the vector, which are stacks in the working dtype; None in steps without, see :attr:`Transform.curvature`. The
       Hessian is that of all parameters whose rules get products in this step, taken together. Products may be infinite or NaN
       where the gradient is finite.
+    * ``total(x)``: a sum over the ranks, ``x`` itself for all but flat rules; see :mod:`hbcore.rules.flat`.
     * ``products``: multiplies matrices at the precision that the user chose with ``matmul_precision``, see
       :mod:`hbcore.rules.products`. Operators of torch multiply in float32, or in TF32 where the user chose that.
     * ``apply(inner, u, s)``: run the elementwise rule ``inner`` on the stack: ``inner.update(u, s, c)``, compiled where
@@ -87,6 +93,7 @@ class Context(NamedTuple):
     into: Callable[[str], Tensor | None] = no_memory
     hvp: Tensor | None = None
     vector: Tensor | None = None
+    total: Callable[[Tensor], Tensor] = itself
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of ``x`` over the rule's domain, 0-d."""
@@ -116,6 +123,7 @@ class Transform:
         owns_apply: ``update`` returns the new parameter rather than a step to subtract; at the stage ``"apply"`` only.
         primes: the first gradient only initialises the state, see :meth:`prime`; it moves no parameter and counts no step.
         draws: how many times one ``update`` calls ``c.noise`` and ``c.probe``, at most; matrix rules need not say.
+        flat: a matrix rule sees all parameters of a group as one vector, see :mod:`hbcore.rules.flat`.
 
     Attributes, which a class may also define as properties of its fields:
         needs: what a matrix rule reads besides the update: a subset of ``{"param", "grad", "hvp"}``. With ``"hvp"``, ``step``
@@ -129,6 +137,7 @@ class Transform:
     owns_apply: ClassVar[bool] = False
     primes: ClassVar[bool] = False
     draws: ClassVar[int] = 0
+    flat: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hbcore.rules.flat import with_serial
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Domain, Slot, Transform
 from hbcore.rules.views import Block
@@ -22,8 +23,9 @@ class Logical(NamedTuple):
         name: its name; ``slot@k`` for run ``k`` of a parameter that a matrix rule cuts into several.
         shape: its shape; for a matrix rule, that of the run: ``[count, *slot.shape]``, or ``slot.shape`` for a single block.
         matrix: whether a matrix rule owns it; other slots share their parameter's memory layout.
-        scalar: whether it is one number for the whole parameter.
+        scalar: whether it is one number for the whole parameter, or what all parameters of a flat rule share.
         derived: whether it is computed from the others, and not part of the state.
+        flat: whether a flat rule owns it, and it is the parameter's own: its shape begins with the parameter's.
     """
 
     rule: str
@@ -34,6 +36,7 @@ class Logical(NamedTuple):
     matrix: bool
     scalar: bool = False
     derived: bool = False
+    flat: bool = False
 
     def parts(self, param: Tensor) -> dict[str, torch.dtype]:
         """The stored tensors and their dtypes."""
@@ -68,6 +71,10 @@ def expected(
             for n, s in t.slots(param).items():
                 shape = s.shape if s.scalar else param.shape
                 slots.append(Logical(t.name, n, shape, s.fill, codec_of(s, codec), False, s.scalar))
+            continue
+        if t.flat:
+            for n, s in with_serial(t, t.slots(param)).items():
+                slots.append(Logical(t.name, n, s.shape, s.fill, codec_of(s, codec), False, s.shared, flat=not s.shared))
             continue
         runs = t.blocks(param.shape)
         for k, run in enumerate(runs):

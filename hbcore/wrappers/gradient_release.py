@@ -41,7 +41,8 @@ def hook_into_backward(model: nn.Module | Iterable[Tensor], optimizer: Optimizer
         A handle; ``remove()`` restores normal stepping. Also a context manager.
 
     Raises:
-        OptionError: a rule needs the whole model, ``capturable=True``, or the optimizer needs a closure (SAMWrapper).
+        OptionError: a rule needs the whole model, or a whole group (PSGDLRA, unless ``multi_tensor=False``), or
+            ``capturable=True``, or the optimizer needs a closure (SAMWrapper).
         ParameterError: none of the parameters belong to the optimizer, or one is sharded over ranks.
         RuleError: (in backward) the second backward since the last ``optimizer.step()``, or one with the evaluation weights.
     """
@@ -178,8 +179,10 @@ class Release:
 def _check(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     seeing = [t.name for group in optimizer.param_groups for t in optimizer.core.chain.every(group) if t.domain == Domain.MODEL]
+    if optimizer.settings.multi_tensor:
+        seeing += [t.name for group in optimizer.param_groups for t in optimizer.core.chain.every(group) if t.flat]
     if seeing:
-        raise OptionError(f"{name}: {seeing[0]} needs the whole model, but backward has one gradient at a time.")
+        raise OptionError(f"{name}: {seeing[0]} needs the whole model or group, but backward has one gradient at a time.")
     if curved := needed(optimizer.core):
         raise OptionError(
             f"{name}: {curved} needs Hessian-vector products, which step(closure) makes of all gradients; backward has one at "

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import hbcore
 
-FAMILIES = ["AdamW", "SGD", "SFAdamW", "Muon", "SOAP", "PSGDKron", "Scion", "Adafactor"]
+FAMILIES = ["AdamW", "SGD", "SFAdamW", "Muon", "SOAP", "PSGDKron", "PSGDLRA", "Scion", "Adafactor"]
 SHAPES = ((6, 4), (6, 4), (5,), (3, 2, 2))
 
 

@@ -20,6 +20,8 @@ CASES = {
     "SOAP-regions": ("SOAP", {"split": True, "max_precond_dim": 16, "ecc": "bf16+8"}),
     "SOAP-staggered": ("SOAP", {"stagger": True, "precondition_frequency": 3}),
     "PSGDKron": ("PSGDKron", {}),
+    "PSGDLRA": ("PSGDLRA", {}),
+    "PSGDLRA-alone": ("PSGDLRA", {"multi_tensor": False, "ecc": "bf16+8"}),
     "SFAdamW": ("SFAdamW", {"weight_decay": 0.1}),
     "MSAMLaProp": ("MSAMLaProp", {"sam_step_size": 1.0, "weight_decay": 0.1}),
     "TwoMatrixRules": ("TwoMatrixRules", {}),
@@ -42,7 +44,7 @@ def test_fully_sharded_parameters_follow_one_process(case):
         assert distance([result[k] for k in alone], list(alone.values())) < 1e-6
 
 
-@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP"])
+@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDLRA"])
 def test_ranks_agree_to_skip_a_step_for_what_one_of_them_sees(case):
     name, options = CASES[case]
     straight = on_ranks(2, jobs.skip_nonfinite, name, options, ())
@@ -52,7 +54,7 @@ def test_ranks_agree_to_skip_a_step_for_what_one_of_them_sees(case):
         assert all(torch.equal(result[k], t) for k, t in expected.items())
 
 
-@pytest.mark.parametrize("case", ["Muon", "SOAP", "PSGDKron", "TwoMatrixRules"])
+@pytest.mark.parametrize("case", ["Muon", "SOAP", "PSGDKron", "PSGDLRA", "TwoMatrixRules"])
 def test_groups_on_two_ranks_follow_one_process(case):
     name, options = CASES[case]
     alone = jobs.follow(0, name, options, "alone", layerwise=True)
@@ -63,8 +65,8 @@ def test_groups_on_two_ranks_follow_one_process(case):
 
 
 RESUMED = (
-    "AdamW-ecc", "SOAP", "SOAP-regions", "SOAP-staggered", "PSGDKron", "SFAdamW", "TwoMatrixRules", "LDoG", "DoG", "rows",
-    "derived", "draws", "draws-ecc",
+    "AdamW-ecc", "SOAP", "SOAP-regions", "SOAP-staggered", "PSGDKron", "PSGDLRA", "PSGDLRA-alone", "SFAdamW",
+    "TwoMatrixRules", "LDoG", "DoG", "rows", "derived", "draws", "draws-ecc",
 )  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def test_a_state_dict_on_two_ranks_resumes_exactly(case):
         assert keys > 0
 
 
-@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDKron", "LDoG", "rows", "derived", "draws"])
+@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDKron", "PSGDLRA", "LDoG", "rows", "derived", "draws"])
 def test_what_two_ranks_saved_loads_on_one_and_three(case, tmp_path):
     name, options = CASES[case]
     [trained, _] = on_ranks(2, jobs.save, str(tmp_path), name, options, "odd")
@@ -85,7 +87,7 @@ def test_what_two_ranks_saved_loads_on_one_and_three(case, tmp_path):
             assert distance([result[k] for k in trained], list(trained.values())) < 1e-6
 
 
-@pytest.mark.parametrize("case", ["AdamW", "SOAP", "PSGDKron", "draws"])
+@pytest.mark.parametrize("case", ["AdamW", "SOAP", "PSGDKron", "PSGDLRA", "draws"])
 def test_ranks_of_ddp_stay_equal_bit_for_bit(case):
     name, options = CASES[case]
     first, second = on_ranks(2, jobs.ddp, name, options)

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 SHAPES = ((7,), (6, 4), (5,), (4, 6), (3, 5), (1,))
 
-WHOLE_MODEL = {"MSAMLaProp"}
-"""Their rules measure all parameters together, and each rank's optimizer has some of them."""
+WHOLE_MODEL = {"MSAMLaProp", "PSGDLRA"}
+"""Their rules see all parameters together, and each rank's optimizer has some of them."""
 
 OWN_COUNT = {"SFSOAP"}
 """Their averages count the steps in which a group moved anything, and a rank's group may be of matrices alone."""

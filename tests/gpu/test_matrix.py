@@ -13,7 +13,7 @@ from torch import nn
 
 from hb_adam import SFAdamW
 from hb_muon import Muon
-from hb_psgd import PSGDKron
+from hb_psgd import PSGDLRA, PSGDKron
 from hb_soap import SOAP
 
 pytestmark = pytest.mark.gpu
@@ -24,6 +24,7 @@ FAMILIES = {
     "muon-bf16": (Muon, {"method": "newton_schulz"}, 2e-2),  # what "auto" is on a CPU
     "soap": (SOAP, {"precondition_frequency": 2}, 1e-3),
     "psgd": (PSGDKron, {}, 1e-3),
+    "psgd-lra": (PSGDLRA, {}, 1e-3),
     "schedule-free": (SFAdamW, {"weight_decay": 0.1}, 1e-5),
 }
 
@@ -78,7 +79,7 @@ def test_training_resumes_bit_for_bit(family, ecc):
     assert all(torch.equal(a, b) for a, b in zip(straight, halted, strict=True))
 
 
-@pytest.mark.parametrize("family", ["muon", "soap", "psgd"])
+@pytest.mark.parametrize("family", ["muon", "soap", "psgd", "psgd-lra"])
 def test_memory_is_flat_after_the_third_step(family):
     cls, options, _ = FAMILIES[family]
     params = parameters("cuda")
@@ -98,6 +99,7 @@ def test_memory_is_flat_after_the_third_step(family):
         ("Muon", {"ns_dtype": "float32"}),
         ("SOAP", {}),
         ("PSGDKron", {}),
+        ("PSGDLRA", {}),
     ],
 )
 def test_two_gpus_follow_one(name, options):

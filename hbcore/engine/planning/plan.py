@@ -14,6 +14,7 @@ from hbcore.engine.core import Group, OptimizerCore
 from hbcore.engine.graph.scalar_inputs import NO_AMP, Amp, capturing
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.planning.compiling import Compiler
+from hbcore.engine.planning.flat_init import belongs, companions, is_flat
 from hbcore.engine.planning.layout import Layout, Watch
 from hbcore.engine.planning.partition import Partition, example, partition
 from hbcore.engine.planning.segments import Member, Segment, SegmentKey
@@ -43,6 +44,7 @@ class Plan:
         self.layout: Layout | None = None
         self._compiler = Compiler(core, self._numel())
         self._planning, self._lent = False, False
+        self._parted: set[int] = set()
         self._specs: list[SegmentSpec] = []
         self._forks: list[tuple[Transform, ...]] = []
         self._partitions: dict[tuple[int, tuple[bool, ...], torch.dtype], Partition] = {}
@@ -79,6 +81,7 @@ class Plan:
         gone = list(self.members) if param is None else [param] if param in self.members else []
         for m in map(self.members.pop, gone):
             m.lend()
+            self._part(m)
         if gone and self.layout is not None:
             self.layout.drop()
             self.layout = None
@@ -126,7 +129,8 @@ class Plan:
         idle: list[Tensor] = []
         empty: list[Tensor] = []
         present = {p for group in self.core.groups for p in group["params"]}
-        self.members = {p: m for p, m in self.members.items() if p in present}
+        for m in [m for p, m in self.members.items() if p not in present]:
+            self._part(self.members.pop(m.param))
         for g, group in enumerate(self.core.groups):
             for i, p in enumerate(group["params"]):
                 if not p.numel() or p.grad is None:
@@ -134,9 +138,27 @@ class Plan:
                     continue
                 active.append(p)
                 self._admit(g, i, p, init)
+        self._reunite(init, idle)
         self.members.update(init.members())
         watch = Watch(self.core, list(self._specs), idle, empty)
         return Layout(self.core, self._grouped(self.members[p] for p in active), self._compiler, watch)
+
+    def _part(self, m: Member) -> None:
+        """A member is none any more: if a flat rule saw it, the vector that it was a part of is to be made again."""
+        if is_flat(m.partition) and self.core.settings.multi_tensor:
+            self._parted.add(m.group)
+
+    def _reunite(self, init: StateInit, idle: Iterable[Tensor]) -> None:
+        """Have all parts of a flat rule's vector planned, where one of them is: those without a gradient too."""
+        state, idle = self.core.state, set(idle)
+        for g, group in enumerate(self.core.groups):
+            for i, p in enumerate(group["params"]):
+                if p in idle and p in state and p not in self.members and belongs(state[p], self._partition(g, group, p)):
+                    self._admit(g, i, p, init)
+        groups = init.rejoining() | self._parted
+        self._parted = set()
+        for n in companions(self.members.values(), groups, init.params()) if groups else ():
+            init.add(*n)
 
     def _grouped(self, active: Iterable[Member]) -> list[Member]:
         """The members of the coming layout; plans for sparse gradients put others in their place."""
@@ -199,7 +221,8 @@ class Plan:
             SparseGradientError: it is sparse.
         """
         grad = p.grad
-        assert grad is not None
+        if grad is None:  # zeros in a flat rule's vector
+            return p
         if grad.layout != torch.strided:
             raise SparseGradientError(
                 f"{self.core.name_of(g, i)} has a sparse gradient ({grad.layout}); use an optimizer for sparse gradients "

@@ -15,7 +15,7 @@ from hbcore.engine.backends.base import Batch, Executable
 from hbcore.engine.graph.program import NOISE, STACK, Program
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.planning.partition import Partition
-from hbcore.engine.stacks.stack import ShardedView, StackView
+from hbcore.engine.stacks.flat_stack import View
 from hbcore.rules.noise import noise_key
 from hbcore.rules.transform import Slot, Transform
 from hbcore.state.steps import Address
@@ -108,7 +108,7 @@ class Member:
     counter: Address
     state: dict[str, Any]
     seed_key: str
-    views: Sequence[StackView | ShardedView]
+    views: Sequence[View]
     held: dict[str, Tensor]
     stored: dict[str, Tensor]
     addresses: dict[str, int]

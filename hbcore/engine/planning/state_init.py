@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.scalar_inputs import numbers
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.group_scalars import carried
+from hbcore.engine.planning.flat_init import FlatInit, NewMember, belongs, move_in
 from hbcore.engine.planning.partition import Partition
 from hbcore.engine.planning.segments import Member, Segment, aligned, is_transient
 from hbcore.engine.stacks.bound_rule import BoundRule
+from hbcore.engine.stacks.flat_stack import FlatView, View
 from hbcore.engine.stacks.stack import ShardedView, Stack, StackKey, StackView
 from hbcore.errors import ParameterError, RuleError, StateWarning
 from hbcore.rules.numerics import compute_dtype
@@ -28,15 +30,6 @@ from hbcore.state.steps import Address, open_counters
 from hbcore.warn import warn_at_caller
 
 
-class NewMember(NamedTuple):
-    """A parameter that the plan does not know, or not as it is now."""
-
-    group: int
-    param: Tensor
-    partition: Partition
-    segments: tuple[Segment, ...]
-
-
 class StateInit:
     """Collects new members, then gives them their state together: one table of counters, one stack for each kind of block."""
 
@@ -45,10 +38,21 @@ class StateInit:
         self._new: list[NewMember] = []
         self._shared: dict[str, Tensor | None] = {}
         self._reads: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._flat = FlatInit(core)
 
     def add(self, group: int, param: Tensor, partition: Partition, segments: tuple[Segment, ...]) -> None:
         """Take in ``param`` with the others."""
         self._new.append(NewMember(group, param, partition, segments))
+
+    def rejoining(self) -> set[int]:
+        """The groups in which a part of a flat rule's vector is planned anew, and therefore all of it."""
+        if not self.core.settings.multi_tensor:
+            return set()
+        return {n.group for n in self._new if belongs(self.core.state.get(n.param, {}), n.partition)}
+
+    def params(self) -> set[Tensor]:
+        """The parameters that were added."""
+        return {n.param for n in self._new}
 
     def holds(self, member: Member) -> bool:
         """Whether the optimizer's state still holds the very tensors that were planned for."""
@@ -70,7 +74,7 @@ class StateInit:
         addresses, views = self._addresses(), self._views()
         return {n.param: self._member(n, addresses[n.param], views[n.param]) for n in self._new}
 
-    def _member(self, n: NewMember, address: Address, views: list[StackView | ShardedView]) -> Member:
+    def _member(self, n: NewMember, address: Address, views: list[View]) -> Member:
         p, state, part = n.param, self.core.state[n.param], local(n.param.detach())
         names = ["step", *self._elementwise(n, part, state)]
         touched = float(state.get("step", 0.0)) > 0
@@ -141,11 +145,14 @@ class StateInit:
         params = self.core.groups[n.group]["params"]
         return self.core.name_of(n.group, next(i for i, p in enumerate(params) if p is n.param))
 
-    def _move_in(self, n: NewMember, rule: Transform, view: StackView | ShardedView, state: dict[str, Any]) -> bool:
+    def _move_in(self, n: NewMember, rule: Transform, view: View, state: dict[str, Any]) -> bool:
         """Move what the state has of a matrix rule's own slots into the stacks; return whether it differed from initial values.
 
         Collective for a sharded parameter whose state is sharded too, as a checkpoint leaves it: all of it goes to the owner.
         """
+        if isinstance(view, FlatView):
+            move_in(view, state, lambda: self._who(n))
+            return False
         views = view.state()
         codec = n.segments[0].key.spec.codec
         slots = {part: slot for slot in expected([rule], n.param, codec) for part in slot.parts(n.param)}
@@ -179,7 +186,7 @@ class StateInit:
             addresses.update(zip(there, opened, strict=True))
         return addresses
 
-    def _views(self) -> dict[Tensor, list[StackView | ShardedView]]:
+    def _views(self) -> dict[Tensor, list[View]]:
         """Views of new stacks: late parameters open stacks of their own, so that nobody else's state moves."""
         rows: dict[StackKey, list[str]] = {}
         rules: dict[StackKey, tuple[Transform, dict[str, torch.dtype]]] = {}
@@ -191,7 +198,7 @@ class StateInit:
             step = float(self.core.state[n.param].get("step", 0.0))
             for segment, i in zip(n.segments, n.partition.rules, strict=False):
                 rule, level = n.partition.transforms[i], []
-                elsewhere = shards is not None and owner_of[n.param] != shards.rank
+                elsewhere = rule.flat or (shards is not None and owner_of[n.param] != shards.rank)
                 for k, block in enumerate(() if elsewhere else rule.blocks(n.param.shape)):
                     spec, device = segment.key.spec, segment.key.device
                     key = StackKey(spec, i, self._read(n, spec, i), step, block.shape, n.param.dtype, device)
@@ -203,7 +210,9 @@ class StateInit:
                 levels.append(level)
             plans.append((n, levels))
         stacks = {key: Stack(key, *rules[key], names, self._reads[id(key.spec), key.index]) for key, names in rows.items()}
-        return {n.param: _views_of(n, levels, stacks, owner_of) for n, levels in plans}
+        flat = self._flat.views(self._new)
+        every = {n.param: _views_of(n, levels, stacks, owner_of) for n, levels in plans}
+        return {p: [flat.get((p, level), view) for level, view in enumerate(views)] for p, views in every.items()}
 
     def _read(self, n: NewMember, spec: SegmentSpec, index: int) -> tuple[float, ...]:
         """Those of a group's numbers that a matrix rule reads."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from hbcore.engine.graph.purity import Purity
-from hbcore.engine.group_scalars import Due
 from hbcore.engine.stacks.absent import Absent
-from hbcore.engine.stacks.bound_rule import BoundRule
 from hbcore.engine.stacks.drawing import Drawing
 from hbcore.engine.stacks.inner_segment import InnerSegment, Place, place_of
-from hbcore.engine.stacks.stack import Part, StackKey
+from hbcore.engine.stacks.stack import Part
 from hbcore.engine.stacks.stack_state import Rows, StackState, WatchedState
-from hbcore.engine.stacks.tools import Tools
+from hbcore.engine.stacks.turn import Turn
 from hbcore.errors import RuleError
 from hbcore.rules.author_errors import naming
 from hbcore.rules.contract import checked, title, unknown_slot
@@ -25,42 +23,6 @@ from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.row_noise import normal, uniform
 from hbcore.rules.transform import Context, State, Transform, no_memory
 from hbcore.state.codec import codec_of
-
-
-class Turn:
-    """A rule, bound to the numbers of one call in one step.
-
-    Args:
-        key: of any stack that the rule takes.
-        tools: what the optimizer's calls share.
-
-    Attributes:
-        rule: the rule.
-        carried: what the groups carry for it.
-        step: the rows' step.
-        due: whether the rule's expensive part is due.
-        asks: whether it has Hessian-vector products.
-        row: the numbers themselves, as in ``spec.scalar_names``.
-    """
-
-    def __init__(self, key: StackKey, tools: Tools) -> None:
-        self.spec, self.index, self.tools = key.spec, key.index, tools
-        self._bound = BoundRule(key.spec, key.index)
-        self.rule, self.carried = self._bound.rule, self._bound.carried
-        self._interval = self.rule.curvature.interval if "hvp" in self.rule.needs else 0
-        self.step, self.due, self.asks = 0, Due(0.0, 1.0), False
-        self.row: list[float] = []
-
-    @property
-    def step_tensor(self) -> Tensor:
-        """The rows' step, 0-d float64 on the host."""
-        return self._bound.scalars["step"]
-
-    def fill(self, numbers: Sequence[float], step: float, due: Due) -> None:
-        """Take this step's numbers: hyperparameters and what a group carries."""
-        self.step, self.due, self.row = int(step), due, [*numbers, step, 1.0]
-        self.rule = self._bound.fill(numbers, step)
-        self.asks = self._interval > 0 and due.asks(self._interval)
 
 
 class Arguments:
@@ -75,8 +37,7 @@ class Arguments:
         self._absent: dict[str, Any] = {name: Absent(turn.rule, name) for name in ("param", "grad", "hvp", "vector")}
         self._settled = StackState(self._stored, stack.slots, stack.key, {})
         self._dims = tuple(range(1, len(stack.key.shape) + 1))
-        self._numel = torch.tensor(float(torch.Size(stack.key.shape).numel()), dtype=torch.float64, device="cpu")
-        self._drawing = Drawing(part)
+        self._drawing = self._drawing_of(part)
         self._skip: Tensor | None = None
         self.nonfinite: Tensor | None = None
         self._inner: dict[tuple[Place, torch.dtype], InnerSegment | None] = {}
@@ -87,9 +48,10 @@ class Arguments:
             divide=turn.spec.divide,
             sum=self._sum,
             amax=self._amax,
-            numel=self._numel,
+            numel=torch.tensor(float(self._elements()), dtype=torch.float64, device="cpu"),
             probe=partial(self._drawing.draw, normal),
             noise=partial(self._drawing.draw, uniform),
+            total=self._total,
         )
         self._context_settled = self._context._replace(**self._without("refresh", "apply"))
 
@@ -215,8 +177,7 @@ class Arguments:
 
     def slot_shapes(self) -> dict[str, Tensor]:
         """Tensors of the shapes of the rows' slots, without memory."""
-        rows = len(self.part.places)
-        return {n: torch.empty((rows, *slot.shape), device="meta") for n, slot in self.part.stack.slots.items()}
+        return {n: torch.empty((*self._rows(), *slot.shape), device="meta") for n, slot in self.part.stack.slots.items()}
 
     def keep(self, new: Mapping[str, Tensor], update: Tensor | None = None) -> dict[str, float]:
         """Write what the rule returned to the stack; return what the group carries."""
@@ -255,10 +216,25 @@ class Arguments:
         slot, spec = stack.slots[name], turn.spec
         codec, noise = codec_of(slot, spec.codec), None
         if codec.rounds and (spec.stochastic or slot.dtype is not None) and not slot.derived:
-            noise = self._drawing.rounding(name, slot.shape, turn.step)
+            noise = self._drawing.rounding(name, (*self._rows(), *slot.shape), turn.step)
         for part, kept in codec.write(self._stored, name, value, noise).items():
             new = kept if self._skip is None else torch.where(self._skip, self._stored[part], kept)
             _put(stack.stored[part], self.part.rows, new)
+
+    def _drawing_of(self, part: Part) -> Drawing:
+        """What draws for the rows."""
+        return Drawing(part)
+
+    def _rows(self) -> tuple[int, ...]:
+        """What comes before the shape of a row."""
+        return (len(self.part.places),)
+
+    def _elements(self) -> int:
+        """How many elements the reductions reduce."""
+        return torch.Size(self.stack.key.shape).numel()
+
+    def _total(self, x: Tensor) -> Tensor:
+        return x
 
     def _sum(self, x: Tensor) -> Tensor:
         return x.sum(self._dims, keepdim=True) if self._dims else x  # no dimensions would mean all of them

@@ -11,6 +11,7 @@ from torch import Tensor
 from hbcore.distributed.exchange import from_owners, to_owners
 from hbcore.engine.graph.program import NONFINITE
 from hbcore.engine.group_scalars import Due, GroupScalars
+from hbcore.engine.stacks.flat_stack import FlatStack, FlatView, View
 from hbcore.engine.stacks.pairs import Curved
 from hbcore.engine.stacks.rule_call import RuleCall
 from hbcore.engine.stacks.stack import Part, ShardedView, Stack, StackView
@@ -45,7 +46,7 @@ class StackMember(Protocol):
     stored: dict[str, Tensor]
 
     @property
-    def views(self) -> Sequence[StackView | ShardedView]: ...
+    def views(self) -> Sequence[View]: ...
 
     @property
     def reach(self) -> int:
@@ -117,6 +118,12 @@ class Level:
         self._writes: list[int] = []
         found = {_reader(m, stack): stack for stack, rows in self.stacks.items() for m, _, _ in rows}
         self.readers = [Reader(group, spec, stack) for (group, spec, _), stack in found.items()]
+        self._idle = [
+            view
+            for stack, rows in self.stacks.items()
+            if isinstance(stack, FlatStack)
+            for view in stack.idle(row for _, _, some in rows for row in some)
+        ]
         self.notes: list[str] = []
         self._kinds: list[int] = []
         self._base: list[float] | None = None
@@ -188,6 +195,8 @@ class Level:
         self._traffic.scatter()
         if self.curved:
             self.curved.bring()
+        if self._idle:
+            torch._foreach_zero_(self._idle)
         for _, call, groups in self._calls:
             carried = call.run(model.get(NONFINITE))
             for g in groups:
@@ -203,11 +212,15 @@ class Level:
         notes: dict[str, None] = {}
         for stack, members in self.stacks.items():
             found: dict[Together, list[int]] = {}
+            latest = max(base[position] for _, position, _ in members) if isinstance(stack, FlatStack) else None
             for m, position, rows in members:
                 priming = not m.primed and m.reach == self.level + 1
-                together = Together(kind_of[_reader(m, stack)], stack.key.device, base[position], priming)
+                step = base[position] if latest is None else latest
+                together = Together(kind_of[_reader(m, stack)], stack.key.device, step, priming)
                 found.setdefault(together, []).extend(rows)
                 groups.setdefault(together, {})[m.group] = None
+            if latest is not None:  # those without a gradient are zeros
+                found = {together: [*range(len(stack.names))] for together in found}
             for together, chosen in found.items():
                 chosen.sort()
                 whole = chosen == list(range(len(stack.names)))
@@ -229,9 +242,9 @@ def levels_of(members: Sequence[StackMember], tools: Tools) -> list[Level]:
     return [Level(members, level, tools) for level in range(max((min(m.reach, len(m.views)) for m in members), default=0))]
 
 
-def whole_view(view: StackView | ShardedView) -> StackView:
-    """Where the rule sees the whole parameter."""
-    return view if isinstance(view, StackView) else view.inner
+def whole_view(view: View) -> StackView | FlatView:
+    """Where the rule sees the whole parameter, or this rank's part of it with the others'."""
+    return view.inner if isinstance(view, ShardedView) else view
 
 
 class Traffic:
@@ -240,7 +253,7 @@ class Traffic:
     def __init__(self, members: Sequence[StackMember], level: int) -> None:
         views = [m.views[level] for m in members if level < min(m.reach, len(m.views))]
         whole = list(map(whole_view, views))
-        self._scattered = [view for view in whole if len(view.runs) > 1]
+        self._scattered = [view for view in whole if isinstance(view, StackView) and len(view.runs) > 1]
         self._sharded: dict[tuple[object, tuple[tuple[str, torch.dtype], ...]], list[ShardedView]] = {}
         for view in views:
             if isinstance(view, ShardedView):

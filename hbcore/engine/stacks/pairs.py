@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hbcore.distributed.exchange import Transfer, to_owners
 from hbcore.engine.group_scalars import Due
+from hbcore.engine.stacks.flat_stack import View
 from hbcore.engine.stacks.stack import ShardedView, StackView
 from hbcore.errors import OptionError
 from hbcore.rules.transform import Transform
@@ -25,7 +26,7 @@ class CurvedMember(Protocol):
     group: int
 
     @property
-    def views(self) -> Sequence[StackView | ShardedView]: ...
+    def views(self) -> Sequence[View]: ...
 
     @property
     def reach(self) -> int: ...
@@ -90,6 +91,7 @@ class Curved:
             if isinstance(view, StackView):
                 yield view, pair[0].contiguous(), pair[1].contiguous()
                 continue
+            assert isinstance(view, ShardedView)  # flat rules get no products
             shards, size = view.shards, view.shards.shape.numel()
             sent = [Transfer(t.reshape(-1), t.new_empty(size) if view.runs else None, view.owner, shards.sizes()) for t in pair]
             sharded.setdefault((shards.mesh, pair[1].dtype), []).append((view, sent))

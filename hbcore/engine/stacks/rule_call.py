@@ -9,9 +9,11 @@ from torch import Tensor
 
 from hbcore.engine.graph.purity import Purity
 from hbcore.engine.precision import products_as
-from hbcore.engine.stacks.arguments import Arguments, Turn
+from hbcore.engine.stacks.arguments import Arguments
+from hbcore.engine.stacks.flat_arguments import FlatArguments
 from hbcore.engine.stacks.stack import Part
 from hbcore.engine.stacks.tools import Tools
+from hbcore.engine.stacks.turn import Turn
 from hbcore.errors import RuleError
 from hbcore.rules.author_errors import naming
 from hbcore.rules.contract import check_state, checked, title
@@ -37,7 +39,9 @@ class RuleCall:
 
     def __init__(self, parts: Sequence[Part], priming: bool, tools: Tools) -> None:
         self.turn, self.priming = Turn(parts[0].stack.key, tools), priming
-        self._arguments = [Arguments(self.turn, part) for part in parts]
+        self._arguments = [
+            FlatArguments(self.turn, part) if self.turn.rule.flat else Arguments(self.turn, part) for part in parts
+        ]
         self._refreshes = type(self.turn.rule).refresh is not Transform.refresh
         staggered = parts if self.turn.rule.staggers else ()
         self._phases = [[phase_of(name) for name in part.names] for part in staggered]

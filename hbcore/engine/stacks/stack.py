@@ -76,20 +76,20 @@ class Stack:
         self.staggers = rule.staggers
         self.curvature = rule.curvature if "hvp" in rule.needs else None
         self.pair: dict[str, Tensor] = {}
-        self.slots = slots_of(rule, torch.empty(key.shape, dtype=key.dtype, device="meta"))
+        self.slots = self._slots(rule)
         self.derived = frozenset(name for name, slot in self.slots.items() if slot.derived)
         self.unknown: set[int] = set()
         self._keys: dict[str, Tensor] = {}
         self._writes: dict[int, list[int]] = {}
         self.checked: set[str] = set()
-        rows = len(names)
-        self.inputs = {n: torch.zeros(rows, *key.shape, dtype=d, device=key.device) for n, d in feeds.items()}
+        rows = self._rows()
+        self.inputs = {n: torch.zeros(*rows, *key.shape, dtype=d, device=key.device) for n, d in feeds.items()}
         self._addresses = list(map(Tensor.data_ptr, self.inputs.values()))
         self.stored: dict[str, Tensor] = {}
         for name, slot in self.slots.items():
             self.stored.update(self._blank(name, slot, rows))
         self._layouts = {name: (t.storage_offset(), t.shape, t.stride()) for name, t in self.stored.items()}
-        self.outdate(range(rows))
+        self.outdate(range(len(names)))
 
     def open(self) -> bool:
         """Take memory for the inputs, uninitialised; return whether it lies elsewhere than in the last step."""
@@ -123,7 +123,7 @@ class Stack:
             view = state[key]
             self.stored[name] = view.new_empty(0).set_(view.untyped_storage(), *self._layouts[name])
         for name in self.derived:
-            self.stored.update(self._blank(name, self.slots[name], len(self.names)))
+            self.stored.update(self._blank(name, self.slots[name], self._rows()))
 
     def outdate(self, rows: Iterable[int]) -> None:
         """Have the derived slots of rows computed before the rule's next update."""
@@ -166,9 +166,17 @@ class Stack:
         """Whether a slot, not a derived one, may change as it is written: it is stored otherwise than in the compute dtype."""
         return name in self.slots and not self.slots[name].derived and not self.stores_as_it_is(name)
 
-    def _blank(self, name: str, slot: Slot, rows: int) -> dict[str, Tensor]:
+    def _slots(self, rule: Transform) -> dict[str, Slot]:
+        """The slots of one row."""
+        return slots_of(rule, torch.empty(self.key.shape, dtype=self.key.dtype, device="meta"))
+
+    def _rows(self) -> tuple[int, ...]:
+        """What comes before the shape of a row."""
+        return (len(self.names),)
+
+    def _blank(self, name: str, slot: Slot, rows: tuple[int, ...]) -> dict[str, Tensor]:
         codec, dtype = codec_of(slot, self.key.spec.codec), compute_dtype(self.key.dtype)
-        shape, device = (rows, *slot.shape), self.key.device
+        shape, device = (*rows, *slot.shape), self.key.device
         blank = {part: torch.zeros(shape, dtype=d, device=device) for part, d in codec.parts(name, dtype).items()}
         filled = torch.full(shape, slot.fill, dtype=dtype, device=device) if slot.fill else None
         return blank if filled is None else codec.write(blank, name, filled)

@@ -12,6 +12,7 @@ from hb_psgd.plugin import OPTIMIZERS
 from hbcore.api import lazy
 
 if TYPE_CHECKING:
+    from hb_psgd.lra_rule import PSGDLRA as PSGDLRA
     from hb_psgd.psgd import PSGDKron as PSGDKron
 
 __version__ = "0.1.0"

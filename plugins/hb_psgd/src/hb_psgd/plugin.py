@@ -16,6 +16,14 @@ OPTIMIZERS = (
         capabilities=frozenset({"matrix", "random"}),
         small_lr=0.0025,
     ),
+    OptimizerSpec(
+        name="PSGDLRA",
+        target="hb_psgd.lra_rule:PSGDLRA",
+        summary="Preconditioned SGD with one low-rank preconditioner for all parameters of a group",
+        paper="Pooladzandi & Li 2024, arXiv:2402.11858; Li 2015, arXiv:1512.04202",
+        capabilities=frozenset({"matrix", "random", "joint"}),
+        small_lr=0.0025,
+    ),
 )
 """The optimizers of the PSGD family."""
 
@@ -39,4 +47,6 @@ def hb_aliases(api: object) -> list[Alias]:
         *(Alias(name, "PSGDKron", {"delayed": True}) for name in delayed),
         *(Alias(name, "PSGDKron", {"hessian_approx": True}) for name in newton),
         Alias("NewtonHybrid2PSGDKron", "PSGDKron", {"hessian_approx": True, "hvp_interval": 2}),
+        Alias("ForeachPSGDLRA", "PSGDLRA"),
+        *(Alias(name, "PSGDLRA", {"delayed": True}) for name in ("ForeachDelayedPSGDLRA", "DelayedPSGDLRA")),
     ]

@@ -1,0 +1,126 @@
+"""The passes' kernels against torch's products, in Triton's interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from core.kit import normal
+from psgd.test_lra import followed, relative
+
+from hb_psgd import lra_passes
+from hb_psgd.lra_passes import Change, rewrite
+
+pytest.importorskip("triton")
+kernel = pytest.importorskip("hb_psgd.lra_kernel", exc_type=ImportError)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+EPS = torch.finfo(torch.float32).eps
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs Triton's interpreter, or a GPU"
+)
+
+RANKS = [1, 10, 27]
+
+
+def matrix(n, r, seed=0):
+    return normal(n, r, seed=seed).float().to(DEVICE)
+
+
+def vector(n, seed=0):
+    return normal(n, seed=seed).float().to(DEVICE)
+
+
+def close(ours, exact, terms, size):
+    """Sums of so many terms, in float32 and some order, whose absolute values add up to ``size``: Higham 2002, section 4.2."""
+    return bool(((ours.double() - exact).abs() <= 2 * EPS * terms**0.5 * size + 1e-30).all())
+
+
+@pytest.mark.parametrize("n", [1, 300, 1025])
+@pytest.mark.parametrize("r", RANKS)
+def test_sums_over_all_rows(n, r, monkeypatch):
+    monkeypatch.setattr(kernel, "PROGRAMS", 3)
+    a, x = matrix(n, r), vector(n, seed=1)
+    exact, size = a.double().mT @ x.double(), a.abs().double().mT @ x.abs().double()
+    assert close(kernel.inner(a, x), exact, n, size)
+
+
+@pytest.mark.parametrize("n", [1, 300])
+@pytest.mark.parametrize("r", RANKS)
+def test_a_vector_and_combinations_of_columns(n, r):
+    a, x, c = matrix(n, r), vector(n, seed=1), vector(r, seed=2)
+    exact, size = x.double() + a.double() @ c.double(), x.abs().double() + a.abs().double() @ c.abs().double()
+    assert close(kernel.plus(x, a, c), exact, r + 1, size)
+
+
+@pytest.mark.parametrize("n", [1, 300, 1025])
+@pytest.mark.parametrize("r", RANKS)
+def test_moments_are_those_of_torch(n, r, monkeypatch):
+    monkeypatch.setattr(kernel, "PROGRAMS", 3)
+    u, v, x, y = matrix(n, r), matrix(n, r, seed=1), vector(n, seed=2), vector(n, seed=3)
+    pairs = [(u, u), (v, v), (v, u), (u, x), (v, x), (u, y), (v, y)]
+    for ours, (a, b) in zip(kernel.moments(u, v, x, y), pairs, strict=True):
+        assert close(ours, a.double().mT @ b.double(), n, a.abs().double().mT @ b.abs().double())
+
+
+@pytest.mark.parametrize(("turns", "moves"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("r", RANKS)
+def test_a_factor_is_overwritten(r, turns, moves):
+    n = 300
+    a, turn = matrix(n, r), normal(r, r, seed=5).float().to(DEVICE) if turns else None
+    columns, weights = ([vector(n, seed=6), vector(n, seed=7)], [vector(r, seed=8), vector(r, seed=9)]) if moves else ((), ())
+    exact, size = a.double(), a.abs().double()
+    if turn is not None:
+        exact, size = exact @ turn.double(), size @ turn.abs().double()
+    for c, w in zip(columns, weights, strict=True):
+        exact, size = exact + torch.outer(c, w).double(), size + torch.outer(c, w).abs().double()
+    made = a.clone()
+    kernel.rewrite(made, turn, [*columns], torch.stack(weights) if moves else None)
+    assert close(made, exact, r + 2, size)
+    if not INTERPRETED:
+        assert lra_passes._has_kernels(a)
+    assert close(rewrite(a, Change(turn, columns, weights)), exact, r + 2, size)
+
+
+@pytest.mark.parametrize("n", [1, 1500])
+def test_the_pair_of_vectors_and_their_sizes(n):
+    t, probe, d = vector(n), vector(n, seed=1), vector(n, seed=2).abs()
+    d[0] = 0
+    x, y, sizes = kernel.pair(t, probe, d, 0.25, 0.5)
+    wanted_x, wanted_y, wanted = lra_passes.pair(t.cpu(), probe.cpu(), d.cpu(), 0.25, 0.5)
+    assert torch.allclose(x.cpu(), wanted_x, rtol=0, atol=float(4 * EPS * (d * (t.abs() + probe.abs())).max()))
+    assert torch.allclose(y.cpu(), wanted_y, rtol=4 * EPS, atol=0)
+    assert torch.allclose(torch.stack(sizes).cpu(), torch.stack(wanted), rtol=4 * EPS)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_noticed_and_left_out(bad):
+    for make in (kernel.pair, lra_passes.pair):
+        t, ones = vector(9), torch.ones(9, device=DEVICE)
+        t[3] = bad
+        x, _, sizes = make(t, ones, ones, 0.0, 0.0)
+        assert x.isfinite().all() and float(x[3]) == 0 and [float(s) for s in sizes] == [torch.inf, torch.inf, 1.0]
+
+
+@pytest.mark.parametrize("on_u", [True, False])
+@pytest.mark.parametrize(("n", "r"), [(1, 1), (300, 10), (1025, 27)])
+def test_what_a_fit_needs_of_both_vectors(n, r, on_u):
+    u, v, x, y = matrix(n, r), matrix(n, r, seed=1), vector(n, seed=2), vector(n, seed=3)
+    ux, vx, uy, vy = (vector(r, seed=s) for s in (4, 5, 6, 7))
+    ours = kernel.ends(u, v, x, y, on_u, torch.stack((ux, uy)), torch.stack((vx, vy)))
+    double = [z.cpu().double() for z in (u, v, x, y, ux, vx, uy, vy)]
+    theirs = lra_passes.ends(*double[:4], on_u, *double[4:])
+    for found, exact in zip(ours, theirs, strict=True):
+        assert float((found.cpu().double() - exact).norm() / exact.norm()) < 10 * EPS * (r + n) ** 0.5
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the oracle's problem is on the CPU")
+def test_a_fit_by_kernels_equals_the_oracle(monkeypatch):
+    monkeypatch.setattr(lra_passes, "_has_kernels", lambda a: a.dtype == torch.float32)
+    (u, v, d, bounds), oracle = followed(12, torch.float32)
+    for ours, theirs in zip((u, v, d, bounds), (oracle.u, oracle.v, oracle.d, np.array(oracle.bounds)), strict=True):
+        assert relative(ours, theirs) < 2e-4
