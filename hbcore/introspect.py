@@ -26,7 +26,8 @@ def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]
     """Facts about an optimizer class, as plain data: hyperparameters with bounds, options, slots, bytes, chain.
 
     Bytes per parameter are those of its state for a 32 x 32 float32 matrix, at the class's defaults but for ``options``: not
-    every state grows with its parameter. Of a class that wraps others they are the first one's.
+    every state grows with its parameter. Slots that are derived are among them, since they take memory, though checkpoints have
+    none. Of a class that wraps others they are the first one's.
     """
     signature = inspect.signature(cls)
     build: Callable[..., Optimizer | Composite] = cls  # subclasses default everything but the parameters
@@ -44,8 +45,9 @@ def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]
             "transform": slot.rule,
             "dtype": str(dtype).removeprefix("torch."),
             "bytes_per_parameter": dtype.itemsize * slot.shape.numel() / param.numel(),
+            "derived": slot.derived,
         }
-        for slot in expected(transforms, param, optimizer.settings.codec)
+        for slot in expected(transforms, param, optimizer.settings.codec, derived=True)
         for part, dtype in slot.parts(param).items()
     ]
     return {
@@ -124,6 +126,7 @@ def _stepped(cls: type[torch.optim.Optimizer]) -> list[dict[str, Any]]:
             "transform": "",
             "dtype": str(value.dtype).removeprefix("torch."),
             "bytes_per_parameter": value.dtype.itemsize * value.numel() / param.numel(),
+            "derived": False,
         }
         for name, value in optimizer.state[param].items()
         if isinstance(value, torch.Tensor)

@@ -191,4 +191,5 @@ def _hyperparameter(row: dict[str, Any]) -> tuple[str, str, str]:
 
 def _slot(row: dict[str, Any]) -> tuple[str, str, str]:
     rule = f"of {row['transform']}" if row["transform"] else ""
+    rule += ", derived from the others and not saved" if row.get("derived") else ""
     return row["name"], f"{row['dtype']}, {row['bytes_per_parameter']:g} B", rule

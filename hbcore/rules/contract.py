@@ -15,6 +15,7 @@ from hbcore.errors import RuleError
 from hbcore.rules.declared import check_instance, inner, kind, lines_of
 from hbcore.rules.domain import Domain
 from hbcore.rules.route import Route
+from hbcore.rules.slot_checks import check_slot
 from hbcore.rules.transform import Slot, Transform
 from hbcore.rules.views import Block, covers
 
@@ -62,7 +63,7 @@ def slots_of(t: Transform, param: Tensor) -> dict[str, Slot]:
         _check_name(t, name)
         if not isinstance(slot, Slot):
             raise RuleError(f"{title(t, 'slots')}: the slot {name!r} is {kind(slot)}; return zeros(param) or Slot(shape).")
-        _check_slot(t, name, slot, param)
+        check_slot(t, f"{title(t, 'slots')}: the slot {name!r}", slot, param)
     return dict(slots)
 
 
@@ -250,30 +251,6 @@ def _check_methods(t: Transform) -> None:
         rate: Any = t.rate(1)
         if not isinstance(rate, Real) or not 0 <= float(rate) <= 1:
             raise RuleError(f"{title(t, 'rate')} returned {rate!r} for step 1; return a number in [0, 1].")
-
-
-def _check_slot(t: Transform, name: str, slot: Slot, param: Tensor) -> None:
-    where = f"{title(t, 'slots')}: the slot {name!r}"
-    shape: Any = slot.shape
-    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise RuleError(f"{where} has {kind(shape)} for a shape; pass a torch.Size.")
-    if slot.scalar and t.domain not in (Domain.TENSOR, Domain.MODEL):
-        raise RuleError(
-            f"{where} is a scalar, which rules of Domain.TENSOR and Domain.MODEL may have. "
-            + ("Use Slot(torch.Size(())): one number for each block." if t.domain == Domain.MATRIX else "Declare one of them.")
-        )
-    if slot.scalar and tuple(slot.shape):
-        raise RuleError(f"{where} is a scalar and has shape {tuple(slot.shape)}; call scalar(fill).")
-    if t.domain != Domain.MATRIX and not slot.scalar and tuple(slot.shape) != tuple(param.shape):
-        raise RuleError(
-            f"{where} has shape {tuple(slot.shape)} for a parameter of shape {tuple(param.shape)}; a slot of a rule that is "
-            "not of Domain.MATRIX has its parameter's shape."
-        )
-    fill: Any = slot.fill
-    if not isinstance(fill, (Real, Tensor)) and not hasattr(type(fill), "__torch_function__"):
-        raise RuleError(f"{where} has fill {slot.fill!r}; pass a number.")
-    if slot.basis not in (None, "rotate", "permute"):
-        raise RuleError(f"{where} has basis {slot.basis!r}; pass 'rotate', 'permute' or None.")
 
 
 def tensors_in(t: Transform) -> Iterator[Any]:

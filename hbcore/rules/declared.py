@@ -10,8 +10,8 @@ from hbcore.errors import RuleError
 from hbcore.rules.domain import ORDER, Domain
 
 METHODS = (
-    "hypers", "slots", "joins", "scalars", "rate", "blocks", "working_dtype", "prime", "update", "update_stacks", "refresh",
-    "swap",
+    "hypers", "slots", "joins", "scalars", "rate", "blocks", "working_dtype", "derive", "prime", "update", "update_stacks",
+    "refresh", "swap",
 )  # fmt: skip
 """The methods of the protocol. A dataclass field of such a name would replace one."""
 

@@ -105,6 +105,12 @@ class Parallel(Transform):
     def blocks(self, shape: torch.Size) -> tuple[Block, ...]:
         return self._matrix.blocks(shape) if self._matrix is not None else super().blocks(shape)
 
+    def derive(self, s: State, c: Context) -> dict[str, Tensor]:
+        for prefix, t in self._inner():
+            if t.domain == Domain.MATRIX:
+                return {prefix + name: value for name, value in t.derive(Prefixed(s, prefix), c).items()}
+        return super().derive(s, c)
+
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         updates, new = [u] * len(self.branches), dict[str, Tensor]()
         for i, branch in enumerate(self.branches):

@@ -8,6 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+STORABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""The dtypes that a slot may ask for."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -19,6 +22,14 @@ class Slot:
         basis: how a change of basis acts on it: ``"rotate"`` (a first moment), ``"permute"`` (a second moment), ``None``.
         exact: store it in the compute dtype regardless of the optimizer's codec: preconditioners, and small numbers.
         scalar: one number for the whole parameter, see :func:`scalar`.
+        dtype: store it in this dtype, one of :data:`STORABLE`, whatever the codec and the parameter's dtype. The rule reads it
+            in the compute dtype; what it returns is rounded, to bfloat16 stochastically with noise from the optimizer's seed,
+            and to nearest otherwise. For rules of ``Domain.MATRIX``.
+        derived: it follows from the other slots by :meth:`Transform.derive`. It is not in ``state[p]`` and never saved, and has
+            no ``fill``. Otherwise it is a slot like any other, which ``update`` and ``refresh`` keep up to date. Its ``dtype``
+            rounds to nearest. For rules of ``Domain.MATRIX``.
+
+    A slot with ``scalar``, ``dtype`` or ``derived`` is ``exact`` too.
     """
 
     shape: torch.Size
@@ -26,9 +37,11 @@ class Slot:
     basis: Literal["rotate", "permute"] | None = None
     exact: bool = False
     scalar: bool = False
+    dtype: torch.dtype | None = None
+    derived: bool = False
 
     def __post_init__(self) -> None:
-        if self.scalar:
+        if self.scalar or self.dtype is not None or self.derived:
             object.__setattr__(self, "exact", True)
 
 

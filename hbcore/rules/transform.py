@@ -235,6 +235,18 @@ class Transform:
         """Matrix rules with ``primes``: the state after the first update ``u`` of each block."""
         raise NotImplementedError(f"{type(self).__name__} sets primes but does not define prime(u, s, c)")
 
+    def derive(self, s: State, c: Context) -> dict[str, Tensor]:
+        """Matrix rules: every slot that is ``derived``, from the other slots ``s`` of a stack.
+
+        The engine calls it before ``update`` where they are not known: on a parameter's first step, after a load, and whenever
+        others may have written to the state. Resuming is exact only if this gives bit for bit what ``update`` and ``refresh``
+        returned along with the same ``s``, so let one function compute both. It neither draws nor reads parameter or gradient.
+
+        ``s`` are the values as they are stored. If a result has both derived slots and slots that rounding changes, because of
+        their dtype or codec, the engine takes the former from here, and not from the result.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define derive(s, c)")
+
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the new update and the new value of every slot. Pure: never mutates its arguments.
 

@@ -67,6 +67,14 @@ class Cast:
         return {slot: narrowed(value, stored[slot].dtype, noise)}
 
 
+@dataclass(frozen=True)
+class Fixed(Cast):
+    """One tensor of ``storage`` dtype, of float64 parameters too: what a slot with a dtype of its own asks for."""
+
+    def parts(self, slot: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return {slot: self.storage}
+
+
 def narrowed(value: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
     """``value`` in ``dtype``; rounded stochastically if ``dtype`` is bfloat16 and noise is given."""
     if noise is None or dtype != torch.bfloat16:
@@ -88,6 +96,8 @@ def cast_codec(storage: str | torch.dtype) -> Cast:
 
 def codec_of(slot: Slot, codec: StateCodec) -> StateCodec:
     """The codec that stores a slot in an optimizer with codec ``codec``."""
+    if slot.dtype is not None:
+        return Fixed(slot.dtype)
     return Cast() if slot.exact else codec
 
 

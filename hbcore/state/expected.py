@@ -23,6 +23,7 @@ class Logical(NamedTuple):
         shape: its shape; for a matrix rule, that of the run: ``[count, *slot.shape]``, or ``slot.shape`` for a single block.
         matrix: whether a matrix rule owns it; other slots share their parameter's memory layout.
         scalar: whether it is one number for the whole parameter.
+        derived: whether it is computed from the others, and not part of the state.
     """
 
     rule: str
@@ -32,6 +33,7 @@ class Logical(NamedTuple):
     codec: StateCodec
     matrix: bool
     scalar: bool = False
+    derived: bool = False
 
     def parts(self, param: Tensor) -> dict[str, torch.dtype]:
         """The stored tensors and their dtypes."""
@@ -47,9 +49,16 @@ class Logical(NamedTuple):
 
 
 def expected(
-    chain: Iterable[Transform], param: Tensor, codec: StateCodec, param_codec: StateCodec | None = None
+    chain: Iterable[Transform],
+    param: Tensor,
+    codec: StateCodec,
+    param_codec: StateCodec | None = None,
+    derived: bool = False,
 ) -> list[Logical]:
-    """Every slot of ``param`` in chain order, preceded by the extra tensors of ``param_codec``."""
+    """Every slot of ``param`` in chain order, preceded by the extra tensors of ``param_codec``.
+
+    With ``derived``, also those that are not part of the state.
+    """
     slots: list[Logical] = []
     if param_codec is not None and param_codec.parts("param", torch.float32)["param"] == param.dtype:
         kept = {n: d for n, d in param_codec.parts("param", torch.float32).items() if n != "param"}
@@ -63,10 +72,11 @@ def expected(
         runs = t.blocks(param.shape)
         for k, run in enumerate(runs):
             of_block = t.slots(torch.empty(run.shape, dtype=param.dtype, device="meta"))
-            slots += [_run_slot(t, part_name(n, k, len(runs)), s, run, codec) for n, s in of_block.items()]
+            own = [(n, s) for n, s in of_block.items() if derived or not s.derived]
+            slots += [_run_slot(t, part_name(n, k, len(runs)), slot, run, codec) for n, slot in own]
     return slots
 
 
 def _run_slot(t: Transform, name: str, slot: Slot, run: Block, codec: StateCodec) -> Logical:
     shape = slot.shape if run.batch == 1 else torch.Size((run.batch, *slot.shape))
-    return Logical(t.name, name, shape, slot.fill, codec_of(slot, codec), True)
+    return Logical(t.name, name, shape, slot.fill, codec_of(slot, codec), True, derived=slot.derived)

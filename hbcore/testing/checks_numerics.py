@@ -104,8 +104,9 @@ def memory_is_as_described(subject: Subject) -> None:
 
 
 def _described(subject: Subject) -> float:
-    """The documented bytes of state per parameter, with the subject's options."""
-    return float(describe(subject.cls, **subject.options)["bytes_per_parameter"])
+    """The documented bytes of state per parameter, with the subject's options; without slots that are derived from others."""
+    slots = describe(subject.cls, **subject.options)["slots"]
+    return float(sum(slot["bytes_per_parameter"] for slot in slots if not slot["derived"]))
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -102,6 +102,38 @@ class NormalisedRows(hbcore.Optimizer):
 
 
 @dataclass(frozen=True)
+class Fit(Transform):
+    """Multiplies by the square of a factor, which is kept in bfloat16, and whose square is derived from it."""
+
+    name = "fit"
+    domain = Domain.MATRIX
+
+    def blocks(self, shape: torch.Size) -> Any:
+        return matrix_view(shape)
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        square = torch.Size(param.shape[:1] * 2)
+        return {"factor": Slot(square, 0.1, dtype=torch.bfloat16), "squared": Slot(square, derived=True)}
+
+    def derive(self, s: Any, c: Any) -> dict[str, Tensor]:
+        return {"squared": s["factor"].mT @ s["factor"]}
+
+    def update(self, u: Tensor, s: Any, c: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        factor = ema(s["factor"], u @ u.mT / u.shape[-1], 0.5)
+        return s["squared"] @ u, {"factor": factor, "squared": factor.mT @ factor}
+
+
+class Fitted(hbcore.Optimizer):
+    """Momentum through the rule above; vectors take the momentum as it is."""
+
+    lr: float = 0.01
+
+    @staticmethod
+    def chain(h: Any) -> tuple[Transform, ...]:
+        return (Momentum(0.9), Route(is_matrix, (Fit(),)))
+
+
+@dataclass(frozen=True)
 class Shake(Transform):
     """An elementwise rule that draws: uniform noise on the update, and normal noise that it remembers."""
 
@@ -132,6 +164,7 @@ def class_of(name: str | type[Any]) -> Any:
         return name
     own = {
         "TwoMatrixRules": TwoMatrixRules, "Shaken": Shaken, "NormalisedRows": NormalisedRows, "LDoG": LDoG, "DoG": DoG,
+        "Fitted": Fitted,
     }  # fmt: skip
     return own.get(name) or hbcore.get(name)
 

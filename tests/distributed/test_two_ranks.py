@@ -27,6 +27,7 @@ CASES = {
     "LDoG": ("LDoG", {}),
     "DoG": ("DoG", {}),
     "rows": ("NormalisedRows", {"ecc": "bf16+8"}),
+    "derived": ("Fitted", {}),
     "draws": ("Shaken", {}),
     "draws-triton": ("Shaken", {"compile": "triton"}),
     "draws-ecc": ("Shaken", {"ecc": "bf16+8", "stochastic_rounding": True}),
@@ -63,7 +64,7 @@ def test_groups_on_two_ranks_follow_one_process(case):
 
 RESUMED = (
     "AdamW-ecc", "SOAP", "SOAP-regions", "SOAP-staggered", "PSGDKron", "SFAdamW", "TwoMatrixRules", "LDoG", "DoG", "rows",
-    "draws", "draws-ecc",
+    "derived", "draws", "draws-ecc",
 )  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def test_a_state_dict_on_two_ranks_resumes_exactly(case):
         assert keys > 0
 
 
-@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDKron", "LDoG", "rows", "draws"])
+@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDKron", "LDoG", "rows", "derived", "draws"])
 def test_what_two_ranks_saved_loads_on_one_and_three(case, tmp_path):
     name, options = CASES[case]
     [trained, _] = on_ranks(2, jobs.save, str(tmp_path), name, options, "odd")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from hbcore.engine.group_scalars import Due
 from hbcore.engine.stacks.absent import Absent
 from hbcore.engine.stacks.bound_rule import BoundRule
 from hbcore.engine.stacks.inner_segment import InnerSegment, Place, place_of
-from hbcore.engine.stacks.stack import Stack, StackKey
+from hbcore.engine.stacks.stack import Part, StackKey
 from hbcore.engine.stacks.stack_state import Rows, StackState, WatchedState
 from hbcore.engine.stacks.tools import Tools
 from hbcore.errors import RuleError
@@ -23,26 +23,6 @@ from hbcore.rules.contract import checked, title, unknown_slot
 from hbcore.rules.noise import bits, noise_key, normal, uniform
 from hbcore.rules.transform import Context, State, Transform
 from hbcore.state.codec import codec_of
-
-
-class Part(NamedTuple):
-    """Rows of one stack that take the same step.
-
-    Attributes:
-        rows: which of the stack's rows; None for all of them.
-        names: what their random numbers are drawn by.
-    """
-
-    stack: Stack
-    rows: Tensor | None
-    names: list[str]
-
-    def only(self, some: Sequence[int]) -> Part | None:
-        """Some of the rows, by their places; None if there are none."""
-        if len(some) == len(self.names):
-            return self
-        rows = torch.tensor(some, device=self.stack.key.device)
-        return Part(self.stack, rows if self.rows is None else self.rows[rows], [self.names[i] for i in some]) if some else None
 
 
 class Turn:
@@ -106,8 +86,7 @@ class Arguments:
             probe=self._probe,
             noise=self._noise,
         )
-        settled: dict[str, Any] = {name: Absent(turn.rule, name, "refresh") for name in self._absent}
-        self._context_settled = self._context._replace(**settled, apply=partial(_only_update_applies, turn.rule))
+        self._context_settled = self._context._replace(**self._without("refresh", "apply"))
 
     def given(self) -> tuple[Tensor, State, Context]:
         """The arguments of the rule's ``update`` in this step."""
@@ -137,6 +116,26 @@ class Arguments:
         purity.give(self._turn.rule, (*self.stack.stored.values(), *context))
         return WatchedState(self._turn.rule, state, purity, "refresh"), context
 
+    def underived(self, purity: Purity) -> tuple[State, Context]:
+        """The arguments of the rule's ``derive``, whose writes ``purity`` watches."""
+        rule, stack = self._turn.rule, self.stack
+        slots = {name: slot for name, slot in stack.slots.items() if not slot.derived}
+        context = self._context._replace(**self._without("derive", "apply", "probe", "noise"))
+        purity.give(rule, (*stack.stored.values(), *context))
+        return WatchedState(rule, StackState(self._stored, slots, stack.key, {}), purity, "derive"), context
+
+    def _without(self, method: str, *refused: str) -> dict[str, Any]:
+        """The parts of the context that a method other than ``update`` has no use for."""
+        rule = self._turn.rule
+        absent = {name: Absent(rule, name, method) for name in self._absent}
+        return {**absent, **{name: partial(_refuse, rule, method, name) for name in refused}}
+
+    def keep_derived(self, new: Mapping[str, Tensor]) -> None:
+        """Write what the rule's ``derive`` returned, also in a step that is skipped: it follows from what the rows have."""
+        self._skip = None
+        self.keep(new)
+        self.stack.unknown.difference_update(self.part.places)
+
     def watched(self, purity: Purity) -> tuple[Tensor, State, Context]:
         """:meth:`given` for a rule whose writes ``purity`` watches, and what its inner rules return."""
         update, state, context = self.given()
@@ -159,7 +158,7 @@ class Arguments:
 
     def _segment(self, inner: Transform, u: Tensor, s: State) -> InnerSegment | None:
         """What runs ``inner`` on ``u``; None if it runs as it is written."""
-        if s is not self._state or u.shape != (len(self.part.names), *self.stack.key.shape) or not u.is_contiguous():
+        if s is not self._state or u.shape != (len(self.part.places), *self.stack.key.shape) or not u.is_contiguous():
             return None
         turn = self._turn
         place = place_of(turn.rule, inner)
@@ -187,7 +186,7 @@ class Arguments:
 
     def slot_shapes(self) -> dict[str, Tensor]:
         """Tensors of the shapes of the rows' slots, without memory."""
-        rows = len(self.part.names)
+        rows = len(self.part.places)
         return {n: torch.empty((rows, *slot.shape), device="meta") for n, slot in self.part.stack.slots.items()}
 
     def keep(self, new: Mapping[str, Tensor], update: Tensor | None = None) -> dict[str, float]:
@@ -195,7 +194,7 @@ class Arguments:
         stack, rows, carried = self.part.stack, self.part.rows, dict[str, float]()
         # Results that are views of this stack's memory are copied first: it is overwritten below. Rows are copies already.
         memory = _memory((*stack.inputs.values(), *stack.stored.values())) if rows is None else set()
-        kept = [(name, value.clone() if _memory((value,)) <= memory else value) for name, value in new.items()]
+        kept = [(name, value.clone() if _memory((value,)) <= memory else value) for name, value in self._settled_by(new)]
         if update is not None:
             update = update.clone() if update is not stack.inputs["update"] and _memory((update,)) <= memory else update
             _put(stack.inputs["update"], rows, update)
@@ -206,15 +205,23 @@ class Arguments:
                 self._write(name, value)
         return carried
 
+    def _settled_by(self, new: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+        """Without derived slots, if those that they follow from are rounded: then they follow from what was stored."""
+        stack = self.stack
+        if stack.derived.isdisjoint(new) or not any(map(stack.rounds, new)):
+            return new.items()
+        stack.outdate(self.part.places)
+        return [(name, value) for name, value in new.items() if name not in stack.derived]
+
     def _write(self, name: str, value: Tensor) -> None:
         stack, turn = self.part.stack, self._turn
         if name not in stack.slots:
             raise RuleError(unknown_slot(turn.rule, name, stack.slots, "returned"))
         slot, spec = stack.slots[name], turn.spec
-        noise = None
-        if spec.stochastic and not slot.exact and spec.codec.rounds:
+        codec, noise = codec_of(slot, spec.codec), None
+        if codec.rounds and (spec.stochastic or slot.dtype is not None) and not slot.derived:
             noise = bits(self._keys(f"round.{name}"), slot.shape.numel(), stack.key.device).view(-1, *slot.shape)
-        for part, kept in codec_of(slot, spec.codec).write(self._stored, name, value, noise).items():
+        for part, kept in codec.write(self._stored, name, value, noise).items():
             new = kept if self._skip is None else torch.where(self._skip, self._stored[part], kept)
             _put(stack.stored[part], self.part.rows, new)
 
@@ -252,8 +259,9 @@ class Written(dict[str, Tensor]):
         return self._state[name]
 
 
-def _only_update_applies(rule: Transform, *_: Any) -> NoReturn:
-    raise RuleError(f"{title(rule, 'refresh')} calls c.apply, which only update can.")
+def _refuse(rule: Transform, method: str, part: str, *_: Any) -> NoReturn:
+    who = "only update can" if part == "apply" else f"{method} cannot: it returns the same whenever it is called"
+    raise RuleError(f"{title(rule, method)} calls c.{part}, which {who}.")
 
 
 def _memory(tensors: Iterable[Tensor]) -> set[int]:

@@ -11,9 +11,8 @@ from torch import Tensor
 from hbcore.distributed.exchange import from_owners, to_owners
 from hbcore.engine.graph.program import NONFINITE
 from hbcore.engine.group_scalars import Due, GroupScalars
-from hbcore.engine.stacks.arguments import Part
 from hbcore.engine.stacks.rule_call import RuleCall
-from hbcore.engine.stacks.stack import ShardedView, Stack, StackView
+from hbcore.engine.stacks.stack import Part, ShardedView, Stack, StackView
 from hbcore.engine.stacks.tools import Tools
 
 Readings = dict[tuple[int, tuple[str, ...]], list[float]]
@@ -97,10 +96,17 @@ class Level:
     def __init__(self, members: Sequence[StackMember], level: int, tools: Tools) -> None:
         self.level, self._traffic, self._tools = level, Traffic(members, level), tools
         self.stacks: dict[Stack, list[tuple[StackMember, int, range]]] = {}
+        self._held: list[tuple[Stack, range, list[Tensor]]] = []
         for position, m in enumerate(members):
             if level < min(m.reach, len(m.views)):
-                for block, stack, row in m.views[level].runs:
-                    self.stacks.setdefault(stack, []).append((m, position, range(row, row + block.batch)))
+                runs = m.views[level].runs
+                for k, (block, stack, row) in enumerate(runs):
+                    rows = range(row, row + block.batch)
+                    self.stacks.setdefault(stack, []).append((m, position, rows))
+                    if stack.derived:
+                        held = [m.stored[name] for name in stack.keys(k, len(runs)).values()]
+                        self._held.append((stack, rows, [t for t in held if not t.is_inference()]))
+        self._writes: list[int] = []
         found = {_reader(m, stack): stack for stack, rows in self.stacks.items() for m, _, _ in rows}
         self.readers = [Reader(group, spec, stack) for (group, spec, _), stack in found.items()]
         self.notes: list[str] = []
@@ -117,6 +123,11 @@ class Level:
                 m = rows[0][0]
                 whole_view(m.views[self.level]).recall(m.stored)
             moved = stack.open() or moved
+        writes = [t._version for _, _, held in self._held for t in held]
+        if writes != self._writes:  # somebody wrote to state that they were handed earlier
+            self._writes = writes
+            for stack, its_rows, held in self._held:
+                stack.look(its_rows, held)
         return moved
 
     def close(self) -> None:
@@ -191,7 +202,7 @@ class Level:
                 if not whole:
                     notes[PARTED if len({t.kind for t in found}) > 1 else SAT_OUT] = None
                 index = None if whole else torch.tensor(chosen, device=stack.key.device)
-                parts.setdefault(together, []).append(Part(stack, index, [stack.names[r] for r in chosen]))
+                parts.setdefault(together, []).append(Part(stack, index, chosen))
         self.notes = list(notes)
         self._calls = [Call(t, RuleCall(some, t.priming, self._tools), list(groups[t])) for t, some in parts.items()]
 

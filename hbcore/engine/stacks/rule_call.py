@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hbcore.engine.graph.purity import Purity
 from hbcore.engine.precision import products_as
-from hbcore.engine.stacks.arguments import Arguments, Part, Turn
+from hbcore.engine.stacks.arguments import Arguments, Turn
+from hbcore.engine.stacks.stack import Part
 from hbcore.engine.stacks.tools import Tools
 from hbcore.errors import RuleError
 from hbcore.rules.author_errors import naming
@@ -46,15 +47,34 @@ class RuleCall:
 
         Where ``nonfinite``, 0-d, is above 0, the rows keep the state that they have.
         """
-        for each in self._arguments:
-            each.take(nonfinite)
         with products_as(self.turn.tools.matmul_precision):
+            self._derive()
+            for each in self._arguments:
+                each.take(nonfinite)
             if self.priming:
                 return self._prime()
             carried = self._run() if _known(self._arguments, "update") else self._run_checked()
             if self._refreshes and (due := self._due()):
                 self._refresh(due)
         return carried
+
+    def _derive(self) -> None:
+        """Compute the derived slots of rows that lack them, watched: this is rare.
+
+        Raises:
+            RuleError: the rule's ``derive`` writes to what it was given, or returns something else than its derived slots.
+        """
+        rule = self.turn.rule
+        for each in self._arguments:
+            if each.stack.unknown.isdisjoint(each.part.places):
+                continue
+            purity = Purity()
+            arguments = each.underived(purity)
+            with purity, naming(rule, "derive"):
+                new = rule.derive(*arguments)
+            shapes = each.slot_shapes()
+            check_state(rule, new, {name: shapes[name] for name in sorted(each.stack.derived)}, True, "derive")
+            each.keep_derived(new)
 
     def _run(self) -> dict[str, float]:
         carried: dict[str, float] = {}
@@ -114,6 +134,7 @@ class RuleCall:
                 new = rule.prime(*arguments)
             check_state(rule, new, each.shapes(), False, "prime")
             carried.update(each.keep(new))
+            each.stack.outdate(each.part.places)
         return carried
 
     def _run_checked(self) -> dict[str, float]:

@@ -7,8 +7,9 @@ parameter's rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +60,8 @@ class Stack:
         reads: which of a group's numbers that rule reads, see :class:`~hbcore.engine.stacks.bound_rule.BoundRule`.
         inputs: what the segment before writes: ``update``, and what else the rule needs. The rule's result replaces ``update``.
         stored: the slots as the codec stores them, ``[rows, *slot.shape]`` each.
+        derived: the slots that follow from the others, and have no place in the parameters' state.
+        unknown: the rows of which those have to be computed before the rule's next update.
         checked: the rule's methods that ran on it and were seen to be pure, and to return what they may.
     """
 
@@ -68,6 +71,9 @@ class Stack:
         self.key, self.names, self.rule, self.reads = key, names, rule.name, reads
         self.staggers = rule.staggers
         self.slots = slots_of(rule, torch.empty(key.shape, dtype=key.dtype, device="meta"))
+        self.derived = frozenset(name for name, slot in self.slots.items() if slot.derived)
+        self.unknown: set[int] = set()
+        self._writes: dict[int, list[int]] = {}
         self.checked: set[str] = set()
         rows = len(names)
         self.inputs = {n: torch.zeros(rows, *key.shape, dtype=d, device=key.device) for n, d in feeds.items()}
@@ -76,6 +82,7 @@ class Stack:
         for name, slot in self.slots.items():
             self.stored.update(self._blank(name, slot, rows))
         self._layouts = {name: (t.storage_offset(), t.shape, t.stride()) for name, t in self.stored.items()}
+        self.outdate(range(rows))
 
     def open(self) -> bool:
         """Take memory for the inputs, uninitialised; return whether it lies elsewhere than in the last step."""
@@ -92,8 +99,9 @@ class Stack:
                 t.untyped_storage().resize_(0)
 
     def lend(self) -> None:
-        """Leave the slots' memory to the views that parameters have of it: whoever has those may free it."""
+        """Leave the slots' memory to the views that parameters have of it: whoever has those may free it, or write there."""
         self.stored.clear()
+        self.outdate(range(len(self.names)))
 
     def recall(self, state: Mapping[str, Tensor], k: int, runs: int) -> None:
         """Find the slots' memory again, by the state of a parameter whose run ``k`` of ``runs`` lies here."""
@@ -102,14 +110,38 @@ class Stack:
         for name, key in self.keys(k, runs).items():
             view = state[key]
             self.stored[name] = view.new_empty(0).set_(view.untyped_storage(), *self._layouts[name])
+        for name in self.derived:
+            self.stored.update(self._blank(name, self.slots[name], len(self.names)))
+
+    def outdate(self, rows: Iterable[int]) -> None:
+        """Have the derived slots of rows computed before the rule's next update."""
+        if self.derived:
+            self.unknown.update(rows)
+
+    def look(self, rows: range, held: Sequence[Tensor]) -> None:
+        """Outdate rows of a parameter whose state tensors ``held`` were written to since this was last asked.
+
+        The engine does not write to those tensors, but to others of the same memory.
+        """
+        writes = [t._version for t in held]
+        if self._writes.get(rows.start, writes) != writes:
+            self.outdate(rows)
+        self._writes[rows.start] = writes
 
     def keys(self, k: int, runs: int) -> dict[str, str]:
         """Stored tensor -> its name in the state of a parameter whose run ``k`` of ``runs`` lies here."""
         dtype, found = compute_dtype(self.key.dtype), dict[str, str]()
         for name, slot in self.slots.items():
+            if slot.derived:
+                continue
             codec = codec_of(slot, self.key.spec.codec)
             found.update(zip(codec.parts(name, dtype), codec.parts(part_name(name, k, runs), dtype), strict=True))
         return found
+
+    def rounds(self, name: str) -> bool:
+        """Whether a slot, not a derived one, may change as it is written: it is stored otherwise than in the compute dtype."""
+        dtype, slot = compute_dtype(self.key.dtype), self.slots.get(name)
+        return slot is not None and not slot.derived and codec_of(slot, self.key.spec.codec).parts(name, dtype) != {name: dtype}
 
     def _blank(self, name: str, slot: Slot, rows: int) -> dict[str, Tensor]:
         codec, dtype = codec_of(slot, self.key.spec.codec), compute_dtype(self.key.dtype)
@@ -117,6 +149,31 @@ class Stack:
         blank = {part: torch.zeros(shape, dtype=d, device=device) for part, d in codec.parts(name, dtype).items()}
         filled = torch.full(shape, slot.fill, dtype=dtype, device=device) if slot.fill else None
         return blank if filled is None else codec.write(blank, name, filled)
+
+
+class Part(NamedTuple):
+    """Rows of one stack that take the same step.
+
+    Attributes:
+        rows: which of the stack's rows; None for all of them.
+        places: the same on the host, always.
+    """
+
+    stack: Stack
+    rows: Tensor | None
+    places: Sequence[int]
+
+    @property
+    def names(self) -> list[str]:
+        """What the rows' random numbers are drawn by."""
+        return [self.stack.names[row] for row in self.places]
+
+    def only(self, some: Sequence[int]) -> Part | None:
+        """Some of the rows, by their places among these; None if there are none."""
+        if len(some) == len(self.places):
+            return self
+        places = [self.places[i] for i in some]
+        return Part(self.stack, torch.tensor(places, device=self.stack.key.device), places) if some else None
 
 
 @dataclass(eq=False)
@@ -167,7 +224,7 @@ class StackView:
             for name, key in stack.keys(k, len(self.runs)).items():
                 stored = stack.stored[name]
                 view = stored[row] if block.batch == 1 else stored[row : row + block.batch]
-                views[key] = view.detach()  # which does not keep the whole stack alive
+                views[key] = view.data  # which does not keep the whole stack alive, and whose version counts others' writes
         return views
 
 
