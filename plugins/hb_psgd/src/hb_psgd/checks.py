@@ -6,9 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from hb_psgd.factor_rules import RULES
 from hb_psgd.kron import memory_layout
 from hbcore.api import HyperparameterError, OptionError, check_whole
+
+Q_DTYPES: Mapping[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+"""The values of ``q_dtype``; None is the compute dtype. In float16 a factor may be too small, and zero for good."""
 
 
 def check_settings(rule: Any) -> None:
@@ -20,6 +25,8 @@ def check_settings(rule: Any) -> None:
     """
     if rule.precond_rule not in tuple(RULES):
         raise OptionError(f"precond_rule={rule.precond_rule!r} does not exist; pass one of {', '.join(map(repr, RULES))}.")
+    if rule.q_dtype not in tuple(Q_DTYPES):
+        raise OptionError(f"q_dtype={rule.q_dtype!r} is not supported; pass one of {', '.join(map(repr, Q_DTYPES))}.")
     memory_layout((), memory_save_mode=rule.memory_save_mode)  # raises if the mode does not exist
     if not callable(rule.preconditioner_update_probability):
         check_number("preconditioner_update_probability", rule.preconditioner_update_probability, low=0, high=1)

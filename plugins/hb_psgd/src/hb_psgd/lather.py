@@ -36,7 +36,6 @@ class AdamInEigenbasis(KronFactors):
 
     inner: Transform = field(default_factory=ScaleByAdam)
     name = "lather"
-    version = 1
     primes = True
 
     def takes(self, param: Tensor) -> bool:

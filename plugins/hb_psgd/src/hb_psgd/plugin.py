@@ -52,11 +52,3 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
 def hb_aliases(api: object) -> list[Alias]:
     """Names that HeavyBall users know."""
     return [Alias(name=name, target=target, preset=preset) for name, (target, preset) in ALIASES.items()]
-
-
-@hookimpl
-def hb_migrations(api: object) -> list[object]:
-    """From checkpoints without the factors of P."""
-    from hb_psgd.migrations import MIGRATIONS
-
-    return MIGRATIONS

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
+
 from hb_psgd.checks import check_flags
 from hb_psgd.rule import DebiasedAverage, KronFactors, PreconditionByKron, Probability
 from hbcore.api import HyperparameterError, Optimizer, OptionError, Transform
@@ -15,7 +17,6 @@ NOT_YET: Mapping[str, Any] = {
     "hvp_interval": 1,
     "finite_differences": False,
     "fallback_to_finite_differences": True,
-    "q_dtype": "float32",
 }
 """HeavyBall's options that this version accepts by name only, and their only supported values."""
 
@@ -44,11 +45,11 @@ class KronOptimizer(Optimizer):
     precond_init_scale_scale: float = 1.0
     precond_init_scale_power: float | None = None
     precond_lr: float = 0.1
+    q_dtype: str | torch.dtype = "float32"
     hessian_approx: bool = False
     hvp_interval: int = 1
     finite_differences: bool = False
     fallback_to_finite_differences: bool = True
-    q_dtype: str = "float32"
     update_clipping = "trust_region_clip_"
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +58,7 @@ class KronOptimizer(Optimizer):
                 raise OptionError(f"{type(self).__name__}: {option}={value!r} is not supported yet; leave it at {only!r}.")
         flags = ("momentum_into_precond_update", "store_triu_as_line", "exp_avg_input", "delayed", "cached")
         check_flags({name: h[name] for name in flags if name in h})
+        h["q_dtype"] = str(h["q_dtype"]).removeprefix("torch.")
         return {name: value for name, value in h.items() if name != "store_triu_as_line"}
 
 
@@ -88,8 +90,9 @@ class PSGDKron(KronOptimizer):
         precond_init_scale: the scale of the factors' product at first; None to take it from the first gradient.
         precond_init_scale_scale, precond_init_scale_power: that scale's factor, and the power it is then raised to.
         precond_lr: learning rate of the factors, in [0, 1].
-        hessian_approx, hvp_interval, finite_differences, fallback_to_finite_differences, q_dtype: HeavyBall's, not supported
-            yet; any value but the default is refused.
+        q_dtype: what the factors of Q are stored in, "float32" or "bfloat16"; they are fitted in float32 all the same.
+        hessian_approx, hvp_interval, finite_differences, fallback_to_finite_differences: HeavyBall's, not supported yet; any
+            value but the default is refused.
         beta: decay of the momentum, in [0, 1); None for the default.
         betas: another spelling; its first number overrides ``beta``, the others are ignored.
         exp_avg_input: precondition the momentum; False for the gradient, without any momentum.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hb_psgd import kron
-from hb_psgd.checks import check_flags, check_number, check_settings
+from hb_psgd.checks import Q_DTYPES, check_flags, check_number, check_settings
 from hb_psgd.factor_rules import RULES, Factor, Settings, all_fitted
 from hb_psgd.norms import PROBES
 from hbcore.api import Block, Context, Domain, Slot, State, Transform, debiased, grid_view, hyper, matrix_view, zeros
@@ -83,6 +83,8 @@ class KronFactors(Transform):
         precond_init_scale: the scale of Q at first; None for ``(a s)^b``, s by :func:`hb_psgd.kron.whitening_scale`.
         precond_init_scale_scale, precond_init_scale_power: a and b; None for 1.
         cached: keep the factors of P, so that each dimension takes one product.
+        q_dtype: what ``Q_i`` is stored in: "float32", which is the compute dtype, or "bfloat16", rounded stochastically. It is
+            fitted in the compute dtype all the same.
 
     Slots: for each dimension i ``Q_i``, ``[n, n]`` or ``[n]``, ``L_i``, its bound, and with ``cached`` for a dense one ``P_i``,
     :math:`Q_i^T Q_i`; ``init_scale``, 0 until the factors start; with ``precond_grad_accum``, ``grad_mean`` and ``grad_count``.
@@ -104,7 +106,7 @@ class KronFactors(Transform):
     precond_init_scale_scale: float = hyper(1.0, gt=0)
     precond_init_scale_power: float | None = None
     cached: bool = True
-    version = 2
+    q_dtype: str = "float32"
     domain = Domain.MATRIX
 
     def __post_init__(self) -> None:
@@ -134,7 +136,7 @@ class KronFactors(Transform):
         shape = param.shape or torch.Size([1])
         slots = {"init_scale": Slot(torch.Size(), exact=True)}
         for i, (n, dense) in enumerate(zip(shape, self.dense(shape), strict=True)):
-            slots[f"Q_{i}"] = Slot(torch.Size((n, n) if dense else (n,)), exact=True)
+            slots[f"Q_{i}"] = Slot(torch.Size((n, n) if dense else (n,)), exact=True, dtype=Q_DTYPES[self.q_dtype])
             slots[f"L_{i}"] = Slot(torch.Size(), exact=True)
         if self.precond_grad_accum:
             slots |= {"grad_mean": zeros(param), "grad_count": Slot(torch.Size(), exact=True)}
@@ -145,7 +147,7 @@ class KronFactors(Transform):
         if not self.cached:
             return {}
         dense = self.dense(shape)
-        return {f"P_{i}": Slot(torch.Size((n, n)), exact=True) for i, n in enumerate(shape) if dense[i]}
+        return {f"P_{i}": Slot(torch.Size((n, n)), derived=True) for i, n in enumerate(shape) if dense[i]}
 
     def derive(self, s: State, c: Context) -> dict[str, Tensor]:
         """The factors of P, from those of Q."""
