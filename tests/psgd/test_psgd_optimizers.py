@@ -113,7 +113,7 @@ class TestOptimizer:
         of = {cls: inspect.signature(cls).parameters for cls in (PSGDKron, PSGDPRO, QSGD, LATHER)}
         for cls in (PSGDPRO, QSGD):
             other = {n: p.default for n, p in of[cls].items() if p.default != of[PSGDKron][n].default}
-            assert other == {"update_clipping": None, "store_triu_as_line": False}
+            assert other == {"update_clipping": None, "store_triu_as_line": False, "precond_rule": "pro"}
             assert cls(params).settings.clips == ()
         shown = {n: of[LATHER][n].default for n in ("lr", "betas", "eps", "weight_decay", "update_clipping", "precond_lr")}
         assert shown == {

@@ -14,7 +14,7 @@ def lather(
     gradients: Iterable[Array],
     *,
     draw: Draw,
-    rule: str = "pro",
+    rule: str = "quad",
     lr: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,

@@ -137,7 +137,7 @@ def psgd_kron(
     *,
     dense: Sequence[bool],
     draw: Draw,
-    rule: str = "pro",
+    rule: str = "quad",
     root: bool = False,
     accumulate: bool = False,
     lr: float = 0.001,

@@ -28,7 +28,7 @@ class KronOptimizer(Optimizer):
     """The options of every optimizer with Kronecker factors; no optimizer itself."""
 
     lr: float = 0.001
-    precond_rule: str = "pro"
+    precond_rule: str = "quad"
     preconditioner_update_probability: Probability = None
     max_size_triangular: int = 2048
     min_ndim_triangular: int = 2
@@ -51,6 +51,7 @@ class KronOptimizer(Optimizer):
     finite_differences: bool = False
     fallback_to_finite_differences: bool = True
     update_clipping = "trust_region_clip_"
+    formerly = {"precond_rule": "pro"}
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
         for option, only in NOT_YET.items():
@@ -72,8 +73,8 @@ class PSGDKron(KronOptimizer):
 
     Args:
         lr: learning rate.
-        precond_rule: how the factors are fitted: "pro" (Q0.5EQ1.5 with Procrustes steps), "quad", "qeq", "qep", or "eq" with
-            triangular factors.
+        precond_rule: how the factors are fitted: "quad", which keeps them symmetric, "pro" (Q0.5EQ1.5 with Procrustes steps),
+            "qeq", "qep", or "eq" with triangular factors.
         preconditioner_update_probability: refreshes per step, in [0, 1], or a module-level function of the step (1, 2, ...)
             that returns it; None for :func:`hb_psgd.rule.update_probability`. At 0 the factors stay as they start.
         max_size_triangular: larger dimensions get a diagonal factor.
@@ -124,11 +125,12 @@ class PSGDKron(KronOptimizer):
 
 
 class PSGDPRO(PSGDKron):
-    r"""PSGD fitted by the rule Q0.5EQ1.5, or PRO, psgd_torch's default: :class:`PSGDKron` without clipping of its updates.
+    r"""PSGD fitted by the rule Q0.5EQ1.5, or PRO, psgd_torch's default, and without clipping of its updates.
 
     Args and state are those of :class:`PSGDKron`.
     """
 
+    precond_rule = "pro"
     store_triu_as_line = False
     update_clipping = None  # type: ignore[assignment]
 

@@ -93,7 +93,7 @@ class KronFactors(Transform):
     precond_lr: float = hyper(0.1, ge=0, le=1)
     lower_bound_beta: float = hyper(0.9, ge=0, lt=1)
     dampening: float = hyper(1e-9, ge=0)
-    precond_rule: str = "pro"
+    precond_rule: str = "quad"
     preconditioner_update_probability: Probability = None
     max_size_triangular: int = 2048
     min_ndim_triangular: int = 2
