@@ -52,12 +52,26 @@ def run(
     sizes: tuple[int, ...] = (),
     constants: tuple[int, ...] = (),
     num_warps: int = 4,
+    counts: tuple[int, ...] = (),
 ) -> None:
-    """The same for a kernel that takes tensors, then floats, then integers, then ``constexpr`` integers."""
+    """The same for a kernel that takes tensors, then floats, then counts, then sizes, then ``constexpr`` integers.
+
+    Counts are integers that may differ from call to call; the kernel declares them with ``do_not_specialize``. For each new
+    tuple of sizes it is compiled anew.
+    """
+    wide = tuple(not -(2**31) <= count < 2**31 for count in counts)
     make = partial(
-        _compiled, kernel, tensors[-1].device.index, tuple(t.dtype for t in tensors), len(numbers), sizes, constants, num_warps
+        _compiled,
+        kernel,
+        tensors[-1].device.index,
+        tuple(t.dtype for t in tensors),
+        len(numbers),
+        wide,
+        sizes,
+        constants,
+        num_warps,
     )
-    launch(kernel, grid, tensors, make, (*tensors, *numbers, *sizes, *constants), num_warps=num_warps)
+    launch(kernel, grid, tensors, make, (*tensors, *numbers, *counts, *sizes, *constants), num_warps=num_warps)
 
 
 @lru_cache(maxsize=512)
@@ -66,12 +80,14 @@ def _compiled(
     device: int,
     dtypes: tuple[torch.dtype, ...],
     numbers: int,
+    wide: tuple[bool, ...],
     sizes: tuple[int, ...],
     constants: tuple[int, ...],
     num_warps: int,
 ) -> Any:
-    """A compiled kernel for 16-byte aligned tensors on the current ``device``."""
-    return kernel.warmup(*dtypes, *[1.0] * numbers, *sizes, *constants, grid=(1, 1, 1), num_warps=num_warps)
+    """A compiled kernel for 16-byte aligned tensors on the current ``device``; ``wide`` counts have 64 bits."""
+    counts = [2**40 if each else 2 for each in wide]
+    return kernel.warmup(*dtypes, *[1.0] * numbers, *counts, *sizes, *constants, grid=(1, 1, 1), num_warps=num_warps)
 
 
 @lru_cache(maxsize=1)

@@ -11,10 +11,10 @@ import hashlib
 import torch
 from torch import Tensor
 
-_LOW = 0xFFFFFFFF
-_ROUNDS = 10
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+LOW = 0xFFFFFFFF
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def noise_key(seed_key: str, name: str, step: int) -> int:
@@ -41,15 +41,15 @@ def philox4x32(seed: Tensor | int, counter: Tensor) -> tuple[Tensor, Tensor, Ten
     Returns:
         Four int64 tensors of ``counter``'s shape with 32 random bits each, in [0, 2^32).
     """
-    a, b = _MULTIPLIERS
+    a, b = MULTIPLIERS
     counter = counter.to(torch.int64)
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    c0, c1 = counter & _LOW, (counter >> 32) & _LOW
+    k0, k1 = seed & LOW, (seed >> 32) & LOW
+    c0, c1 = counter & LOW, (counter >> 32) & LOW
     c2 = c3 = torch.zeros_like(c0)
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         (high_a, low_a), (high_b, low_b) = _product(c0, a), _product(c2, b)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+        k0, k1 = (k0 + WEYL[0]) & LOW, (k1 + WEYL[1]) & LOW
     return c0, c1, c2, c3
 
 
@@ -74,7 +74,7 @@ def stochastic_round_bf16(x: Tensor, random_bits: Tensor) -> Tensor:
 def _product(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of a 32 x 32-bit product, from two 48-bit products: one 64-bit product would overflow int64."""
     upper, lower = x * (constant >> 16), x * (constant & 0xFFFF)
-    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _LOW
+    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & LOW
 
 
 def words(seed: Tensor | int, counter: Tensor) -> Tensor:
@@ -104,30 +104,3 @@ def normal_of(drawn: Tensor) -> Tensor:
         sine = 1 - square * (1 / n) * sine
     sine = angle * sine
     return (-2 * first.log()).sqrt() * (2 * sine * sine - 1)
-
-
-def bits(keys: Tensor, numel: int, device: torch.device) -> Tensor:
-    """Sixteen random bits per element, int32 ``[rows, numel]`` in [0, 2^16), from one int64 key per row."""
-    index = torch.arange(numel, device=device)
-    return (philox4x32(keys.to(device)[:, None], index)[0] & 0xFFFF).to(torch.int32)
-
-
-def uniform(keys: Tensor, numel: int, device: torch.device) -> Tensor:
-    """Uniform numbers in [0, 1), float32 ``[rows, numel]``, from one int64 key per row; each Philox call yields four."""
-    index = torch.arange((numel + 3) // 4, device=device)
-    drawn = torch.stack(philox4x32(keys.to(device)[:, None], index), dim=-1)
-    return ((drawn >> 8).to(torch.float32) * 2.0**-24).flatten(1)[:, :numel]
-
-
-def normal(keys: Tensor, numel: int, device: torch.device) -> Tensor:
-    r"""Standard normal numbers, float32 ``[rows, numel]``, from one int64 key per row: Box and Muller 1958.
-
-    .. math:: \sqrt{-2 \ln u_1} \cos 2 \pi u_2, \quad \sqrt{-2 \ln u_1} \sin 2 \pi u_2
-    """
-    index = torch.arange((numel + 3) // 4, device=device)
-    a, b, c, d = (((x >> 8).to(torch.float32) + 0.5) * 2.0**-24 for x in philox4x32(keys.to(device)[:, None], index))
-    parts: list[Tensor] = []
-    for u, v in ((a, b), (c, d)):
-        radius, angle = (-2 * u.log()).sqrt(), 2 * torch.pi * v
-        parts += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(parts, dim=-1).flatten(1)[:, :numel]

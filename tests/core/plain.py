@@ -98,9 +98,10 @@ def _matrix(t: Transform, u: Tensor, c: Context, state: dict[str, Any], scalars:
     result = torch.zeros_like(u, memory_format=torch.contiguous_format)
     for i, block in enumerate(t.blocks(u.shape)):
         shape = (block.batch, *block.shape)
-        slots = state.setdefault(
-            (t.name, i), {n: _filled((block.batch,), s, u) for n, s in t.slots(u.new_empty(block.shape)).items()}
-        )
+        declared = t.slots(u.new_empty(block.shape))
+        slots = state.setdefault((t.name, i), {n: _filled((block.batch,), s, u) for n, s in declared.items()})
+        if any(s.derived for s in declared.values()):
+            slots.update(t.derive({n: v for n, v in slots.items() if not declared[n].derived}, c))
         needed = {n: block.of(getattr(c, n).contiguous()) for n in t.needs}
         stack = block.of(u.contiguous())
         if primes and t.primes:

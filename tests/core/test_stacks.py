@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -313,18 +312,7 @@ def test_a_rule_that_reads_what_it_did_not_ask_for_is_told_so():
         run(Curious(params, compile="eager"), params, gradients(1, ((4, 3),)))
 
 
-def test_probes_are_the_same_for_every_order_and_leave_the_global_generator_alone():
-    from hbcore.rules.noise import normal, uniform
-
-    keys = torch.tensor([3, 4, 5])
-    together = normal(keys, 10, torch.device("cpu"))
-    assert torch.equal(together[1], normal(keys[1:2], 10, torch.device("cpu"))[0])
-    assert torch.equal(together[:, :6], normal(keys, 6, torch.device("cpu"))[:, :6])
-    many = normal(torch.arange(50), 10_001, torch.device("cpu"))
-    assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01 and many.isfinite().all()
-    assert abs((many[:, 1:] * many[:, :-1]).mean()) < 0.01
-    flat = uniform(torch.arange(50), 10_001, torch.device("cpu"))
-    assert flat.min() >= 0 and flat.max() < 1 and math.isclose(flat.mean(), 0.5, abs_tol=0.01)
+def test_probes_leave_the_global_generator_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()
     trained(PSGDKron, {}, "eager", steps=2)

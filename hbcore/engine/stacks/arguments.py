@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -13,6 +13,7 @@ from hbcore.engine.graph.purity import Purity
 from hbcore.engine.group_scalars import Due
 from hbcore.engine.stacks.absent import Absent
 from hbcore.engine.stacks.bound_rule import BoundRule
+from hbcore.engine.stacks.drawing import Drawing
 from hbcore.engine.stacks.inner_segment import InnerSegment, Place, place_of
 from hbcore.engine.stacks.stack import Part, StackKey
 from hbcore.engine.stacks.stack_state import Rows, StackState, WatchedState
@@ -20,7 +21,7 @@ from hbcore.engine.stacks.tools import Tools
 from hbcore.errors import RuleError
 from hbcore.rules.author_errors import naming
 from hbcore.rules.contract import checked, title, unknown_slot
-from hbcore.rules.noise import bits, noise_key, normal, uniform
+from hbcore.rules.row_noise import normal, uniform
 from hbcore.rules.transform import Context, State, Transform
 from hbcore.state.codec import codec_of
 
@@ -71,7 +72,7 @@ class Arguments:
         self._settled = StackState(self._stored, stack.slots, stack.key, {})
         self._dims = tuple(range(1, len(stack.key.shape) + 1))
         self._numel = torch.tensor(float(torch.Size(stack.key.shape).numel()), dtype=torch.float64, device="cpu")
-        self._draws, self._drawing = 0, ""
+        self._drawing = Drawing(part)
         self._skip: Tensor | None = None
         self.nonfinite: Tensor | None = None
         self._inner: dict[tuple[Place, torch.dtype], InnerSegment | None] = {}
@@ -83,8 +84,8 @@ class Arguments:
             sum=self._sum,
             amax=self._amax,
             numel=self._numel,
-            probe=self._probe,
-            noise=self._noise,
+            probe=partial(self._drawing.draw, normal),
+            noise=partial(self._drawing.draw, uniform),
         )
         self._context_settled = self._context._replace(**self._without("refresh", "apply"))
 
@@ -92,7 +93,7 @@ class Arguments:
         """The arguments of the rule's ``update`` in this step."""
         stack, rows = self.part.stack, self.part.rows
         inputs = stack.inputs if rows is None else {name: t[rows] for name, t in stack.inputs.items()}
-        self._draws, self._drawing = 0, ""
+        self._drawing.begin(self._turn.rule.name, self._turn.step)
         context = self._context._replace(
             param=inputs.get("param", self._absent["param"]),
             grad=inputs.get("grad", self._absent["grad"]),
@@ -102,7 +103,7 @@ class Arguments:
 
     def settled(self) -> tuple[State, Context]:
         """The arguments of the rule's ``refresh`` in this step."""
-        self._draws, self._drawing = 0, "refresh."  # whatever update drew
+        self._drawing.begin(f"{self._turn.rule.name}.refresh", self._turn.step)  # whatever update drew
         return self._settled, self._context_settled
 
     def take(self, nonfinite: Tensor | None) -> None:
@@ -220,26 +221,10 @@ class Arguments:
         slot, spec = stack.slots[name], turn.spec
         codec, noise = codec_of(slot, spec.codec), None
         if codec.rounds and (spec.stochastic or slot.dtype is not None) and not slot.derived:
-            noise = bits(self._keys(f"round.{name}"), slot.shape.numel(), stack.key.device).view(-1, *slot.shape)
+            noise = self._drawing.rounding(name, slot.shape, turn.step)
         for part, kept in codec.write(self._stored, name, value, noise).items():
             new = kept if self._skip is None else torch.where(self._skip, self._stored[part], kept)
             _put(stack.stored[part], self.part.rows, new)
-
-    def _keys(self, what: str) -> Tensor:
-        """A key for each row, int64."""
-        keys = [noise_key(name, what, self._turn.step) for name in self.part.names]
-        return torch.tensor(keys, dtype=torch.int64, device="cpu")
-
-    def _drawn(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
-        self._draws += 1
-        keys = self._keys(f"{self._turn.rule.name}.{self._drawing}{self._draws}")
-        return draw(keys, like[0].numel(), like.device).view(like.shape).to(like.dtype)
-
-    def _probe(self, like: Tensor) -> Tensor:
-        return self._drawn(normal, like)
-
-    def _noise(self, like: Tensor) -> Tensor:
-        return self._drawn(uniform, like)
 
     def _sum(self, x: Tensor) -> Tensor:
         return x.sum(self._dims, keepdim=True) if self._dims else x  # no dimensions would mean all of them

@@ -19,6 +19,7 @@ from hbcore.distributed.placement import Shards
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.rules.contract import slots_of
 from hbcore.rules.numerics import compute_dtype
+from hbcore.rules.row_noise import stream_key
 from hbcore.rules.transform import Slot, Transform
 from hbcore.rules.views import Block
 from hbcore.state.codec import codec_of, part_name
@@ -73,6 +74,7 @@ class Stack:
         self.slots = slots_of(rule, torch.empty(key.shape, dtype=key.dtype, device="meta"))
         self.derived = frozenset(name for name, slot in self.slots.items() if slot.derived)
         self.unknown: set[int] = set()
+        self._keys: dict[str, Tensor] = {}
         self._writes: dict[int, list[int]] = {}
         self.checked: set[str] = set()
         rows = len(names)
@@ -137,6 +139,13 @@ class Stack:
             codec = codec_of(slot, self.key.spec.codec)
             found.update(zip(codec.parts(name, dtype), codec.parts(part_name(name, k, runs), dtype), strict=True))
         return found
+
+    def keys_for(self, what: str) -> Tensor:
+        """The keys that rows draw by for one purpose, int64 ``[rows]`` on the stack's device; made once."""
+        if what not in self._keys:
+            keys = [stream_key(name, what) for name in self.names]
+            self._keys[what] = torch.tensor(keys, dtype=torch.int64).to(self.key.device)
+        return self._keys[what]
 
     def rounds(self, name: str) -> bool:
         """Whether a slot, not a derived one, may change as it is written: it is stored otherwise than in the compute dtype."""
