@@ -6,6 +6,7 @@ import pytest
 import torch
 from core.kit import normal
 
+from hb_psgd import kron
 from hb_psgd.kron import begin, gram, memory_layout, multiply, precondition, second_moments, settled, whitening_scale
 from hbcore.errors import OptionError
 from hbcore.rules.products import IEEE
@@ -85,6 +86,22 @@ def test_second_moments_are_sums_over_the_other_dimensions():
     assert torch.equal(second_moments(x[:, :, 0, 0], 0, False, IEEE), x[:, :, 0, 0] ** 2)
     one = x[:, :, 0, 0]
     assert torch.allclose(second_moments(one, 0, True, IEEE), one[:, :, None] * one[:, None], rtol=1e-12)
+
+
+@pytest.mark.parametrize("n", [5, 8])
+def test_three_quarters_of_a_symmetric_matrix_are_enough(monkeypatch, n):
+    monkeypatch.setattr(kron, "QUARTERED", 8)
+    q, computed = normal(B, n, n), []
+
+    def part(rows, columns):
+        computed.append((rows.stop - rows.start) * (columns.stop - columns.start))
+        return q[:, :, rows].mT @ q[:, :, columns]
+
+    made = kron.symmetric(q, part)
+    assert torch.allclose(made, q.mT @ q, rtol=1e-12)
+    assert torch.equal(made, made.mT)
+    assert sum(computed) == (n * n if n < 8 else 3 * n * n // 4)
+    assert torch.equal(gram(q, IEEE), kron.symmetric(q, lambda rows, columns: q[:, :, rows].mT @ q[:, :, columns]))
 
 
 class TestSettled:

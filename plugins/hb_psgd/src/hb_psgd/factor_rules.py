@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hb_psgd.kron import Number, along, begin, gram, multiply, per_block, second_moments
+from hb_psgd.kron import Number, along, begin, gram, multiply, per_block, second_moments, symmetric
 from hb_psgd.norms import norm_bound, procrustes
 from hbcore.api import Products, bases
 
@@ -164,8 +164,18 @@ def from_both_sides(factor: Factor, step: Tensor, settings: Settings) -> Tensor:
     """QUAD: half of it from each side, which keeps a symmetric factor symmetric and positive."""
     half = 0.5 * step
     q = _moved(factor, factor.q, half, settings.products.matmul)
-    q = _moved(factor, q, half, lambda t, q: settings.products.matmul(q, t))
-    return q if q.ndim == 2 else (q + q.mT).mul_(0.5)
+    if q.ndim == 2:
+        return _moved(factor, q, half, torch.mul)
+    t, by = factor.first, per_block(half, q)
+
+    def part(rows: slice, columns: slice) -> Tensor:
+        return (
+            settings.products.matmul(q[:, rows], t[:, :, columns])
+            .mul_(-by)
+            .addcmul_(q[:, rows, columns], per_block(1 + half * factor.second, q))
+        )
+
+    return symmetric(q, part)
 
 
 def triangular(factor: Factor, step: Tensor, settings: Settings) -> Tensor:

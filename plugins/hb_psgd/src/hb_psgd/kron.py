@@ -11,7 +11,7 @@ October 2025.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -21,6 +21,9 @@ from hb_psgd.norms import largest
 from hbcore.api import OptionError, Products, bases
 
 Number: TypeAlias = "Tensor | float"
+
+QUARTERED = 256
+"""The least size of a symmetric matrix of which a quarter is not worth computing."""
 
 MEMORY_SAVE_MODES = (None, "one_diag", "smart_one_diag", "one_triu", "all_diag")
 
@@ -104,7 +107,25 @@ def precondition(x: Tensor, factors: Sequence[Tensor], products: Products) -> Te
 
 def gram(q: Tensor, products: Products) -> Tensor:
     r"""A factor of P, :math:`Q_i^T Q_i`; of a diagonal the squares."""
-    return q * q if q.ndim == 2 else products.matmul(q.mT, q)
+    if q.ndim == 2:
+        return q * q
+    return symmetric(q, lambda rows, columns: products.matmul(q[:, :, rows].mT, q[:, :, columns]))
+
+
+def symmetric(like: Tensor, part: Callable[[slice, slice], Tensor]) -> Tensor:
+    """Symmetric matrices like ``[B, n, n]``, from ``part(rows, columns)`` of them: large ones from three of their quarters."""
+    n = like.shape[-1]
+    if n < QUARTERED:
+        whole = part(slice(0, n), slice(0, n))
+        return (whole + whole.mT).mul_(0.5)
+    out, first, second = torch.empty_like(like), slice(0, n // 2), slice(n // 2, n)
+    out[:, first] = part(first, slice(0, n))
+    out[:, second, second] = part(second, second)
+    out[:, second, first] = out[:, first, second].mT
+    for half in (first, second):
+        square = out[:, half, half]
+        out[:, half, half] = (square + square.mT).mul_(0.5)
+    return out
 
 
 def second_moments(x: Tensor, i: int, dense: bool, products: Products) -> Tensor:

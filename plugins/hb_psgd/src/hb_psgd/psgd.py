@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -51,7 +51,7 @@ class KronOptimizer(Optimizer):
     finite_differences: bool = False
     fallback_to_finite_differences: bool = True
     update_clipping = "trust_region_clip_"
-    formerly = {"precond_rule": "pro"}
+    formerly: ClassVar[Mapping[str, Any]] = {"precond_rule": "pro"}
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
         for option, only in NOT_YET.items():
