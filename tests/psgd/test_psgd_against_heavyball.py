@@ -91,8 +91,11 @@ def trained(make, start, grads):
     return path
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", NAMES)
+QUICK = [("PSGDKron", "square"), ("PSGDPRO", "three"), ("QSGD", "sometimes")]
+ALL = [pytest.param(name, case, marks=() if (name, case) in QUICK else pytest.mark.broad) for name in NAMES for case in CASES]
+
+
+@pytest.mark.parametrize(("name", "case"), ALL)
 def test_heavyball_trains_alike(heavyball, name, case):
     shape, changed = CASES[case]
     if "sometimes" in case or "averages" in case:

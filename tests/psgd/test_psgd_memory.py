@@ -11,15 +11,13 @@ CONVOLUTIONS = ((64, 3, 7, 7), (128, 64, 3, 3), (256, 128, 3, 3), (512, 256, 3, 
 
 
 def state_of(name, shapes, **options):
-    """Parameters on the meta device's sizes, and the elements of their state, derived tensors included."""
+    """The elements of parameters, and of their state."""
     params = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
     optimizer = hbcore.get(name)(params, **options)
     for p in params:
         p.grad = torch.full_like(p, 1e-3)
     optimizer.step()
     kept = sum(t.numel() for p in params for t in optimizer.state[p].values())
-    rules = [t for t in optimizer.core.chain.transforms(optimizer.param_groups[0])] if False else []
-    del rules
     return sum(p.numel() for p in params), kept
 
 

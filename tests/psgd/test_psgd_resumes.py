@@ -11,7 +11,7 @@ from core.kit import same
 import hbcore
 
 SHAPES = ((6, 6), (6, 6), (5, 7), (4, 3, 2), (9,), ())
-STEPS = 9
+STEPS = 7
 
 
 def falling(k):
@@ -30,8 +30,10 @@ SCHEDULES = {
     "bfloat16": {"q_dtype": torch.bfloat16, "preconditioner_update_probability": 0.4},
     "eq": {"precond_rule": "eq", "preconditioner_update_probability": 0.4},
 }
-CASES = [("PSGDKron", schedule) for schedule in SCHEDULES]
-CASES += [("QSGD", "falling"), ("LATHER", "falling"), ("LATHER", "averages"), ("LATHER", "split")]
+QUICK = [("PSGDKron", "falling"), ("PSGDKron", "averages"), ("LATHER", "falling")]
+MORE = [("PSGDKron", schedule) for schedule in SCHEDULES]
+MORE += [("QSGD", "falling"), ("LATHER", "averages"), ("LATHER", "split")]
+CASES = [pytest.param(*c, marks=() if c in QUICK else pytest.mark.broad) for c in dict.fromkeys((*QUICK, *MORE))]
 
 
 def parameters():
