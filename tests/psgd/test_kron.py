@@ -158,6 +158,12 @@ class TestWhiteningScale:
             wanted = float((x.double().pow(4).mean() + dampening**4) ** (-1 / 8))
             assert float(whitening_scale(x, dampening)) == pytest.approx(wanted, rel=1e-5)
 
+    @pytest.mark.parametrize("size", [1e-200, 1e200])
+    def test_so_has_float64(self, size):
+        assert float(whitening_scale(torch.full((1, 2), size, dtype=torch.float64), 1e-9)) == pytest.approx(
+            max(size, 1e-9) ** -0.5, rel=1e-9
+        )
+
     def test_what_is_not_finite_has_none(self):
         x = torch.ones(3, 2, 2)
         x[0, 0, 0], x[1, 1, 1] = float("inf"), float("nan")

@@ -57,6 +57,14 @@ class TestZeros:
             assert 0.7 < float((ours / 0.01).square().mean().sqrt()) < 1.3
 
 
+def test_without_refreshes_a_block_may_start_at_the_steps_1_2_4_8():
+    param, [g, *_] = problem((6, 4))
+    gradients = [torch.zeros_like(g)] * 4 + [g] * 5
+    options = {"preconditioner_update_probability": 0, "exp_avg_input": False}
+    moved = [not torch.equal(train(param, gradients[:steps], **options)[0], param) for steps in range(1, 10)]
+    assert moved == [False] * 7 + [True] * 2
+
+
 FIRST = {
     "zero": lambda shape: torch.zeros(shape),
     "1e-30": lambda shape: normal(*shape, dtype=torch.float32) * 1e-30,
