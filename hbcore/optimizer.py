@@ -62,14 +62,14 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
 
     option_defaults: ClassVar[Mapping[str, Any]] = {}
     """For classes that write ``__init__`` themselves: shared options with another default, ``{"weight_decay": 0.01}``."""
+    formerly: ClassVar[Mapping[str, Any]] = {}
+    """Fields that stand for something else than their default in optimizers pickled before the class had them."""
 
     sparse_gradients: ClassVar[bool] = False
     """Whether it takes sparse gradients, and only those; its rules are elementwise then."""
 
     _declared: ClassVar[Declaration] = Declaration({}, {}, {})  # the fields that the class and its bases declare
-
-    own: ClassVar[tuple[str, ...]] = ()
-    """The names of the class's own constructor parameters."""
+    own: ClassVar[tuple[str, ...]] = ()  # the names of the class's own constructor parameters
 
     def __init__(self, params: ParamsT, hyperparameters: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         name = type(self).__name__
@@ -287,7 +287,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
             self.param_groups, self.state = rest.get("param_groups", self.param_groups), rest.get("state", self.core.state)
             return
         settings, defaults, hyper = rest.pop("_structure")
-        newer = {k: v for k, v in entries(self).items() if k not in defaults}
+        newer = {k: self.formerly.get(k, v) for k, v in entries(self).items() if k not in defaults}
         chain = ChainSpec(type(self).chain, settings, {**defaults, **newer}, hyper)
         rest["defaults"] = {**newer, **rest["defaults"]}
         core = self.core = OptimizerCore(type(self).__name__, chain, self.sparse_gradients)

@@ -224,6 +224,10 @@ class Reader:
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{self._who(i)} has {value!r:.80} for state {part!r} in the checkpoint; expected a tensor.")
         saved: Tensor = local(value) if value.is_complex() and param.is_complex() else value  # torch keeps complex state
+        if not is_dtensor(saved) and _without_ones(saved.shape) == _without_ones(slot.shape):
+            saved = saved.reshape(
+                slot.shape
+            )  # a matrix rule's slot, whose blocks have no dimensions of size 1, may be a segment's now
         if saved.shape != slot.shape:
             raise CheckpointError(
                 f"{self._who(i)} has state {part!r} of shape {tuple(saved.shape)} in the checkpoint, and {tuple(slot.shape)} "
@@ -252,6 +256,10 @@ def _spread_slot(slot: Logical, part: Tensor, param: Tensor) -> Tensor:
     if slot.flat:
         return spread_rows(part, param, slot.shape[param.ndim :])
     return part if slot.scalar else spread_like(part, param)
+
+
+def _without_ones(shape: Iterable[int]) -> list[int]:
+    return [n for n in shape if n != 1]
 
 
 def _listed(dtypes: Iterable[torch.dtype]) -> str:

@@ -23,7 +23,17 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "hb_muon": (*("Muon", "MuonAdamW", "MuonLaProp", "HyperBallAdamW", "OrthoLaProp", "LaPropOrtho", "Scion", "ForeachMuon"),),
     "hb_soap": ("SOAP", "ForeachSOAP", "PrecondScheduleForeachSOAP", "PrecondScheduleSOAP"),
     "hb_psgd": (
-        *("PSGDKron", "ForeachPSGDKron", "ForeachCachedPSGDKron", "CachedPSGDKron", "ForeachPurePSGD", "PurePSGD"),
+        *(
+            "PSGDKron",
+            "PSGDPRO",
+            "QSGD",
+            "LATHER",
+            "ForeachPSGDKron",
+            "ForeachCachedPSGDKron",
+            "CachedPSGDKron",
+            "ForeachPurePSGD",
+            "PurePSGD",
+        ),
         *("ForeachDelayedPSGD", "DelayedPSGD", "ForeachCachedDelayedPSGDKron", "CachedDelayedPSGDKron"),
         *("ForeachCachedNewtonPSGD", "NewtonPSGDKron", "NewtonHybrid2PSGDKron"),
     ),
@@ -36,7 +46,7 @@ CODECS: Mapping[str, tuple[str, ...]] = {"hb_ecc": ("bf16+8", "bf16+16")}
 # HeavyBall's names that hbcore has no counterpart of -> the nearest one.
 _RELATIVES = {
     **dict.fromkeys(("SOAPNAdam", "SOAPAdEMAMix", "SOLP", "SFSOAP", "KLSOAP", "KLShampoo"), "SOAP"),
-    **dict.fromkeys(("PSGD", "PSGDPRO", "QSGD", "LATHER", "PSGDLRA"), "PSGDKron"),
+    **dict.fromkeys(("PSGD", "PSGDLRA"), "PSGDKron"),
 }
 _CODEC_RELATIVES = {"fp16+8": "bf16+8", "fp16+16": "bf16+16", "int8": "bf16+8"}
 # HeavyBall's old names prefix the optimizer's name with these words: PaLMForeachSFAdamW, NewtonHybrid2PSGDLRA.

@@ -26,8 +26,20 @@ def test_an_optimizer_pickled_by_0_1_0_trains_on(path):
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
         optimizer.step()
+    # The dampening of PSGD, 1e-7 of a gradient, is drawn from another stream since.
+    size = 1e-6 if path.stem == "PSGDKron" else 1e-8
     for p, after in zip(model.parameters(), saved["after"], strict=True):
-        torch.testing.assert_close(p.detach(), after, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(p.detach(), after, rtol=size, atol=size / 100)
+
+
+def test_an_entry_may_stand_for_what_the_class_did_before_it_had_one(monkeypatch):
+    old = Growing([torch.nn.Parameter(torch.ones(3))], compile="eager")
+    pickled = pickle.dumps(old)
+    monkeypatch.setitem(globals(), "Growing", Grown)
+    monkeypatch.setattr(Grown, "formerly", {"shares": (1.0, 2.0)})
+    new = pickle.loads(pickled)
+    assert new.param_groups[0]["shares"] == (1.0, 2.0)
+    assert Grown([torch.nn.Parameter(torch.ones(1))]).param_groups[0]["shares"] == (0.25, 0.5)
 
 
 class Growing(Optimizer):

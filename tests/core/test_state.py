@@ -41,7 +41,7 @@ def test_a_frozen_checkpoint_loads_and_goes_on_as_it_went(path):
     saved = torch.load(path, weights_only=True)
     params = [nn.Parameter(p) for p in saved["params"]]
     name = path.stem.split("-")[0]
-    options = {"ns_dtype": "float32"} if "Muon" in name else {}
+    options = {"ns_dtype": "float32"} if "Muon" in name else {"precond_rule": "pro"} if name == "PSGDKron" else {}
     optimizer = hbcore.get(name)(params, lr=0.5, compile="eager", **options)
     optimizer.load_state_dict(saved["optimizer"])
     for step in range(6, 9):

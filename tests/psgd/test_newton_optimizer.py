@@ -13,6 +13,7 @@ from core.newton import closure_of, network
 from hb_psgd import PSGDKron
 from hb_psgd.kron import precondition
 from hbcore.errors import OptionError
+from hbcore.rules.products import IEEE
 from hbcore.testing.catalog import CHECKS
 from hbcore.testing.subject import Subject
 
@@ -50,7 +51,7 @@ def inverse_error(state, a, b):
     """How far P H is from the identity, on random matrices."""
     w = normal(64, len(a), len(b), seed=99)
     factors = [state[f"Q_{i}"].double().expand(64, *state[f"Q_{i}"].shape) for i in range(2)]
-    return distance([precondition(a @ w @ b, factors)], [w])
+    return distance([precondition(a @ w @ b, factors, IEEE)], [w])
 
 
 @WAYS

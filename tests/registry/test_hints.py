@@ -36,7 +36,7 @@ def test_no_hint_sends_a_user_to_a_package_without_the_name() -> None:
         ("PrecondScheduleSFPaLMSOAP", r"nearest relative that hbcore has is SOAP \(hb_soap: pip install hb_soap\)"),
         ("NewtonHybrid2PSGDLRA", r"nearest relative that hbcore has is PSGDKron \(hb_psgd: pip install hb_psgd\)"),
         ("KLSOAP", r"nearest relative that hbcore has is SOAP"),
-        ("hb_psgd:QSGD", r"nearest relative that hbcore has is PSGDKron"),
+        ("hb_psgd:QSGD", r"QSGD comes with hb_psgd: pip install hb_psgd"),
         ("PaLMForeachSFAdamW", "comes with hb_adam: pip install hb_adam"),
         ("PSGDKorn", r"Did you mean PSGDKron \(pip install hb_psgd\)"),
         ("q4", r"It is a codec of hb_y \(hb_y 1\.0\): pass ecc='q4' to an optimizer"),

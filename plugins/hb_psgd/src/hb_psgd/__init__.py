@@ -12,7 +12,10 @@ from hb_psgd.plugin import OPTIMIZERS
 from hbcore.api import lazy
 
 if TYPE_CHECKING:
+    from hb_psgd.lather import LATHER as LATHER
     from hb_psgd.lra_rule import PSGDLRA as PSGDLRA
+    from hb_psgd.psgd import PSGDPRO as PSGDPRO
+    from hb_psgd.psgd import QSGD as QSGD
     from hb_psgd.psgd import PSGDKron as PSGDKron
 
 __version__ = "0.1.0"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hb_psgd import lra, lra_passes
-from hb_psgd.psgd import EPS, update_probability
+from hb_psgd.checks import check_number
+from hb_psgd.common import EPS, DebiasedAverage, Probability, update_probability
 from hbcore.api import (
     Context,
     Domain,
@@ -22,12 +23,8 @@ from hbcore.api import (
     State,
     Transform,
     check_whole,
-    debiased,
     hyper,
-    zeros,
 )
-
-Probability: TypeAlias = "float | Callable[[int], float] | None"
 
 BALANCE = 10
 """U and V are balanced at every tenth refresh, which rewrites both: P stays what it is, and neither outgrows the other."""
@@ -39,24 +36,6 @@ FIRST = 0.1
 def default_rank(numel: int) -> int:
     """The rank for vectors of so many elements: the binary logarithm, rounded, and at least 1."""
     return max(1, round(math.log2(max(1, numel))))
-
-
-@dataclass(frozen=True)
-class DebiasedAverage(Transform):
-    r"""A running average that is corrected for its start.
-
-    .. math:: m_t = \beta m_{t-1} + (1 - \beta) g_t \qquad u_t = m_t / (1 - \beta^t)
-    """
-
-    beta: float = hyper(0.9, ge=0, lt=1, role="first_moment")
-    name = "debiased_average"
-
-    def slots(self, param: Tensor) -> dict[str, Slot]:
-        return {"exp_avg": zeros(param)}
-
-    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        average, corrected = debiased(s["exp_avg"], u, self.beta, c.step)
-        return corrected, {"exp_avg": average}
 
 
 @dataclass(frozen=True)
@@ -106,9 +85,9 @@ class PreconditionByLRA(Transform):
         if self.rank is not None:
             check_whole("rank", self.rank, 1)
         if not callable(self.preconditioner_update_probability):
-            _check("preconditioner_update_probability", self.preconditioner_update_probability, low=0, high=1)
-        _check("precond_init_scale", self.precond_init_scale, low=1e-30)
-        _check("precond_init_scale_power", self.precond_init_scale_power)
+            check_number("preconditioner_update_probability", self.preconditioner_update_probability, low=0, high=1)
+        check_number("precond_init_scale", self.precond_init_scale, low=1e-30)
+        check_number("precond_init_scale_power", self.precond_init_scale_power)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -169,18 +148,6 @@ def _own(name: str, s: State, c: Context) -> Tensor:
     """A slot's memory, or a copy where others need it, to overwrite."""
     memory = c.into(name)
     return s[name].clone() if memory is None else memory
-
-
-def _check(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raise HyperparameterError unless ``value`` is None or a finite number from ``low`` to ``high``."""
-    if value is None:
-        return
-    try:
-        fits = math.isfinite(value) and low <= value <= high
-    except TypeError:
-        fits = False
-    if not fits:
-        raise HyperparameterError(f"{name}={value!r} is not a finite number in [{low:g}, {high:g}]; pass one, or leave it out.")
 
 
 NOT_YET: Mapping[str, Any] = {

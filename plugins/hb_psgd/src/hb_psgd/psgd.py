@@ -1,265 +1,36 @@
-"""PSGD with a Kronecker-factored whitening preconditioner, Li 2015 and Pooladzandi and Li 2024."""
+"""PSGD with Kronecker-factored whitening preconditioners, Li 2015 and Pooladzandi and Li 2024."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from hb_psgd import kron, newton
-from hbcore.api import (
-    Block,
-    Context,
-    Curvature,
-    Domain,
-    HyperparameterError,
-    Optimizer,
-    OptionError,
-    Slot,
-    State,
-    Transform,
-    check_whole,
-    debiased,
-    hyper,
-    matrix_view,
-    zeros,
-)
+from hb_psgd.checks import check_flags
+from hb_psgd.common import DebiasedAverage, Probability
+from hb_psgd.rule import KronFactors, PreconditionByKron
+from hbcore.api import HyperparameterError, Optimizer, Transform
 
-Probability: TypeAlias = "float | Callable[[int], float] | None"
-
-EPS = torch.finfo(torch.float32).eps
-"""The dampening relative to the gradient: float32's rounding unit for every dtype."""
-
-RULES = {"pro": kron.pro_update}
-"""How the factors follow the gradient, by name."""
-NEWTON = {"pro": newton.newton_update}
-"""How they follow a Hessian-vector product."""
+FACTORS = tuple(f.name for f in fields(KronFactors) if f.name != "cached")
+"""The options that the rules of the family share."""
 
 
-def update_probability(k: int) -> float:
-    """The default number of refreshes per step k (1, 2, ...): 1 for 1000 steps, then less, finally 0.03.
-
-    ``max(0.03, min(1, 0.999^(k - 1000)))``
-    """
-    return max(0.03, min(1.0, 0.999 ** (k - 1000)))
-
-
-@dataclass(frozen=True)
-class PreconditionByKron(Transform):
-    r"""Precondition by Kronecker factors that are fitted to whiten their input.
-
-    .. math::
-        x = m_t / (1 - \beta^t) \;\text{ with }\; m_t = \beta m_{t-1} + (1 - \beta)\, g_t, \;\text{ or }\; x = g_t \\
-        \tilde x = x + (\mathrm{dampening} + \epsilon |x|)\, v \qquad v \sim \mathcal N(0, 1) \qquad
-        Q \leftarrow \mathrm{rule}(Q, \tilde x) \;\text{ when due} \qquad u_t = Q^T Q\, x
-
-    The factors start as multiples of the identity at a block's first gradient that is not zero; until then u is zero. With
-    ``hessian_approx`` refreshes that have a Hessian-vector product fit and start the factors by :mod:`hb_psgd.newton` instead:
-    x is the product there, dampened like a gradient.
-
-    Args:
-        beta: decay of the momentum.
-        precond_lr: learning rate of the factors.
-        lower_bound_beta: decay of the running bound on the factors' curvature.
-        dampening: the noise that the factors are fitted with.
-        exp_avg_input: precondition the momentum; otherwise the gradient, without any momentum.
-        momentum_into_precond_update: fit the factors to the momentum; otherwise to the gradient.
-        delayed: precondition by the factors before this step's refresh.
-        preconditioner_update_probability: the number of refreshes per step, in [0, 1]: a number, a module-level function of
-            the step (1, 2, ...), or None for :func:`update_probability`. Not random: a refresh is due whenever the sum of them
-            passes a whole number.
-        max_size_triangular, min_ndim_triangular, memory_save_mode: which factors are dense, :func:`hb_psgd.kron.memory_layout`.
-        merge_dims: how dimensions are joined, :func:`hbcore.api.matrix_view`; those of size 1 are dropped first.
-        precond_update_power_iterations: of :func:`hb_psgd.kron.norm_bound`.
-        precond_init_scale: the scale of Q at first; None for ``(a s)^b``, s by :func:`hb_psgd.kron.whitening_scale`.
-        precond_init_scale_scale, precond_init_scale_power: a and b; None for 1.
-        hessian_approx: fit the factors to Hessian-vector products, for which ``step`` takes a closure.
-        hvp_interval: the first refresh has a product, and every so manyth after it; the others whiten.
-        finite_differences: products by finite differences, :mod:`hbcore.engine.curvature`.
-        fallback_to_finite_differences: use them where the loss cannot be differentiated twice, with a warning.
-        rule: one of :data:`RULES`.
-    """
-
-    beta: float = hyper(0.9, ge=0, lt=1, role="first_moment")
-    precond_lr: float = hyper(0.1, ge=0, le=1)
-    lower_bound_beta: float = hyper(0.9, ge=0, lt=1)
-    dampening: float = hyper(1e-9, ge=0)
-    exp_avg_input: bool = True
-    momentum_into_precond_update: bool = True
-    delayed: bool = False
-    preconditioner_update_probability: Probability = None
-    max_size_triangular: int = 2048
-    min_ndim_triangular: int = 2
-    memory_save_mode: str | None = None
-    merge_dims: bool | int = False
-    precond_update_power_iterations: int = 2
-    precond_init_scale: float | None = None
-    precond_init_scale_scale: float = hyper(1.0, gt=0)
-    precond_init_scale_power: float | None = None
-    hessian_approx: bool = False
-    hvp_interval: int = 1
-    finite_differences: bool = False
-    fallback_to_finite_differences: bool = True
-    rule: str = "pro"
-    name = "psgd_kron"
-    domain = Domain.MATRIX
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rule not in RULES:
-            raise OptionError(f"rule={self.rule!r} is not one of {', '.join(RULES)}.")
-        kron.memory_layout((), memory_save_mode=self.memory_save_mode)  # raises if the mode does not exist
-        if not callable(self.preconditioner_update_probability):
-            _check("preconditioner_update_probability", self.preconditioner_update_probability, low=0, high=1)
-        check_whole("precond_update_power_iterations", self.precond_update_power_iterations, 1)
-        check_whole("max_size_triangular", self.max_size_triangular, 0)
-        check_whole("min_ndim_triangular", self.min_ndim_triangular, 0)
-        if not isinstance(self.merge_dims, bool):
-            check_whole("merge_dims", self.merge_dims, 1)
-        _check("precond_init_scale", self.precond_init_scale, low=1e-30)
-        _check("precond_init_scale_power", self.precond_init_scale_power)
-        check_whole("hvp_interval", self.hvp_interval, 1)
-        for name in ("hessian_approx", "finite_differences", "fallback_to_finite_differences"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise HyperparameterError(f"{name}={value!r} is neither True nor False; pass one of them.")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"hvp"}) if self.hessian_approx else frozenset()
-
-    @property
-    def curvature(self) -> Curvature:
-        return Curvature(self.hvp_interval, self.finite_differences, self.fallback_to_finite_differences)
-
-    def rate(self, k: int) -> float:
-        p = self.preconditioner_update_probability
-        if p is None:
-            return update_probability(k)
-        return min(1.0, max(0.0, float(p(k)))) if callable(p) else float(p)
-
-    def blocks(self, shape: torch.Size) -> tuple[Block, ...]:
-        return matrix_view([n for n in shape if n != 1] or [1], self.merge_dims)
-
-    def slots(self, param: Tensor) -> dict[str, Slot]:
-        shape = param.shape or torch.Size([1])
-        dense = kron.memory_layout(shape, self.max_size_triangular, self.min_ndim_triangular, self.memory_save_mode)
-        slots = {"exp_avg": zeros(param)} if self.exp_avg_input else {}
-        slots["init_scale"] = Slot(torch.Size(), exact=True)
-        for i, n in enumerate(shape):
-            slots[f"Q_{i}"] = Slot(torch.Size((n, n) if dense[i] else (n,)), exact=True)
-            slots[f"L_{i}"] = Slot(torch.Size(), exact=True)
-        return slots
-
-    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        new, x = {}, u
-        if self.exp_avg_input:
-            new["exp_avg"], x = debiased(s["exp_avg"], u, self.beta, c.step)
-        target = x if self.momentum_into_precond_update else u
-        h, v = (c.hvp, c.vector) if self.hessian_approx else (None, None)
-        new["init_scale"], factors = self.started(target, s, h, v)
-        before = factors
-        if c.refresh:
-            bounds = [s[f"L_{i}"] for i in range(len(factors))]
-            fitted = target if h is None else h
-            dampened = fitted + (self.dampening + EPS * fitted.abs()) * c.probe(fitted)
-            rule = RULES[self.rule] if v is None else partial(NEWTON[self.rule], v=v)
-            made, risen = rule(
-                dampened, factors=factors, bounds=bounds, lr=self.precond_lr, beta=self.lower_bound_beta, probe=c.probe,
-                iterations=self.precond_update_power_iterations,
-            )  # fmt: skip
-            kept = kron.kept_where_finite([*factors, *bounds], [*made, *risen])
-            factors, bounds = kept[: len(made)], kept[len(made) :]
-            new |= {f"L_{i}": bound for i, bound in enumerate(bounds)}
-        new |= {f"Q_{i}": q for i, q in enumerate(factors)}
-        return kron.precondition(x, before if self.delayed else factors), new
-
-    def started(self, x: Tensor, s: State, h: Tensor | None, v: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Q's initial scale, ``[B]``, and the factors, initialised in blocks where they were not and ``x`` is not zero."""
-        factors = [s[f"Q_{i}"] for i in range(x.ndim - 1)]
-        waiting = s["init_scale"] == 0
-        if self.precond_init_scale is not None:
-            first = torch.full_like(s["init_scale"], self.precond_init_scale)
-        else:
-            first = self.precond_init_scale_scale * newton.first_scale(x, h, v, self.dampening)
-            if self.precond_init_scale_power is not None:
-                first = torch.where(first > 0, first**self.precond_init_scale_power, 0.0)
-        scale = torch.where(waiting, first.to(x.dtype), s["init_scale"])
-        return scale, kron.begin(factors, waiting, scale)
-
-
-def _check(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raise HyperparameterError unless ``value`` is None or a finite number from ``low`` to ``high``."""
-    if value is None:
-        return
-    try:
-        fits = math.isfinite(value) and low <= value <= high
-    except TypeError:
-        fits = False
-    if not fits:
-        raise HyperparameterError(f"{name}={value!r} is not a finite number in [{low:g}, {high:g}]; pass one, or leave it out.")
-
-
-NOT_YET: Mapping[str, Any] = {
-    "q_dtype": "float32",
-    "precond_grad_accum": False,
-    "cached": True,
-    "store_triu_as_line": True,
-}
-"""HeavyBall's options that this version accepts by name only, and their only supported values."""
-
-
-class PSGDKron(Optimizer):
-    r"""Preconditioned stochastic gradient descent with Kronecker factors: :math:`p \leftarrow p - \mathrm{lr}\, Q^T Q\, m`.
-
-    Pooladzandi and Li 2024 (arXiv:2402.11858), after Li 2015 (arXiv:1512.04202). :class:`PreconditionByKron` has the formulas,
-    :func:`hb_psgd.kron.pro_update` the rule by which the factors are fitted.
-
-    Args:
-        lr: learning rate.
-        beta: decay of the momentum, in [0, 1); None for the default.
-        betas: another spelling; its first number overrides ``beta``, the others are ignored.
-        preconditioner_update_probability: refreshes per step, in [0, 1]; None for :func:`update_probability`.
-        max_size_triangular: larger dimensions get a diagonal factor.
-        min_ndim_triangular: parameters of fewer dimensions get diagonal factors.
-        memory_save_mode: None, "one_diag", "smart_one_diag", "one_triu" or "all_diag": which other factors are diagonal.
-        momentum_into_precond_update: fit the factors to the momentum rather than the gradient.
-        merge_dims: join dimensions.
-        delayed: precondition by the factors before this step's refresh.
-        exp_avg_input: precondition the momentum; False for none.
-        lower_bound_beta: decay of the bound on the factors' curvature.
-        dampening: the noise that the factors are fitted with.
-        precond_update_power_iterations: the number of power iterations for the norms in a refresh.
-        precond_init_scale: the scale of the factors' product at first; None to take it from the first gradient.
-        precond_init_scale_scale, precond_init_scale_power: that scale's factor, and the power it is then raised to.
-        precond_lr: learning rate of the factors, in [0, 1].
-        hessian_approx: fit the factors to Hessian-vector products, so that P becomes an inverse Hessian; step takes a closure.
-        hvp_interval: the first refresh has a product, and every so manyth after it; the others whiten.
-        finite_differences: make products from two calls of the closure, instead of differentiating twice.
-        fallback_to_finite_differences: do so where the loss cannot be differentiated twice, with a warning; False for an error.
-        q_dtype, precond_grad_accum, cached, store_triu_as_line: HeavyBall's, not supported yet; any value but the default is
-            refused.
-        weight_decay: decoupled.
-
-    State: ``exp_avg``, of the parameter's shape; ``Q_0``, ``Q_1``, ..., a matrix or a diagonal for each dimension larger than
-    1; ``L_0``, ``L_1``, ... and ``init_scale``, one number each; ``step``.
-    """
+class KronOptimizer(Optimizer):
+    """The options of every optimizer with Kronecker factors; no optimizer itself."""
 
     lr: float = 0.001
-    beta: float = 0.9
-    betas: tuple[float, ...] | None = None
+    precond_rule: str = "quad"
     preconditioner_update_probability: Probability = None
     max_size_triangular: int = 2048
     min_ndim_triangular: int = 2
     memory_save_mode: str | None = None
     momentum_into_precond_update: bool = True
     merge_dims: bool | int = False
-    delayed: bool = False
-    exp_avg_input: bool = True
+    split: bool = False
+    store_triu_as_line: bool = True
+    precond_grad_accum: bool = False
     lower_bound_beta: float = 0.9
     dampening: float = 1e-9
     precond_update_power_iterations: int = 2
@@ -267,30 +38,118 @@ class PSGDKron(Optimizer):
     precond_init_scale_scale: float = 1.0
     precond_init_scale_power: float | None = None
     precond_lr: float = 0.1
+    q_dtype: str | torch.dtype = "float32"
     hessian_approx: bool = False
     hvp_interval: int = 1
     finite_differences: bool = False
     fallback_to_finite_differences: bool = True
-    q_dtype: str = "float32"
-    precond_grad_accum: bool = False
-    cached: bool = True
-    store_triu_as_line: bool = True
     update_clipping = "trust_region_clip_"
+    formerly: ClassVar[Mapping[str, Any]] = {"precond_rule": "pro"}
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
-        for option, only in NOT_YET.items():
-            if (value := h.pop(option)) != only:
-                raise OptionError(f"{type(self).__name__}: {option}={value!r} is not supported yet; leave it at {only!r}.")
+        flags = ("momentum_into_precond_update", "store_triu_as_line", "exp_avg_input", "delayed", "cached")
+        check_flags({name: h[name] for name in flags if name in h})
+        h["q_dtype"] = str(h["q_dtype"]).removeprefix("torch.")
+        return {name: value for name, value in h.items() if name != "store_triu_as_line"}
+
+
+class PSGDKron(KronOptimizer):
+    r"""Preconditioned stochastic gradient descent with Kronecker factors: :math:`p \leftarrow p - \mathrm{lr}\, Q^T Q\, m`.
+
+    Pooladzandi and Li 2024 (arXiv:2402.11858), after Li 2015 (arXiv:1512.04202). :class:`hb_psgd.rule.KronFactors` has the
+    formulas, :mod:`hb_psgd.factor_rules` the rules by which the factors are fitted to whiten the momentum
+
+    .. math:: m = m_t / (1 - \beta^t) \qquad m_t = \beta m_{t-1} + (1 - \beta)\, g_t
+
+    Args:
+        lr: learning rate.
+        precond_rule: how the factors are fitted: "quad", which keeps them symmetric, "pro" (Q0.5EQ1.5 with Procrustes steps),
+            "qeq", "qep", or "eq" with triangular factors.
+        preconditioner_update_probability: refreshes per step, in [0, 1], or a module-level function of the step (1, 2, ...)
+            that returns it; None for :func:`hb_psgd.common.update_probability`. At 0 the factors stay as they start.
+        max_size_triangular: larger dimensions get a diagonal factor.
+        min_ndim_triangular: parameters of fewer dimensions get diagonal factors.
+        memory_save_mode: None, "one_diag", "smart_one_diag", "one_triu" or "all_diag": which other factors are diagonal.
+        momentum_into_precond_update: fit the factors to the momentum rather than the gradient.
+        merge_dims: join all dimensions after the first, or from the last backwards while their product is at most this number.
+        split: cut larger dimensions into blocks of ``max_size_triangular``, each with factors of its own.
+        store_triu_as_line: HeavyBall's, changes nothing: factors are stored as whole matrices, which are multiplied faster.
+        precond_grad_accum: fit the factors to the average of what came since the last refresh.
+        lower_bound_beta: decay of the bound on the factors' curvature, in [0, 1).
+        dampening: the noise that the factors are fitted with, at least 0.
+        precond_update_power_iterations: the number of power iterations for the norms in a refresh, at least 1.
+        precond_init_scale: the scale of the factors' product at first; None to take it from the first gradient.
+        precond_init_scale_scale, precond_init_scale_power: that scale's factor, and the power it is then raised to.
+        precond_lr: learning rate of the factors, in [0, 1].
+        q_dtype: what the factors of Q are stored in, "float32" or "bfloat16"; they are fitted in float32 all the same.
+        hessian_approx: fit the factors to Hessian-vector products, so that P becomes an inverse Hessian; step takes a closure.
+        hvp_interval: the first refresh has a product, and every so manyth after it; the others whiten.
+        finite_differences: make products from two calls of the closure, instead of differentiating twice.
+        fallback_to_finite_differences: do so where the loss cannot be differentiated twice, with a warning; False for an error.
+        beta: decay of the momentum, in [0, 1); None for the default.
+        betas: another spelling; its first number overrides ``beta``, the others are ignored.
+        exp_avg_input: precondition the momentum; False for the gradient, without any momentum.
+        delayed: precondition by the factors before this step's refresh.
+        cached: keep the factors of :math:`P = Q^T Q` too, which makes a step without refresh almost twice as fast.
+        weight_decay: decoupled.
+
+    State: ``exp_avg``, of the parameter's shape; ``Q_0``, ``Q_1``, ..., a matrix or a diagonal for each dimension larger than
+    1; ``P_i`` for each matrix; ``L_0``, ``L_1``, ... and ``init_scale``, one number each; ``step``.
+    """
+
+    beta: float | None = 0.9
+    betas: Sequence[float] | None = None
+    exp_avg_input: bool = True
+    delayed: bool = False
+    cached: bool = True
+
+    def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
+        h = super().normalise(h)
         betas = h.pop("betas")
-        if betas is not None and not betas:
+        if betas is not None and not (isinstance(betas, (tuple, list)) and betas):
             raise HyperparameterError(f"betas={betas!r} has no number; its first is the decay of the momentum.")
         beta = h["beta"] if betas is None else betas[0]
         return {**h, "beta": 0.9 if beta is None else beta}
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:
-        return (PreconditionByKron(**{name: getattr(h, name) for name in HYPERPARAMETERS}),)
+        return preconditioned(h)
 
 
-HYPERPARAMETERS = tuple(f.name for f in fields(PreconditionByKron) if f.name != "rule")
-"""The rule's fields that are the optimizer's too."""
+class PSGDPRO(PSGDKron):
+    r"""PSGD fitted by the rule Q0.5EQ1.5, or PRO, psgd_torch's default, and without clipping of its updates.
+
+    Args and state are those of :class:`PSGDKron`.
+    """
+
+    precond_rule = "pro"
+    store_triu_as_line = False
+    update_clipping = None  # type: ignore[assignment]
+
+
+class QSGD(PSGDPRO):
+    r"""PSGD that applies the root of its preconditioner: :math:`p \leftarrow p - \mathrm{lr}\, Q\, m` (HeavyBall 3).
+
+    The factors are fitted as those of :class:`PSGDPRO`, whose rule keeps them symmetric and positive, so that :math:`Q` is
+    :math:`P^{1/2}`: a matrix form of the root in Adam's denominator.
+
+    Args and state are those of :class:`PSGDKron`, without ``P_i``: ``cached`` changes nothing.
+    """
+
+    @staticmethod
+    def chain(h: Any) -> tuple[Transform, ...]:
+        return preconditioned(h, root=True)
+
+
+def preconditioned(h: Any, root: bool = False) -> tuple[Transform, ...]:
+    """The chain for a group's hyperparameters ``h``; with ``root``, of Q instead of P."""
+    average = DebiasedAverage(h.beta) if h.exp_avg_input else None
+    inside = None if h.momentum_into_precond_update else average  # then the rule needs what comes before it too
+    rule = PreconditionByKron(
+        **{name: getattr(h, name) for name in FACTORS},
+        cached=h.cached and not root,
+        momentum=inside,
+        delayed=h.delayed,
+        root=root,
+    )
+    return (rule,) if average is None or inside is not None else (average, rule)

@@ -1,0 +1,288 @@
+r"""How the factors of one Kronecker preconditioner follow a gradient: interchangeable rules, by name in :data:`RULES`.
+
+A rule first makes :class:`Evidence` of a block's dampened gradient :math:`\tilde g`, for each dimension: two matrices whose
+difference is zero once :math:`P \tilde g` is white. Then it moves each factor by that difference, relative to a running bound
+of its norm,
+
+.. math:: \ell = \lVert T_1 + T_2 \rVert \qquad L \leftarrow \max(\beta L + (1 - \beta)\ell, \ell) \qquad s = \mathrm{lr} / L
+
+With :math:`x = P \tilde g`, :math:`t = \mathrm{numel} / n` for a dimension i of size n, and the standard normal numbers v of
+the dampening:
+
+.. math::
+    \text{pro:}\quad & T_1 = \langle x, x \rangle_i,\; T_2 = t I, &&
+    Q \leftarrow \mathrm{procrustes}(Q - s (T_1 - T_2) Q) \\
+    \text{quad:}\quad & \text{the same,} &&
+    Q \leftarrow \mathrm{sym}\bigl((I - \tfrac s2 (T_1 - T_2))\, Q\, (I - \tfrac s2 (T_1 - T_2))\bigr) \\
+    \text{qeq:}\quad & \text{the same,} && Q \leftarrow Q - s\, Q\, (T_1 - T_2) \\
+    \text{qep:}\quad & T_1 = \langle Q_i x, Q_i x \rangle_i,\; T_2 = t\, Q_i Q_i^T, && Q \leftarrow Q - s (T_1 - T_2) Q \\
+    \text{eq:}\quad & T_1 = \langle Q \tilde g, Q \tilde g \rangle_i,\; T_2 = \langle Q^{-T} v, Q^{-T} v \rangle_i, &&
+    Q \leftarrow Q - s\, \mathrm{triu}(T_1 - T_2)\, Q
+
+:math:`\langle x, x \rangle_i` sums over all dimensions but i. A diagonal factor moves by the diagonals of the same.
+
+In Newton form :math:`\tilde g` is a Hessian-vector product Hv, dampened, and v its vector: then :math:`T_2` is
+:math:`\langle v, v \rangle_i`, or for qep :math:`\langle Q_i v, Q_i v \rangle_i`, whose mean over v is whitening's.
+
+Sources: Pooladzandi and Li 2024 (arXiv:2402.11858), and psgd_torch of October 2025, which calls them Q0.5EQ1.5 or PRO, QUAD,
+QEQ, QEP and EQ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hb_psgd.kron import Number, along, begin, gram, multiply, per_block, second_moments, symmetric
+from hb_psgd.norms import norm_bound, procrustes
+from hbcore.api import Products, bases
+
+TOGETHER = 2**25
+"""How many elements of factors are fitted at once: what a GPU needs to be busy. A few times as many are needed in between."""
+
+
+class Evidence(NamedTuple):
+    """What moves a factor ``[B, n, n]`` or ``[B, n]``: like it, or for ``second`` multiples of the identity, ``[B]``."""
+
+    first: Tensor
+    second: Tensor
+
+
+class Settings(NamedTuple):
+    """How the factors are fitted.
+
+    Attributes:
+        lr: the factors' learning rate, in [0, 1].
+        beta: the decay of the bound, in [0, 1).
+        iterations: of :func:`hb_psgd.norms.norm_bound`.
+        products: how to multiply.
+    """
+
+    lr: Number
+    beta: Number
+    iterations: int
+    products: Products
+
+
+class Factor(NamedTuple):
+    """One factor of a stack of blocks.
+
+    Attributes:
+        q: ``[B, n, n]`` or ``[B, n]``.
+        share: ``[B]``, the multiple of the identity that ``q`` starts as in this step; 0 in blocks that have started.
+        bound: its running bound, ``[B]``.
+        first, second: its evidence.
+        start: normal numbers ``[B, k, n]`` from which the norm's bound starts; empty for a diagonal.
+    """
+
+    q: Tensor
+    share: Tensor
+    bound: Tensor
+    first: Tensor
+    second: Tensor
+    start: Tensor
+
+
+Gather = Callable[[Tensor, Tensor, Sequence[Tensor], Callable[[Tensor], Tensor], Products], Iterator[Evidence]]
+Move = Callable[[Factor, Tensor, Settings], Tensor]
+
+
+@dataclass(frozen=True)
+class FactorRule:
+    """One of :data:`RULES`.
+
+    Attributes:
+        evidence: ``evidence(g, v, factors, precondition, products)`` for the dampened gradient ``g``, its noise ``v``, the
+            factors of Q and a function that multiplies by P.
+        newton: the same for a dampened Hessian-vector product and its vector, which P is to make alike.
+        move: ``move(factor, step, settings)``, the new factor; ``step`` is ``[B]``.
+    """
+
+    evidence: Gather
+    newton: Gather
+    move: Move
+
+
+def whiteness(
+    g: Tensor, v: Tensor, factors: Sequence[Tensor], precondition: Callable[[Tensor], Tensor], products: Products
+) -> Iterator[Evidence]:
+    """Of the rules that compare :math:`Pg` with white noise."""
+    pg = precondition(g)
+    for i, q in enumerate(factors):
+        level = pg[0].numel() / q.shape[-1]
+        yield Evidence(second_moments(pg, i, q.ndim == 3, products), pg.new_full((len(pg),), level))
+
+
+def whiteness_by_factor(
+    g: Tensor, v: Tensor, factors: Sequence[Tensor], precondition: Callable[[Tensor], Tensor], products: Products
+) -> Iterator[Evidence]:
+    """Of QEP: the same between :math:`Q_i` and its transpose."""
+    pg = precondition(g)
+    for i, q in enumerate(factors):
+        level = pg[0].numel() / q.shape[-1]
+        if q.ndim == 2:
+            yield Evidence(second_moments(pg * along(q, i, pg), i, False, products), level * q * q)
+        else:
+            turned = bases.along(pg, q.mT, i, products)
+            yield Evidence(second_moments(turned, i, True, products), level * gram(q.mT, products))
+
+
+def likeness(
+    h: Tensor, v: Tensor, factors: Sequence[Tensor], precondition: Callable[[Tensor], Tensor], products: Products
+) -> Iterator[Evidence]:
+    """Of the rules that compare :math:`Ph` with v."""
+    ph = precondition(h)
+    for i, q in enumerate(factors):
+        yield Evidence(*(second_moments(x, i, q.ndim == 3, products) for x in (ph, v)))
+
+
+def likeness_by_factor(
+    h: Tensor, v: Tensor, factors: Sequence[Tensor], precondition: Callable[[Tensor], Tensor], products: Products
+) -> Iterator[Evidence]:
+    """Of QEP: the same between :math:`Q_i` and its transpose."""
+    ph = precondition(h)
+    for i, q in enumerate(factors):
+        turned = (x * along(q, i, x) if q.ndim == 2 else bases.along(x, q.mT, i, products) for x in (ph, v))
+        yield Evidence(*(second_moments(x, i, q.ndim == 3, products) for x in turned))
+
+
+def inverse_pair(
+    g: Tensor, v: Tensor, factors: Sequence[Tensor], precondition: Callable[[Tensor], Tensor], products: Products
+) -> Iterator[Evidence]:
+    """Of EQ, also in Newton form: :math:`Qg` and :math:`Q^{-T} v`, by triangular solves."""
+    a, b = multiply(g, factors, products), v
+    for i, q in enumerate(factors):
+        b = b / along(q, i, b) if q.ndim == 2 else _solved(b, q, i)
+    for i, q in enumerate(factors):
+        yield Evidence(*(second_moments(x, i, q.ndim == 3, products) for x in (a, b)))
+
+
+def _solved(x: Tensor, q: Tensor, i: int) -> Tensor:
+    """``x`` times the inverse of the upper triangular ``q`` along dimension i."""
+    rows = x.movedim(i + 1, -1)
+    solved: Tensor = torch.linalg.solve_triangular(q, rows.reshape(len(x), -1, q.shape[-1]), upper=True, left=False)
+    return solved.reshape(rows.shape).movedim(-1, i + 1).contiguous()
+
+
+def by_procrustes(factor: Factor, step: Tensor, settings: Settings) -> Tensor:
+    """PRO: from the left, and kept symmetric by rotations."""
+    moved = from_the_left(factor, step, settings)
+    return moved if moved.ndim == 2 else procrustes(moved, factor.start, settings.products, settings.iterations)
+
+
+def from_the_left(factor: Factor, step: Tensor, settings: Settings) -> Tensor:
+    r""":math:`Q - s (T_1 - T_2) Q`."""
+    return _moved(factor, factor.q, step, settings.products.matmul)
+
+
+def from_the_right(factor: Factor, step: Tensor, settings: Settings) -> Tensor:
+    r"""QEQ: :math:`Q - s\, Q (T_1 - T_2)`."""
+    return _moved(factor, factor.q, step, lambda t, q: settings.products.matmul(q, t))
+
+
+def from_both_sides(factor: Factor, step: Tensor, settings: Settings) -> Tensor:
+    """QUAD: half of it from each side, which keeps a symmetric factor symmetric and positive."""
+    half = 0.5 * step
+    q = _moved(factor, factor.q, half, settings.products.matmul)
+    if q.ndim == 2:
+        return _moved(factor, q, half, torch.mul)
+    by, keep = per_block(-half, q), torch.ones_like(half)
+    if factor.second.ndim > 1:
+        t = factor.first - factor.second
+    else:
+        t, keep = factor.first, 1 + half * factor.second
+
+    def part(rows: slice, columns: slice) -> Tensor:
+        moved = settings.products.matmul(q[:, rows], t[:, :, columns]).mul_(by)
+        return moved.addcmul_(q[:, rows, columns], per_block(keep, q))
+
+    return symmetric(q, part)
+
+
+def triangular(factor: Factor, step: Tensor, settings: Settings) -> Tensor:
+    """EQ: by the upper triangle alone."""
+    return _moved(factor, factor.q, step, lambda t, q: settings.products.matmul(t.triu(), q))
+
+
+def _moved(factor: Factor, q: Tensor, step: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``q`` less ``step`` times its product with the evidence's difference; a diagonal's is elementwise."""
+    first, second = factor.first, factor.second
+    product = torch.mul if q.ndim == 2 else product
+    if second.ndim > 1:
+        return product(first - second, q).mul_(per_block(-step, q)).add_(q)
+    return product(first, q).mul_(per_block(-step, q)).addcmul_(q, per_block(1 + step * second, q))
+
+
+RULES: Mapping[str, FactorRule] = {
+    "pro": FactorRule(whiteness, likeness, by_procrustes),
+    "quad": FactorRule(whiteness, likeness, from_both_sides),
+    "eq": FactorRule(inverse_pair, inverse_pair, triangular),
+    "qeq": FactorRule(whiteness, likeness, from_the_right),
+    "qep": FactorRule(whiteness_by_factor, likeness_by_factor, from_the_left),
+}
+"""The rules by their names, the values of the option ``precond_rule``."""
+
+
+def fitted(rule: FactorRule, factor: Factor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """The factor after one step of ``rule``, and its new bound."""
+    factor = factor._replace(q=begin([factor.q], factor.share)[0])
+    norm = _norm(factor, settings.iterations)
+    bound = torch.maximum(settings.beta * factor.bound + (1 - settings.beta) * norm, norm)
+    return rule.move(factor, settings.lr / bound, settings), bound
+
+
+def _norm(factor: Factor, iterations: int) -> Tensor:
+    """A bound of the norm of the evidence's sum, ``[B]``."""
+    multiple = factor.second.ndim == 1
+    total = factor.first if multiple else factor.first + factor.second
+    norm = total.amax(-1) if total.ndim == 2 else norm_bound(total, factor.start, iterations)
+    return norm + factor.second if multiple else norm
+
+
+def all_fitted(rule: FactorRule, factors: Sequence[Factor], settings: Settings) -> list[tuple[Tensor, Tensor]]:
+    """:func:`fitted` for several stacks: factors of one size and dtype at once, up to :data:`TOGETHER` elements."""
+    made: list[list[tuple[Tensor, Tensor]]] = [[] for _ in factors]
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for k, factor in enumerate(factors):
+        alike.setdefault((factor.q.shape[1:], factor.q.dtype, factor.second.ndim), []).append(k)
+    for same in alike.values():
+        most = max(1, TOGETHER // max(1, factors[same[0]].q[0].numel()))
+        for portion in _portions([(k, len(factors[k].q)) for k in same], most):
+            q, bound = fitted(rule, _joined([_rows(factors[k], part) for k, part in portion]), settings)
+            done = 0
+            for k, part in portion:
+                rows = slice(done, done := done + part.stop - part.start)
+                made[k].append((q[rows], bound[rows]))
+    return [some[0] if len(some) == 1 else (torch.cat([q for q, _ in some]), torch.cat([b for _, b in some])) for some in made]
+
+
+def _portions(stacks: Sequence[tuple[int, int]], most: int) -> Iterator[list[tuple[int, slice]]]:
+    """Rows of stacks ``(k, count)`` in order, in portions of equal length, at most ``most``, as slices of each stack."""
+    total = sum(count for _, count in stacks)
+    length = -(-total // -(-total // most)) if total else 1
+    portion, room = list[tuple[int, slice]](), length
+    for k, count in stacks:
+        first = 0
+        while first < count:
+            last = min(count, first + room)
+            portion.append((k, slice(first, last)))
+            room -= last - first
+            first = last
+            if not room:
+                yield portion
+                portion, room = [], length
+    if portion:
+        yield portion
+
+
+def _rows(factor: Factor, part: slice) -> Factor:
+    return Factor(*(t[part] for t in factor))
+
+
+def _joined(factors: Sequence[Factor]) -> Factor:
+    """The rows of several stacks as one."""
+    return factors[0] if len(factors) == 1 else Factor(*(torch.cat(parts) for parts in zip(*factors, strict=True)))

@@ -1,0 +1,285 @@
+"""Kronecker preconditioners as a rule: what every optimizer of this family keeps of a block, and PSGD itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hb_psgd import kron
+from hb_psgd.checks import Q_DTYPES, check_flags, check_number, check_settings
+from hb_psgd.common import EPS, Probability, update_probability
+from hb_psgd.factor_rules import RULES, Factor, Settings, all_fitted
+from hb_psgd.newton import first_scale
+from hb_psgd.norms import PROBES
+from hbcore.api import Block, Context, Curvature, Domain, Slot, State, Transform, grid_view, hyper, matrix_view, zeros
+
+
+class Held(NamedTuple):
+    """The factors of a stack, as they are stored.
+
+    Attributes:
+        q: of Q, for each dimension.
+        p: of P, where they are kept.
+        bounds: the running bounds, each ``[B]``.
+        share: ``[B]``, the multiple of the identity that is to be added to ``q``: in blocks that start in this step. None for
+            0 everywhere.
+    """
+
+    q: list[Tensor]
+    p: list[Tensor]
+    bounds: list[Tensor]
+    share: Tensor | None = None
+
+    def begun(self) -> Held:
+        """The factors with what starts in this step: copies, which are not kept longer than they are needed."""
+        if self.share is None:
+            return self
+        return Held(kron.begin(self.q, self.share), kron.begin(self.p, self.share.square()), self.bounds)
+
+    def precondition(self, x: Tensor, c: Context) -> Tensor:
+        """:math:`P x`."""
+        return kron.multiply(x, self.p, c.products) if self.p else kron.precondition(x, self.q, c.products)
+
+
+@dataclass(frozen=True)
+class KronFactors(Transform):
+    r"""What rules with Kronecker factors share: the factors' state, and how it follows the gradient.
+
+    .. math::
+        \tilde x = x + (\mathrm{dampening} + \epsilon |x|)\, v \qquad v \sim \mathcal N(0, 1) \qquad
+        Q \leftarrow \mathrm{rule}(Q, \tilde x) \;\text{ when due}
+
+    The factors start as multiples of the identity at the first x that is not zero, and are zeros until then: x is looked at
+    whenever a refresh is due, and at the steps 1, 2, 4, 8, ...
+
+    Args:
+        precond_lr: learning rate of the factors.
+        lower_bound_beta: decay of the running bound on the factors' curvature.
+        dampening: the noise that the factors are fitted with.
+        precond_rule: how they are fitted, one of :data:`hb_psgd.factor_rules.RULES`.
+        preconditioner_update_probability: the number of refreshes per step, in [0, 1]: a number, a module-level function of
+            the step (1, 2, ...), or None for :func:`update_probability`. Not random: a refresh is due whenever the sum of them
+            passes a whole number.
+        max_size_triangular, min_ndim_triangular, memory_save_mode: which factors are dense, :func:`hb_psgd.kron.memory_layout`.
+        merge_dims: how dimensions are joined, :func:`hbcore.api.matrix_view`; those of size 1 are dropped first.
+        split: cut larger dimensions into blocks of ``max_size_triangular``.
+        precond_grad_accum: fit the factors to the average of all x since the last refresh.
+        precond_update_power_iterations: of :func:`hb_psgd.norms.norm_bound`.
+        precond_init_scale: the scale of Q at first; None for ``(a s)^b``, s by :func:`hb_psgd.kron.whitening_scale`.
+        precond_init_scale_scale, precond_init_scale_power: a and b; None for 1.
+        cached: keep the factors of P, so that each dimension takes one product.
+        q_dtype: what ``Q_i`` is stored in: "float32", which is the compute dtype, or "bfloat16", rounded stochastically. It is
+            fitted in the compute dtype all the same.
+        hessian_approx: fit and start the factors with Hessian-vector products in place of x; ``step`` takes a closure.
+        hvp_interval: the first refresh has a product, and every so manyth after it; the others whiten.
+        finite_differences, fallback_to_finite_differences: see :class:`hbcore.api.Curvature`.
+
+    Slots: for each dimension i ``Q_i``, ``[n, n]`` or ``[n]``, ``L_i``, its bound, and with ``cached`` for a dense one ``P_i``,
+    :math:`Q_i^T Q_i`; ``init_scale``, 0 until the factors start; with ``precond_grad_accum``, ``grad_mean`` and ``grad_count``.
+    """
+
+    precond_lr: float = hyper(0.1, ge=0, le=1)
+    lower_bound_beta: float = hyper(0.9, ge=0, lt=1)
+    dampening: float = hyper(1e-9, ge=0)
+    precond_rule: str = "quad"
+    preconditioner_update_probability: Probability = None
+    max_size_triangular: int = 2048
+    min_ndim_triangular: int = 2
+    memory_save_mode: str | None = None
+    merge_dims: bool | int = False
+    split: bool = False
+    precond_grad_accum: bool = False
+    precond_update_power_iterations: int = 2
+    precond_init_scale: float | None = None
+    precond_init_scale_scale: float = hyper(1.0, gt=0)
+    precond_init_scale_power: float | None = None
+    cached: bool = True
+    q_dtype: str = "float32"
+    hessian_approx: bool = False
+    hvp_interval: int = 1
+    finite_differences: bool = False
+    fallback_to_finite_differences: bool = True
+    domain = Domain.MATRIX
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"hvp"}) if self.hessian_approx else frozenset()
+
+    @property
+    def curvature(self) -> Curvature:
+        return Curvature(self.hvp_interval, self.finite_differences, self.fallback_to_finite_differences)
+
+    def pair(self, c: Context) -> tuple[Tensor, Tensor] | None:
+        """This step's Hessian-vector products and their vectors; None if it has none."""
+        h, v = (c.hvp, c.vector) if self.hessian_approx else (None, None)
+        return None if h is None or v is None else (h, v)
+
+    def rate(self, k: int) -> float:
+        p = self.preconditioner_update_probability
+        if p is None:
+            return update_probability(k)
+        if not callable(p):
+            return float(p)
+        check_number("preconditioner_update_probability", rate := p(k))
+        return min(1.0, max(0.0, float(rate)))
+
+    def blocks(self, shape: torch.Size) -> tuple[Block, ...]:
+        whole = [n for n in shape if n != 1] or [1]
+        if self.split:
+            return grid_view(whole, max(1, self.max_size_triangular), self.merge_dims)
+        return matrix_view(whole, self.merge_dims)
+
+    def dense(self, shape: Sequence[int]) -> tuple[bool, ...]:
+        """Which dimensions of a block have a dense factor."""
+        return kron.memory_layout(shape, self.max_size_triangular, self.min_ndim_triangular, self.memory_save_mode)
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        shape = param.shape or torch.Size([1])
+        slots = {"init_scale": Slot(torch.Size(), exact=True)}
+        for i, (n, dense) in enumerate(zip(shape, self.dense(shape), strict=True)):
+            slots[f"Q_{i}"] = Slot(torch.Size((n, n) if dense else (n,)), exact=True, dtype=Q_DTYPES[self.q_dtype])
+            slots[f"L_{i}"] = Slot(torch.Size(), exact=True)
+        if self.precond_grad_accum:
+            slots |= {"grad_mean": zeros(param), "grad_count": Slot(torch.Size(), exact=True)}
+        return slots | self.derived_slots(shape)
+
+    def derived_slots(self, shape: Sequence[int]) -> dict[str, Slot]:
+        """The slots that :meth:`derive` computes from others."""
+        if not self.cached:
+            return {}
+        dense = self.dense(shape)
+        return {f"P_{i}": Slot(torch.Size((n, n)), derived=True) for i, n in enumerate(shape) if dense[i]}
+
+    def derive(self, s: State, c: Context) -> dict[str, Tensor]:
+        """The factors of P, from those of Q."""
+        if not self.cached:
+            return {}
+        dense = {name.removeprefix("Q_"): q for name, q in s.items() if name.startswith("Q_") and q.ndim == 3}
+        return {f"P_{i}": kron.gram(q, c.products) for i, q in dense.items()}
+
+    def averaged(self, x: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the factors are fitted to, and the slots of the average."""
+        if not self.precond_grad_accum:
+            return x, {}
+        count = s["grad_count"] + 1
+        mean = s["grad_mean"] + (x - s["grad_mean"]) / kron.per_block(count, x)
+        kept = (torch.zeros_like(mean), torch.zeros_like(count)) if c.refresh else (mean, count)
+        return mean, dict(zip(("grad_mean", "grad_count"), kept, strict=True))
+
+    def held(self, s: State, ndim: int) -> Held:
+        """The stored factors of blocks of ``ndim`` dimensions."""
+        dims = range(ndim)
+        q, bounds = [s[f"Q_{i}"] for i in dims], [s[f"L_{i}"] for i in dims]
+        return Held(q, [s[f"P_{i}"] if f.ndim == 3 else f * f for i, f in enumerate(q)] if self.cached else [], bounds)
+
+    def started(self, x: Tensor, s: State, c: Context) -> tuple[Held, dict[str, Tensor]]:
+        """The factors before this step's refresh, some of which may start from ``x``, and their scale's slot."""
+        held, step = self.held(s, x.ndim - 1), int(c.step)
+        if not c.refresh and step & (step - 1):  # a scale costs as much as an update, and hardly any block waits for one
+            return held, {}
+        waiting = s["init_scale"] == 0
+        scale = torch.where(waiting, self.first_scale(x, s, self.pair(c)).to(x.dtype), s["init_scale"])
+        share = torch.where(waiting, scale ** (1 / len(held.q)), 0.0)
+        return held._replace(share=share), {"init_scale": scale}
+
+    def first_scale(self, x: Tensor, s: State, pair: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The scale of Q for blocks that start with ``x`` or a ``pair``, ``[B]``; 0 where they say nothing about it."""
+        if self.precond_init_scale is not None:
+            return torch.full_like(s["init_scale"], self.precond_init_scale)
+        scale = self.precond_init_scale_scale * first_scale(x, pair, self.dampening)
+        power = self.precond_init_scale_power
+        return scale if power is None else torch.where(scale > 0, scale**power, 0.0)
+
+    def advanced(self, stacks: Sequence[tuple[Tensor, State, Context]]) -> Iterator[tuple[Held, Held, dict[str, Tensor]]]:
+        """For each stack: its factors before this step's refresh and after it, and their slots as far as they change."""
+        targets, kept = list[tuple[Tensor, Held, Context]](), list[dict[str, Tensor]]()
+        for u, s, c in stacks:
+            target, averages = self.averaged(u, s, c)
+            held, begun = self.started(target, s, c)
+            targets.append((target, held, c))
+            kept.append(averages | begun)
+        due = stacks[0][2].refresh
+        fresh = self.refreshed(targets) if due else (held.begun() for _, held, _ in targets)
+        for (_, before, _), new, after in zip(targets, kept, fresh, strict=True):
+            yield before, after, new | slots_of(after) if due or before.share is not None else new
+
+    def refreshed(self, stacks: Sequence[tuple[Tensor, Held, Context]]) -> Iterator[Held]:
+        """The factors of several stacks ``(x, held, c)`` after a refresh; all factors of one size are fitted at once."""
+        products = stacks[0][2].products
+        settings = Settings(self.precond_lr, self.lower_bound_beta, self.precond_update_power_iterations, products)
+        made = iter(all_fitted(RULES[self.precond_rule], [f for stack in stacks for f in self._factors(*stack)], settings))
+        for _, held, c in stacks:
+            new, held = [next(made) for _ in held.q], held.begun()
+            q, bounds = kron.settled(held.q, [n[0] for n in new], held.bounds, [n[1] for n in new])
+            yield self.completed(q, bounds, c)
+
+    def _factors(self, x: Tensor, held: Held, c: Context) -> Iterator[Factor]:
+        """What a stack's factors are fitted with."""
+        rule, pair, noise = RULES[self.precond_rule], self.pair(c), c.probe(x)
+        gather, (fitted, v) = (rule.evidence, (x, noise)) if pair is None else (rule.newton, pair)
+        noisy, begun = fitted + (self.dampening + EPS * fitted.abs()) * noise, held.begun()
+        share = torch.zeros_like(held.bounds[0]) if held.share is None else held.share
+        evidence = gather(noisy, v, begun.q, lambda g: begun.precondition(g, c), c.products)
+        for q, bound, (first, second) in zip(held.q, held.bounds, evidence, strict=True):
+            like = q.new_empty(len(q), PROBES if q.ndim == 3 else 0, q.shape[-1])
+            start = c.probe(like) if q.ndim == 3 else like
+            yield Factor(q, share, bound, first, second, start)
+
+    def completed(self, q: list[Tensor], bounds: list[Tensor], c: Context) -> Held:
+        """Factors of Q with those of P."""
+        if not self.cached:
+            return Held(q, [], bounds)
+        derived = self.derive({f"Q_{i}": f for i, f in enumerate(q)}, c)
+        return Held(q, [derived[f"P_{i}"] if f.ndim == 3 else f * f for i, f in enumerate(q)], bounds)
+
+
+def slots_of(held: Held) -> dict[str, Tensor]:
+    """The factors by the names of their slots."""
+    slots = {f"{letter}_{i}": t for letter, some in (("Q", held.q), ("L", held.bounds)) for i, t in enumerate(some)}
+    return slots | {f"P_{i}": p for i, p in enumerate(held.p) if p.ndim == 3}
+
+
+@dataclass(frozen=True)
+class PreconditionByKron(KronFactors):
+    r"""Precondition by Kronecker factors that are fitted to whiten what the rule is given: :math:`u = Q^T Q\, x`.
+
+    Args:
+        momentum: a rule that is applied to x once the factors have been fitted to it; where they are fitted to the result, it
+            precedes this rule in the chain instead. None for no rule.
+        delayed: precondition by the factors before this step's refresh.
+        root: precondition by Q alone, a root of P.
+
+    The others, the formula and the slots are those of :class:`KronFactors`.
+    """
+
+    momentum: Transform | None = None
+    delayed: bool = False
+    root: bool = False
+    name = "psgd_kron"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flags({"delayed": self.delayed, "root": self.root})
+
+    def slots(self, param: Tensor) -> dict[str, Slot]:
+        return {**(self.momentum.slots(param) if self.momentum else {}), **super().slots(param)}
+
+    def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        [result] = self.update_stacks([(u, s, c)])
+        return result
+
+    def update_stacks(self, stacks: Sequence[tuple[Tensor, State, Context]]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        for (x, s, c), (before, after, new) in zip(stacks, self.advanced(stacks), strict=True):
+            if self.momentum is not None:
+                x, moved = c.apply(self.momentum, x, s)
+                new = new | moved
+            held = before.begun() if self.delayed else after
+            yield kron.multiply(x, held.q, c.products) if self.root else held.precondition(x, c), new
