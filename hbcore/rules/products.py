@@ -48,6 +48,10 @@ Operand: TypeAlias = "Tensor | Halved"
 class Products(Protocol):
     """How a matrix rule multiplies. Everything is a stack ``[B, m, k]``; pure functions."""
 
+    @property
+    def finest(self) -> Products:
+        """More exact products where there are some, of :class:`Split` float32's own: for a few products whose errors add up."""
+
     def matmul(self, a: Operand, b: Operand, out: Tensor | None = None) -> Tensor:
         """``a @ b`` for ``[B, m, k]`` and ``[B, k, n]``, either of which may be a transposed view.
 
@@ -70,6 +74,10 @@ class Products(Protocol):
 
 class Exact:
     """In the dtype of the arguments, as torch multiplies."""
+
+    @property
+    def finest(self) -> Products:
+        return self
 
     def matmul(self, a: Operand, b: Operand, out: Tensor | None = None) -> Tensor:
         return torch.bmm(whole(a), whole(b), out=out)
@@ -115,7 +123,17 @@ class Split:
     """float32 in two float16 parts; other dtypes as :class:`Exact` has them.
 
     Devices without products of float16 with a float32 result multiply the same parts as float32, which is slower than ``ieee``.
+
+    Args:
+        finest: products of float32.
     """
+
+    def __init__(self, finest: Products | None = None) -> None:
+        self._finest = finest
+
+    @property
+    def finest(self) -> Products:
+        return IEEE if self._finest is None else self._finest
 
     def matmul(self, a: Operand, b: Operand, out: Tensor | None = None) -> Tensor:
         k = a.shape[2]

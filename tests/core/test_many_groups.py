@@ -29,7 +29,8 @@ RATES = [0.02 * 0.8**i for i in range(len(SHAPES))]
 
 MATRIX = [
     "Adafactor", "Adams", "HeavyKLSOAP", "HeavyKLShampoo", "HeavySOAP", "HeavySOAPAdEMAMix", "HeavySOAPNAdam", "HeavySOLP",
-    "KLSOAP", "KLShampoo", "Muon", "MuonAdamW", "MuonLaProp", "PSGDKron", "SFSOAP", "SOAP", "SOAPAdEMAMix", "SOAPNAdam", "SOLP",
+    "KLSOAP", "KLShampoo", "LATHER", "Muon", "MuonAdamW", "MuonLaProp", "PSGDKron", "PSGDLRA", "PSGDPRO", "QSGD", "SFSOAP",
+    "SOAP", "SOAPAdEMAMix", "SOAPNAdam", "SOLP",
     "SUDSAdamW", "Scion",
 ]  # fmt: skip
 """The registered optimizers that hand a matrix to a rule of ``Domain.MATRIX``."""

@@ -121,7 +121,7 @@ def test_what_no_branch_can_have_is_refused():
         Parallel(((adam_rule,),))
     with pytest.raises(RuleError, match="one matrix rule"):
         Parallel(((Orthogonalize(),), (Orthogonalize(),)))
-    with pytest.raises(RuleError, match="or primes"):
+    with pytest.raises(RuleError, match="primes, or is flat"):
         Parallel(((adam_rule,), (PreconditionBySOAP(),)))
     with pytest.raises(RuleError, match="put a Route around"):
         Parallel(((adam_rule,), (Route(is_matrix, (adam_rule,)),)))

@@ -46,7 +46,10 @@ def test_sums_over_all_rows(n, r, monkeypatch):
     monkeypatch.setattr(kernel, "PROGRAMS", 3)
     a, x = matrix(n, r), vector(n, seed=1)
     exact, size = a.double().mT @ x.double(), a.abs().double().mT @ x.abs().double()
-    assert close(kernel.inner(a, x), exact, n, size)
+    assert close(kernel.inner(a, x, None), exact, n, size)
+    d = vector(n, seed=3)
+    exact, size = a.double().mT @ (d * x).double(), a.abs().double().mT @ (d * x).abs().double()
+    assert close(kernel.inner(a, x, d), exact, n + 1, size)
 
 
 @pytest.mark.parametrize("n", [1, 300])
@@ -54,13 +57,18 @@ def test_sums_over_all_rows(n, r, monkeypatch):
 def test_a_vector_and_combinations_of_columns(n, r):
     a, x, c = matrix(n, r), vector(n, seed=1), vector(r, seed=2)
     exact, size = x.double() + a.double() @ c.double(), x.abs().double() + a.abs().double() @ c.abs().double()
-    assert close(kernel.plus(x, a, c), exact, r + 1, size)
+    assert close(kernel.plus(x, a, c, None, None, None), exact, r + 1, size)
+    d, out = vector(n, seed=3), torch.empty_like(x)
+    assert kernel.plus(x, a, c, None, d, out) is out
+    assert close(out, exact * d, r + 2, size * d.abs())
+    exact, size = (d * x).double() + a.double() @ c.double(), (d * x).abs().double() + a.abs().double() @ c.abs().double()
+    assert close(kernel.plus(x, a, c, d, None, None), exact, r + 2, size)
 
 
 @pytest.mark.parametrize("n", [1, 300, 1025])
 @pytest.mark.parametrize("r", RANKS)
 def test_moments_are_those_of_torch(n, r, monkeypatch):
-    monkeypatch.setattr(kernel, "PROGRAMS", 3)
+    monkeypatch.setattr(kernel, "THIN_PROGRAMS", 3)
     u, v, x, y = matrix(n, r), matrix(n, r, seed=1), vector(n, seed=2), vector(n, seed=3)
     pairs = [(u, u), (v, v), (v, u), (u, x), (v, x), (u, y), (v, y)]
     for ours, (a, b) in zip(kernel.moments(u, v, x, y), pairs, strict=True):

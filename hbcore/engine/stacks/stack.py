@@ -159,7 +159,7 @@ class Stack:
         """The keys that rows draw by for one purpose, int64 ``[rows]`` on the stack's device; made once."""
         if what not in self._keys:
             keys = [stream_key(name, what) for name in self.names]
-            self._keys[what] = torch.tensor(keys, dtype=torch.int64).to(self.key.device)
+            self._keys[what] = torch.tensor(keys, dtype=torch.int64, device=self.key.device)
         return self._keys[what]
 
     def rounds(self, name: str) -> bool:

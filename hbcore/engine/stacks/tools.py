@@ -50,6 +50,5 @@ class Tools:
     def products(self, device: torch.device) -> Products:
         """What ``c.products`` is on a device."""
         chosen = self.matmul_precision
-        if chosen == "split" or (chosen is None and splits(device)):
-            return Split()
-        return Triple() if chosen != "tf32" and triples(device) else IEEE
+        ieee = Triple() if chosen != "tf32" and triples(device) else IEEE
+        return Split(ieee) if chosen == "split" or (chosen is None and splits(device)) else ieee

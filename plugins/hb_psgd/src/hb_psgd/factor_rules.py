@@ -100,11 +100,13 @@ class FactorRule:
             factors of Q and a function that multiplies by P.
         newton: the same for a dampened Hessian-vector product and its vector, which P is to make alike.
         move: ``move(factor, step, settings)``, the new factor; ``step`` is ``[B]``.
+        reads_noise: whether ``evidence`` reads v.
     """
 
     evidence: Gather
     newton: Gather
     move: Move
+    reads_noise: bool = False
 
 
 def whiteness(
@@ -220,7 +222,7 @@ def _moved(factor: Factor, q: Tensor, step: Tensor, product: Callable[[Tensor, T
 RULES: Mapping[str, FactorRule] = {
     "pro": FactorRule(whiteness, likeness, by_procrustes),
     "quad": FactorRule(whiteness, likeness, from_both_sides),
-    "eq": FactorRule(inverse_pair, inverse_pair, triangular),
+    "eq": FactorRule(inverse_pair, inverse_pair, triangular, reads_noise=True),
     "qeq": FactorRule(whiteness, likeness, from_the_right),
     "qep": FactorRule(whiteness_by_factor, likeness_by_factor, from_the_left),
 }

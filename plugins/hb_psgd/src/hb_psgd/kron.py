@@ -86,10 +86,17 @@ def begin(factors: Sequence[Tensor], share: Tensor) -> list[Tensor]:
     return begun
 
 
-def multiply(x: Tensor, factors: Sequence[Tensor], products: Products) -> Tensor:
-    """Each factor applied along its dimension of a stack ``x``: :math:`Q x`, or :math:`P x` if the factors are P's."""
+def multiply(x: Tensor, factors: Sequence[Tensor], products: Products, out: Tensor | None = None) -> Tensor:
+    """Each factor applied along its dimension of a stack ``x``: :math:`Q x`, or :math:`P x` if the factors are P's.
+
+    ``out`` is memory for the result, contiguous, which need not be used; it may be x's own.
+    """
     for i, q in enumerate(factors):
-        x = x * along(q, i, x) if q.ndim == 2 else bases.along(x, q.mT, i, products)
+        place = out if i == len(factors) - 1 else None
+        if q.ndim == 2:
+            x = torch.mul(x, along(q, i, x), out=place)
+        else:  # a product is not written over what it reads
+            x = bases.along(x, q.mT, i, products, place if i else None)
     return x
 
 

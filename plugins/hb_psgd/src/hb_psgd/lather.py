@@ -69,7 +69,7 @@ class AdamInEigenbasis(KronFactors):
         turned = dict(zip(where, bases.all_refreshed(pairs, stacks[0][1].products), strict=True))
         for k, (s, c) in enumerate(stacks):
             fresh = {int(i): b for (stack, i), b in turned.items() if stack == k}
-            rotations = {i: c.products.matmul(s[f"B_{i}"].mT, b) for i, b in fresh.items()}
+            rotations = {i: c.products.finest.matmul(s[f"B_{i}"].mT, b) for i, b in fresh.items()}
             first = [name for name, slot in self.inner.slots(torch.empty(())).items() if slot.basis == "rotate"]
             moved = {n: bases.project(s[n], [rotations.get(i) for i in range(s[n].ndim - 1)], c.products) for n in first}
             yield {f"B_{i}": b for i, b in fresh.items()} | moved

@@ -54,11 +54,15 @@ class Fit(NamedTuple):
     v: Change
 
 
-def precondition(x: Tensor, u: Tensor, v: Tensor, d: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
-    r""":math:`P x = \mathrm{diag}(d) (I + V U^T)(I + U V^T)\,\mathrm{diag}(d)\, x`; reads U and V twice."""
-    x = d * x
-    x = plus(x, u, total(inner(v, x)))
-    return d * plus(x, v, total(inner(u, x)))
+def precondition(
+    x: Tensor, u: Tensor, v: Tensor, d: Tensor, total: Callable[[Tensor], Tensor], out: Tensor | None = None
+) -> Tensor:
+    r""":math:`P x = \mathrm{diag}(d) (I + V U^T)(I + U V^T)\,\mathrm{diag}(d)\, x`; reads U and V twice.
+
+    It is written to ``out`` if given, which may be x's own memory.
+    """
+    x = plus(x, u, total(inner(v, x, d)), first=d)
+    return plus(x, v, total(inner(u, x)), last=d, out=out)
 
 
 def begun(d: Tensor, x: Tensor, dampening: Number, numel: Number, sums: Sums, factor: Number, power: float | None) -> Tensor:

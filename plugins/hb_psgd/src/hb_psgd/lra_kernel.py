@@ -19,6 +19,10 @@ LINE = 1024
 PROGRAMS = 1024
 """How many programs share a sum over all rows; each leaves a part, and torch adds those in order."""
 
+THIN, THIN_PROGRAMS = 32, 8192
+"""The rows of a tile, and the programs, for products of r columns with r columns: one warp each. Four warps would share 256
+results, and take three times as long."""
+
 
 @triton.jit
 def tile_of(a, first, numel, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -30,26 +34,37 @@ def tile_of(a, first, numel, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
-def inner_kernel(a, x, out, numel, share, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``out[program]``: the program's share of :math:`A^T x`."""
+def inner_kernel(  # type: ignore[no-untyped-def]
+    a, x, d, out, numel, share, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, SCALES: tl.constexpr
+):
+    """``out[program]``: the program's share of :math:`A^T x`, or with ``SCALES`` of :math:`A^T (d x)`."""
     total = tl.zeros((PAD,), dtype=tl.float32)
     start = tl.program_id(0) * share
     for at in range(0, share, ROWS):
         rows = start + at + tl.arange(0, ROWS)
         value = tl.load(x + rows, mask=rows < numel, other=0.0)
+        if SCALES:
+            value *= tl.load(d + rows, mask=rows < numel, other=0.0)
         total += tl.sum(tile_of(a, start + at, numel, R, PAD, ROWS) * value[:, None], 0)
     tl.store(out + tl.program_id(0) * PAD + tl.arange(0, PAD), total)
 
 
 @triton.jit
-def plus_kernel(x, a, c, out, numel, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``out = x + A c``."""
+def plus_kernel(  # type: ignore[no-untyped-def]
+    x, a, c, d, out, numel, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr
+):
+    """``out = x + A c``, where ``x``, with ``FIRST``, or all of it, with ``LAST``, is multiplied by d."""
     first = tl.program_id(0) * ROWS
     rows, columns = first + tl.arange(0, ROWS), tl.arange(0, PAD)
     weights = tl.load(c + columns, mask=columns < R, other=0.0)
     moved = tl.sum(tile_of(a, first, numel, R, PAD, ROWS) * weights[None, :], 1)
     value = tl.load(x + rows, mask=rows < numel, other=0.0)
-    tl.store(out + rows, value + moved, mask=rows < numel)
+    if FIRST:
+        value *= tl.load(d + rows, mask=rows < numel, other=0.0)
+    value += moved
+    if LAST:
+        value *= tl.load(d + rows, mask=rows < numel, other=0.0)
+    tl.store(out + rows, value, mask=rows < numel)
 
 
 @triton.jit
@@ -167,21 +182,23 @@ def rewrite_kernel(  # type: ignore[no-untyped-def]
     tl.store(a + rows.to(tl.int64)[:, None] * R + columns[None, :], tile, mask=inside)
 
 
-def inner(a: Tensor, x: Tensor) -> Tensor:
-    """:math:`A^T x`, ``[r]``."""
+def inner(a: Tensor, x: Tensor, d: Tensor | None) -> Tensor:
+    """See :func:`hb_psgd.lra_passes.inner`."""
     r, pad, rows = _sizes(a)
     programs, share = _shares(len(a), rows)
     out = a.new_empty(programs, pad)
-    launching.run(inner_kernel, (programs, 1, 1), (a, x, out), sizes=(len(a), share), constants=(r, pad, rows))
+    tensors, constants = (a, x, x if d is None else d, out), (r, pad, rows, int(d is not None))
+    launching.run(inner_kernel, (programs, 1, 1), tensors, sizes=(len(a), share), constants=constants)
     return out.sum(0)[:r]
 
 
-def plus(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
-    """:math:`x + A c`, ``[N]``."""
+def plus(x: Tensor, a: Tensor, c: Tensor, first: Tensor | None, last: Tensor | None, out: Tensor | None) -> Tensor:
+    """See :func:`hb_psgd.lra_passes.plus`."""
     r, pad, rows = _sizes(a)
-    out = torch.empty_like(x)
-    grid = (launching.pieces(len(a), rows), 1, 1)
-    launching.run(plus_kernel, grid, (x, a, c.contiguous(), out), sizes=(len(a),), constants=(r, pad, rows))
+    out = torch.empty_like(x) if out is None else out
+    d = next((t for t in (first, last) if t is not None), x)
+    tensors, constants = (x, a, c.contiguous(), d, out), (r, pad, rows, int(first is not None), int(last is not None))
+    launching.run(plus_kernel, (launching.pieces(len(a), rows), 1, 1), tensors, sizes=(len(a),), constants=constants)
     return out
 
 
@@ -205,7 +222,7 @@ def ends(u: Tensor, v: Tensor, x: Tensor, y: Tensor, on_u: bool, of_u: Tensor, o
     second = torch.empty_like(x) if on_u else y
     sizes, squares = x.new_empty(grid[0], 2), x.new_empty(grid[0], 2)
     tensors = (u, v, x, y, of_u, of_v, first, second, gap, sizes, squares)
-    launching.run(ends_kernel, grid, tensors, sizes=(len(u),), constants=(r, pad, rows, int(on_u)))
+    launching.run(ends_kernel, grid, tensors, sizes=(len(u),), constants=(r, pad, rows, int(on_u)), num_warps=2)
     gain, loss = sizes.amax(0).unbind()
     return first, second, gap, gain, loss, squares.sum(0, dtype=torch.float64)
 
@@ -213,11 +230,12 @@ def ends(u: Tensor, v: Tensor, x: Tensor, y: Tensor, on_u: bool, of_u: Tensor, o
 def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
     """U^T U, V^T V, V^T U, U^T x, V^T x, U^T y and V^T y, summed over the programs in float64."""
     r, pad, rows = _sizes(u)
-    rows = min(rows, 128)
-    programs, share = _shares(len(u), rows)
+    rows = min(rows, THIN)
+    programs, share = _shares(len(u), rows, THIN_PROGRAMS)
     grams, vectors = u.new_empty(programs, 3, pad, pad), u.new_empty(programs, 4, pad)
     tensors = (u, v, x, y, grams, vectors)
-    launching.run(moments_kernel, (programs, 1, 1), tensors, sizes=(len(u), share), constants=(r, pad, rows))
+    warps = 1 if pad == 16 else 4
+    launching.run(moments_kernel, (programs, 1, 1), tensors, sizes=(len(u), share), constants=(r, pad, rows), num_warps=warps)
     squares, lines = grams.sum(0, dtype=torch.float64)[:, :r, :r], vectors.sum(0, dtype=torch.float64)[:, :r]
     return [*squares.unbind(), *lines.unbind()]
 
@@ -237,8 +255,8 @@ def _sizes(a: Tensor) -> tuple[int, int, int]:
     return a.shape[1], pad, 4096 // pad
 
 
-def _shares(n: int, rows: int) -> tuple[int, int]:
+def _shares(n: int, rows: int, most: int = PROGRAMS) -> tuple[int, int]:
     """How many programs share ``n`` rows, and how many each has: whole tiles."""
     tiles = launching.pieces(n, rows)
-    share = launching.pieces(tiles, PROGRAMS)
+    share = launching.pieces(tiles, most)
     return launching.pieces(tiles, share), share * rows

@@ -49,22 +49,28 @@ class Change(NamedTuple):
     weights: Sequence[Tensor] = ()
 
 
-def inner(a: Tensor, x: Tensor) -> Tensor:
-    """:math:`A^T x` for ``[N, r]`` and ``[N]``."""
+def inner(a: Tensor, x: Tensor, d: Tensor | None = None) -> Tensor:
+    """:math:`A^T x` for ``[N, r]`` and ``[N]``, or :math:`A^T (d x)`."""
     if not _has_kernels(a):
-        return a.mT @ x
+        return a.mT @ (x if d is None else d * x)
     from hb_psgd import lra_kernel  # Triton is slow to import, and not everywhere
 
-    return lra_kernel.inner(a, x)
+    return lra_kernel.inner(a, x, d)
 
 
-def plus(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
-    """:math:`x + A c` for ``[N]``, ``[N, r]`` and ``[r]``."""
+def plus(
+    x: Tensor, a: Tensor, c: Tensor, *, first: Tensor | None = None, last: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """:math:`x + A c` for ``[N]``, ``[N, r]`` and ``[r]``.
+
+    ``first`` multiplies x, and ``last`` the result, which is written to ``out`` if given: memory of none of them.
+    """
     if not _has_kernels(a):
-        return torch.addmv(x, a, c)
+        result = torch.addmv(x if first is None else first * x, a, c)
+        return torch.mul(result, 1 if last is None else last, out=result if out is None else out)
     from hb_psgd import lra_kernel
 
-    return lra_kernel.plus(x, a, c)
+    return lra_kernel.plus(x, a, c, first, last, out)
 
 
 def pair(

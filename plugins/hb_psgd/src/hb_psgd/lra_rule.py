@@ -48,7 +48,7 @@ class PreconditionByLRA(Transform):
 
     When a refresh is due, :func:`hb_psgd.lra.fit` takes a step with the pair :math:`(v, \tilde x)` on d and, in turn, on U or
     V; the source draws lots which. U and V begin as small random numbers, d as one number for all that makes the elements of
-    :math:`d^2 x` about 1, at the first x that is not zero; until then u is zero.
+    :math:`d^2 x` about 1, at the first x that is not zero among those at the steps 1, 2, 4, 8, ...; until then u is zero.
 
     Args:
         rank: r; None for :func:`default_rank` of a parameter's elements, which goes with ``multi_tensor=False`` only.
@@ -138,6 +138,9 @@ class PreconditionByLRA(Transform):
 
     def started(self, d: Tensor, x: Tensor, c: Context, sums: lra.Sums) -> Tensor:
         """``d``, with a first value where it has none."""
+        step = int(c.step)
+        if step & (step - 1):  # a look at all of x costs as much as a twentieth of a step, and hardly any vector waits for it
+            return d
         if self.precond_init_scale is not None:
             return torch.where((d == 0) & (sums.largest(x) > 0), self.precond_init_scale, d)
         power = self.precond_init_scale_power

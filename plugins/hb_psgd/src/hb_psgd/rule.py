@@ -40,9 +40,9 @@ class Held(NamedTuple):
             return self
         return Held(kron.begin(self.q, self.share), kron.begin(self.p, self.share.square()), self.bounds)
 
-    def precondition(self, x: Tensor, c: Context) -> Tensor:
-        """:math:`P x`."""
-        return kron.multiply(x, self.p, c.products) if self.p else kron.precondition(x, self.q, c.products)
+    def precondition(self, x: Tensor, c: Context, out: Tensor | None = None) -> Tensor:
+        """:math:`P x`; perhaps in the memory ``out``."""
+        return kron.multiply(x, self.p, c.products, out) if self.p else kron.precondition(x, self.q, c.products)
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,12 @@ class KronFactors(Transform):
     def _factors(self, x: Tensor, held: Held, c: Context) -> Iterator[Factor]:
         """What a stack's factors are fitted with."""
         rule, pair, noise = RULES[self.precond_rule], self.pair(c), c.probe(x)
-        gather, (fitted, v) = (rule.evidence, (x, noise)) if pair is None else (rule.newton, pair)
-        noisy, begun = fitted + (self.dampening + EPS * fitted.abs()) * noise, held.begun()
+        g, v = (x, noise) if pair is None else pair
+        noisy = g.abs().mul_(EPS).add_(self.dampening).mul_(noise).add_(g)
+        if pair is None and not rule.reads_noise:
+            v = noisy  # nobody reads it, and memory is short here
+        del noise
+        gather, begun = rule.evidence if pair is None else rule.newton, held.begun()
         share = torch.zeros_like(held.bounds[0]) if held.share is None else held.share
         evidence = gather(noisy, v, begun.q, lambda g: begun.precondition(g, c), c.products)
         for q, bound, (first, second) in zip(held.q, held.bounds, evidence, strict=True):
@@ -282,4 +286,5 @@ class PreconditionByKron(KronFactors):
                 x, moved = c.apply(self.momentum, x, s)
                 new = new | moved
             held = before.begun() if self.delayed else after
-            yield kron.multiply(x, held.q, c.products) if self.root else held.precondition(x, c), new
+            out = c.into("update")
+            yield kron.multiply(x, held.q, c.products, out) if self.root else held.precondition(x, c, out), new

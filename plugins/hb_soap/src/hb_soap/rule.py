@@ -186,7 +186,8 @@ class PreconditionBySOAP(Transform):
     def _turned(self, s: State, fresh: Mapping[int, Tensor], c: Context) -> dict[str, Tensor]:
         """New bases for one stack, and the slots of ``inner`` in them."""
         new = {f"Q_{i}": q for i, q in fresh.items()}
-        rotations = {i: c.products.matmul(s[f"Q_{i}"].mT, q) for i, q in fresh.items()}
+        # what a rotation leaks from a gradient's directions into those without one adds up, and Adam makes it as large
+        rotations = {i: c.products.finest.matmul(s[f"Q_{i}"].mT, q) for i, q in fresh.items()}
         for name, slot in self.inner.slots(torch.empty(())).items():
             dims = range(s[name].ndim - 1)
             if slot.basis == "rotate":
