@@ -15,27 +15,24 @@ from hbcore.registry.spec import fold
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "hb_adam": (
-        *("AdamW", "SGD", "Adam", "UnscaledAdamW", "NAdam", "RMSprop", "ADOPT", "AdEMAMix", "AdamC", "LaProp", "SignLaProp"),
-        *("SUDSAdamW", "SFAdamW", "MSAMLaProp", "SAMWrapper", "Adams", "Adafactor", "SparseAdam", "Lion"),
-        *("ForeachADOPT", "ForeachAdEMAMix", "ForeachAdamC", "ForeachAdamW", "ForeachLaProp", "ForeachNAdam"),
-        *("ForeachRMSprop", "ForeachSFAdamW", "ForeachSignLaProp", "PaLMForeachSFAdamW", "PaLMSFAdamW", "Adams_ZeRO"),
+        *("SGD", "Adam", "AdamW", "UnscaledAdamW", "NAdam", "RMSprop", "ADOPT", "AdEMAMix", "AdamC", "LaProp", "SignLaProp"),
+        *("SUDSAdamW", "SFAdamW", "MSAMLaProp", "SAMWrapper", "Adams", "Adafactor", "SparseAdam", "Lion", "ForeachADOPT"),
+        *("ForeachAdEMAMix", "ForeachAdamC", "ForeachAdamW", "ForeachLaProp", "ForeachNAdam", "ForeachRMSprop"),
+        *("ForeachSFAdamW", "ForeachSignLaProp", "PaLMForeachSFAdamW", "PaLMSFAdamW", "Adams_ZeRO"),
     ),
     "hb_muon": (*("Muon", "MuonAdamW", "MuonLaProp", "HyperBallAdamW", "OrthoLaProp", "LaPropOrtho", "Scion", "ForeachMuon"),),
-    "hb_soap": ("SOAP", "ForeachSOAP", "PrecondScheduleForeachSOAP", "PrecondScheduleSOAP"),
+    "hb_soap": (
+        *("SOAP", "SOLP", "SOAPNAdam", "SOAPAdEMAMix", "SFSOAP", "KLSOAP", "KLShampoo", "HeavySOAP", "HeavySOLP"),
+        *("HeavySOAPNAdam", "HeavySOAPAdEMAMix", "HeavyKLSOAP", "HeavyKLShampoo", "ForeachSOAP", "ForeachSOLP"),
+        *("ForeachSOAPNAdam", "ForeachSOAPAdEMAMix", "PaLMForeachSOAP", "PaLMSOAP", "PalmForEachSoap"),
+        *("PrecondScheduleForeachSOAP", "PrecondScheduleSOAP", "PrecondSchedulePaLMForeachSOAP", "PrecondSchedulePaLMSOAP"),
+        *("SFPaLMForeachSOAP", "PrecondScheduleSFPaLMForeachSOAP", "PrecondScheduleSFPaLMSOAP"),
+    ),
     "hb_psgd": (
-        *(
-            "PSGDKron",
-            "PSGDPRO",
-            "QSGD",
-            "LATHER",
-            "ForeachPSGDKron",
-            "ForeachCachedPSGDKron",
-            "CachedPSGDKron",
-            "ForeachPurePSGD",
-            "PurePSGD",
-        ),
-        *("ForeachDelayedPSGD", "DelayedPSGD", "ForeachCachedDelayedPSGDKron", "CachedDelayedPSGDKron"),
-        *("ForeachCachedNewtonPSGD", "NewtonPSGDKron", "NewtonHybrid2PSGDKron"),
+        *("PSGDKron", "PSGDPRO", "QSGD", "LATHER", "PSGDLRA", "ForeachPSGDKron", "ForeachCachedPSGDKron", "CachedPSGDKron"),
+        *("ForeachPurePSGD", "PurePSGD", "ForeachDelayedPSGD", "DelayedPSGD", "ForeachCachedDelayedPSGDKron"),
+        *("CachedDelayedPSGDKron", "ForeachCachedNewtonPSGD", "NewtonPSGDKron", "NewtonHybrid2PSGDKron", "ForeachPSGDLRA"),
+        *("ForeachDelayedPSGDLRA", "DelayedPSGDLRA", "ForeachNewtonPSGDLRA", "NewtonPSGDLRA", "NewtonHybrid2PSGDLRA"),
     ),
 }
 """The optimizers and aliases of hbcore's families."""
@@ -44,10 +41,7 @@ CODECS: Mapping[str, tuple[str, ...]] = {"hb_ecc": ("bf16+8", "bf16+16")}
 """The codecs of hbcore's families."""
 
 # HeavyBall's names that hbcore has no counterpart of -> the nearest one.
-_RELATIVES = {
-    **dict.fromkeys(("SOAPNAdam", "SOAPAdEMAMix", "SOLP", "SFSOAP", "KLSOAP", "KLShampoo"), "SOAP"),
-    **dict.fromkeys(("PSGD", "PSGDLRA"), "PSGDKron"),
-}
+_RELATIVES = {"PSGD": "PSGDKron"}
 _CODEC_RELATIVES = {"fp16+8": "bf16+8", "fp16+16": "bf16+16", "int8": "bf16+8"}
 # HeavyBall's old names prefix the optimizer's name with these words: PaLMForeachSFAdamW, NewtonHybrid2PSGDLRA.
 _OLD_PREFIXES = re.compile("(?:foreach|cached|delayed|newton|hybrid2|pure|palm|precondschedule|sf(?=palm))*")

@@ -61,8 +61,6 @@ def check_rule(where: str, t: Any) -> None:
             f"{where} has flat = True, which is for rules of Domain.MATRIX that neither prime nor stagger; set domain = "
             "Domain.MATRIX, and start slots at the first step, where c.step is 1."
         )
-    if t.flat and "hvp" in t.needs:
-        raise RuleError(f"{where} is flat and needs Hessian-vector products, which rules that see each matrix get; need none.")
 
 
 def check_slot(where: str, t: Any, slot: Slot, shape: torch.Size) -> None:

@@ -352,13 +352,6 @@ class Derives(Centre):
 
 
 @dataclass(frozen=True)
-class Curved(Centre):
-    """Needs Hessian-vector products."""
-
-    needs = frozenset({"hvp"})
-
-
-@dataclass(frozen=True)
 class Shares(Transform):
     """A shared slot in a rule that is not flat."""
 
@@ -384,7 +377,6 @@ class Shares(Transform):
         (Staggered, "neither prime nor stagger"),
         (Elementwise, "neither prime nor stagger"),
         (Derives, "is derived, which slots of flat rules cannot be"),
-        (Curved, "is flat and needs Hessian-vector products"),
         (Shares, "is shared, which slots of flat rules may be"),
     ],
 )
@@ -415,3 +407,32 @@ def test_gradient_release_needs_vectors_of_one_parameter():
             optimizer.step()
     run(usual, plain, [[normal(*p.shape, seed=t).float() for p in plain] for t in range(3)])
     assert distance(values(params), values(plain)) < 1e-6
+
+
+@dataclass(frozen=True)
+class Curved(Centre):
+    """Follows the Hessian-vector products of its vector."""
+
+    needs = frozenset({"hvp"})
+
+    def update(self, u: Tensor, s: Any, c: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        pair = torch.stack([c.hvp, c.vector], 1)
+        return u, {"pair": pair, "own": s["own"], "mean": s["mean"]}
+
+
+def test_a_vectors_hessian_vector_products_are_those_of_its_parameters_end_to_end():
+    params = [torch.nn.Parameter(p.detach().double()) for p in parameters(SHAPES)]
+    optimizer = optimizer_of(Curved)(params)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum((k + 1) * p.square().sum() for k, p in enumerate(params[:-1])) / 2 + params[-1].sum() * params[0].sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    vectors = [optimizer.state[p]["pair"][..., 1] for p in params]
+    for k, p in enumerate(params):
+        product = (k + 1) * vectors[k] if k < len(params) - 1 else torch.zeros_like(p)
+        product = product + (vectors[-1].sum() if k == 0 else 0) + (vectors[0].sum() if k == len(params) - 1 else 0)
+        assert torch.allclose(optimizer.state[p]["pair"][..., 0], product, rtol=1e-12)

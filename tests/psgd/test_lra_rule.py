@@ -204,7 +204,7 @@ def test_bad_values_are_errors_that_name_the_option(options, message):
 
 @pytest.mark.parametrize("option", NOT_YET)
 def test_what_is_not_supported_yet_is_refused_by_name(option):
-    with pytest.raises(OptionError, match=f"{option}=.* is not supported yet"):
+    with pytest.raises(OptionError, match=f"{option}=.* is not supported"):
         PSGDLRA(parameters(SHAPES), **{option: "something"})
 
 
@@ -249,3 +249,43 @@ def test_a_step_of_zeros_fits_nothing():
     before = [optimizer.state[q][name].clone() for q in params for name in ("U", "V", "d", "bounds")]
     run(optimizer, params, [[torch.zeros_like(p) for p in params]])
     assert same([optimizer.state[q][name] for q in params for name in ("U", "V", "d", "bounds")], before)
+
+
+@pytest.mark.parametrize("differences", [False, True], ids=["exact", "differences"])
+def test_the_newton_form_becomes_the_inverse_hessian(differences):
+    """Of a quadratic of two parameters, whose Hessian is a diagonal and a matrix of rank 2, which couples them."""
+    a = normal(17, 2, seed=1)
+    hessian, eye = torch.diag(torch.linspace(1, 4, 17, dtype=torch.float64)) + a @ a.mT, torch.eye(17, dtype=torch.float64)
+    params = [torch.nn.Parameter(normal(*shape, seed=seed)) for seed, shape in ((2, (4, 3)), (3, (5,)))]
+    optimizer = hbcore.create(
+        "NewtonPSGDLRA", params, rank=3, lr=0.0, finite_differences=differences, precond_lr=0.5,
+        preconditioner_update_probability=1,
+    )  # fmt: skip
+
+    def closure():
+        optimizer.zero_grad()
+        x = torch.cat([p.flatten() for p in params])
+        loss = x @ hessian @ x / 2
+        loss.backward()
+        return loss
+
+    def error():
+        u, v, d = (torch.cat([optimizer.state[p][name].reshape(p.numel(), -1) for p in params]) for name in ("U", "V", "d"))
+        q = (eye + u @ v.mT) * d.mT
+        return float((q.mT @ q @ hessian - eye).norm() / 17**0.5)
+
+    optimizer.step(closure)
+    assert error() > 0.5
+    for _ in range(750):
+        optimizer.step(closure)
+    assert error() < 0.05
+
+
+def test_newton_names_and_values():
+    for name, interval in (("ForeachNewtonPSGDLRA", 1), ("NewtonPSGDLRA", 1), ("NewtonHybrid2PSGDLRA", 2)):
+        group = hbcore.create(name, parameters(SHAPES)).param_groups[0]
+        assert (group["hessian_approx"], group["hvp_interval"]) == (True, interval)
+    with pytest.raises(HyperparameterError, match="hvp_interval=0 is not a whole number from 1 on"):
+        PSGDLRA(parameters(SHAPES), hvp_interval=0)
+    with pytest.raises(OptionError, match="finite_differences='no' is neither True nor False"):
+        PSGDLRA(parameters(SHAPES), finite_differences="no")

@@ -11,12 +11,12 @@ from hbcore.errors import UnknownOptimizerError
 from hbcore.registry import hints
 
 
-def test_no_hint_sends_a_user_to_a_package_without_the_name() -> None:
+def test_hints_know_every_name_of_the_families_and_no_other() -> None:
     for family, names in hints.FAMILIES.items():
         manifest = import_module(f"{family}.plugin")
-        assert set(names) <= {each.name for hook in ("hb_optimizers", "hb_aliases") for each in getattr(manifest, hook)(None)}
+        assert set(names) == {each.name for hook in ("hb_optimizers", "hb_aliases") for each in getattr(manifest, hook)(None)}
     for family, names in hints.CODECS.items():
-        assert set(names) <= {codec.name for codec in import_module(f"{family}.plugin").hb_codecs(None)}
+        assert set(names) == {codec.name for codec in import_module(f"{family}.plugin").hb_codecs(None)}
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ def test_no_hint_sends_a_user_to_a_package_without_the_name() -> None:
         ("SOAP", r"No installed plugin provides the optimizer 'SOAP'\. SOAP comes with hb_soap: pip install hb_soap"),
         ("ForeachSOAP", r"ForeachSOAP comes with hb_soap: pip install hb_soap"),
         ("hb_soap:Anything", "No plugin named 'hb_soap' is installed. hb_soap has no such optimizer either; it has SOAP, "),
-        ("PrecondScheduleSFPaLMSOAP", r"nearest relative that hbcore has is SOAP \(hb_soap: pip install hb_soap\)"),
-        ("NewtonHybrid2PSGDLRA", r"nearest relative that hbcore has is PSGDKron \(hb_psgd: pip install hb_psgd\)"),
-        ("KLSOAP", r"nearest relative that hbcore has is SOAP"),
+        ("PrecondScheduleSFPaLMSOAP", r"PrecondScheduleSFPaLMSOAP comes with hb_soap: pip install hb_soap"),
+        ("ForeachPSGD", r"nearest relative that hbcore has is PSGDKron \(hb_psgd: pip install hb_psgd\)"),
+        ("NewtonHybrid2PSGDLRA", r"NewtonHybrid2PSGDLRA comes with hb_psgd: pip install hb_psgd"),
         ("hb_psgd:QSGD", r"QSGD comes with hb_psgd: pip install hb_psgd"),
         ("PaLMForeachSFAdamW", "comes with hb_adam: pip install hb_adam"),
         ("PSGDKorn", r"Did you mean PSGDKron \(pip install hb_psgd\)"),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hbcore.distributed.exchange import Transfer, to_owners
 from hbcore.engine.group_scalars import Due
-from hbcore.engine.stacks.flat_stack import View
-from hbcore.engine.stacks.stack import ShardedView, StackView
+from hbcore.engine.stacks.flat_stack import FlatView, View
+from hbcore.engine.stacks.stack import ShardedView
 from hbcore.errors import OptionError
 from hbcore.rules.transform import Transform
 
@@ -72,26 +72,28 @@ class Curved:
         """Lay the vectors and products out in stacks, like the rules' other inputs. Collective if some are sharded."""
         for view, *pair in self._whole():
             for block, stack, row in view.runs:
-                shape, like = (len(stack.names), *stack.key.shape), stack.inputs["update"]
                 if not stack.pair:
-                    stack.pair = {name: torch.zeros(shape, dtype=like.dtype, device=like.device) for name in ("vector", "hvp")}
+                    stack.pair = {name: torch.zeros_like(stack.inputs["update"]) for name in ("vector", "hvp")}
                 for target, whole in zip(stack.pair.values(), pair, strict=True):
-                    target[row : row + block.batch] = block.of(whole)
+                    if isinstance(view, FlatView):
+                        target[view.stack.elements(row)] = whole.reshape(-1)
+                    else:
+                        target[row : row + block.batch] = block.of(whole)
         self.drop()
 
     def drop(self) -> None:
         """Keep nothing of a step."""
         self._pairs = {}
 
-    def _whole(self) -> Iterator[tuple[StackView | ShardedView, Tensor, Tensor]]:
-        """The pairs of whole parameters; those of sharded ones only where they have runs, on their owners."""
+    def _whole(self) -> Iterator[tuple[View, Tensor, Tensor]]:
+        """The pairs of whole parameters; those of sharded ones only where they have runs, on their owners. Flat rules see this
+        rank's parts."""
         sharded: dict[tuple[Any, torch.dtype], list[tuple[ShardedView, list[Transfer]]]] = {}
         for m in (m for m, _, _ in self._members if m.param in self._pairs):
             view, pair = m.views[self._level], self._pairs[m.param]
-            if isinstance(view, StackView):
+            if not isinstance(view, ShardedView):
                 yield view, pair[0].contiguous(), pair[1].contiguous()
                 continue
-            assert isinstance(view, ShardedView)  # flat rules get no products
             shards, size = view.shards, view.shards.shape.numel()
             sent = [Transfer(t.reshape(-1), t.new_empty(size) if view.runs else None, view.owner, shards.sizes()) for t in pair]
             sharded.setdefault((shards.mesh, pair[1].dtype), []).append((view, sent))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from hbcore.api import Context, Slot, State, Transform, debiased, hyper, zeros
+from hbcore.api import Context, Curvature, Slot, State, Transform, debiased, hyper, zeros
 
 Probability: TypeAlias = "float | Callable[[int], float] | None"
 
@@ -23,6 +23,17 @@ def update_probability(k: int) -> float:
     ``max(0.03, min(1, 0.999^(k - 1000)))``
     """
     return max(0.03, min(1.0, 0.999 ** (k - 1000)))
+
+
+def curvature_of(t: Any) -> Curvature:
+    """How products are made for a rule with HeavyBall's options."""
+    return Curvature(t.hvp_interval, t.finite_differences, t.fallback_to_finite_differences)
+
+
+def pair_of(t: Any, c: Context) -> tuple[Tensor, Tensor] | None:
+    """A rule's Hessian-vector products and their vectors of this step; None if it has none."""
+    h, v = (c.hvp, c.vector) if t.hessian_approx else (None, None)
+    return None if h is None or v is None else (h, v)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from hb_psgd import lra, lra_passes
-from hb_psgd.checks import check_number
-from hb_psgd.common import EPS, DebiasedAverage, Probability, update_probability
+from hb_psgd.checks import check_flags, check_number
+from hb_psgd.common import EPS, DebiasedAverage, Probability, curvature_of, pair_of, update_probability
 from hbcore.api import (
     Context,
+    Curvature,
     Domain,
     HyperparameterError,
     Optimizer,
@@ -76,6 +77,10 @@ class PreconditionByLRA(Transform):
     precond_init_scale: float | None = None
     precond_init_scale_scale: float = hyper(1.0, gt=0)
     precond_init_scale_power: float | None = None
+    hessian_approx: bool = False
+    hvp_interval: int = 1
+    finite_differences: bool = False
+    fallback_to_finite_differences: bool = True
     name = "psgd_lra"
     domain = Domain.MATRIX
     flat = True
@@ -88,10 +93,18 @@ class PreconditionByLRA(Transform):
             check_number("preconditioner_update_probability", self.preconditioner_update_probability, low=0, high=1)
         check_number("precond_init_scale", self.precond_init_scale, low=1e-30)
         check_number("precond_init_scale_power", self.precond_init_scale_power)
+        check_whole("hvp_interval", self.hvp_interval, 1)
+        flags = ("momentum_into_precond_update", "delayed", "hessian_approx", "finite_differences")
+        check_flags({name: getattr(self, name) for name in (*flags, "fallback_to_finite_differences")})
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset() if self.momentum_into_precond_update else frozenset({"grad"})
+        gradient = () if self.momentum_into_precond_update else ("grad",)
+        return frozenset((*gradient, *(("hvp",) if self.hessian_approx else ())))
+
+    @property
+    def curvature(self) -> Curvature:
+        return curvature_of(self)
 
     def rate(self, k: int) -> float:
         p = self.preconditioner_update_probability
@@ -118,13 +131,14 @@ class PreconditionByLRA(Transform):
             for name in ("U", "V"):
                 new[name] = _own(name, s, c).copy_(c.probe(s[name])).mul_((FIRST / (c.numel * s[name].shape[1])).sqrt())
         factor_u, factor_v = new.get("U", s["U"]), new.get("V", s["V"])
-        target = u if self.momentum_into_precond_update else c.grad
+        pair = pair_of(self, c)
+        target = pair[0] if pair is not None else u if self.momentum_into_precond_update else c.grad
         d = new["d"] = self.started(s["d"], target, c, sums)
         result = lra.precondition(u, factor_u, factor_v, d, c.total) if self.delayed else u
         if c.refresh:
             fits = s["psgd_lra.fits"]
             fit = lra.fit(
-                target, c.probe(u), factor_u, factor_v, d, s["bounds"],
+                target, c.probe(u) if pair is None else pair[1], factor_u, factor_v, d, s["bounds"],
                 on_u=int(fits) % 2 == 0, balance=int(fits) % BALANCE == 0, lr=self.precond_lr, beta=self.lower_bound_beta,
                 eps=self.eps, dampening=self.dampening, relative=EPS, sums=sums,
             )  # fmt: skip
@@ -154,10 +168,6 @@ def _own(name: str, s: State, c: Context) -> Tensor:
 
 
 NOT_YET: Mapping[str, Any] = {
-    "hessian_approx": False,
-    "hvp_interval": 1,
-    "finite_differences": False,
-    "fallback_to_finite_differences": True,
     "q_dtype": "float32",
     "precond_grad_accum": False,
 }
@@ -185,8 +195,11 @@ class PSGDLRA(Optimizer):
         precond_init_scale: the first d; None to take it from the first gradient.
         precond_init_scale_scale, precond_init_scale_power: that scale's factor, and the power it is then raised to.
         precond_lr: learning rate of the factors, in [0, 1].
-        hessian_approx, hvp_interval, finite_differences, fallback_to_finite_differences, q_dtype, precond_grad_accum:
-            HeavyBall's, not supported yet; any value but the default is refused.
+        hessian_approx: fit to Hessian-vector products, so that P becomes an inverse Hessian; step takes a closure.
+        hvp_interval: the first refresh has a product, and every so manyth after it; the others whiten.
+        finite_differences: make products from two calls of the closure, instead of differentiating twice.
+        fallback_to_finite_differences: do so where the loss cannot be differentiated twice, with a warning; False for an error.
+        q_dtype, precond_grad_accum: HeavyBall's, not supported; any value but the default is refused.
         weight_decay: decoupled.
 
     State: ``exp_avg`` and ``d``, of the parameter's shape; ``U`` and ``V``, of that shape and the rank; ``bounds``, three
@@ -221,7 +234,7 @@ class PSGDLRA(Optimizer):
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
         for option, only in NOT_YET.items():
             if (value := h.pop(option)) != only:
-                raise OptionError(f"{type(self).__name__}: {option}={value!r} is not supported yet; leave it at {only!r}.")
+                raise OptionError(f"{type(self).__name__}: {option}={value!r} is not supported; leave it at {only!r}.")
         return {**h, "beta": 0.9 if h["beta"] is None else h["beta"]}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -49,6 +49,8 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "NewtonHybrid2PSGDKron": ("PSGDKron", {"hessian_approx": True, "hvp_interval": 2}),
     "ForeachPSGDLRA": ("PSGDLRA", {}),
     **dict.fromkeys(("ForeachDelayedPSGDLRA", "DelayedPSGDLRA"), ("PSGDLRA", {"delayed": True})),
+    **dict.fromkeys(("ForeachNewtonPSGDLRA", "NewtonPSGDLRA"), ("PSGDLRA", {"hessian_approx": True})),
+    "NewtonHybrid2PSGDLRA": ("PSGDLRA", {"hessian_approx": True, "hvp_interval": 2}),
 }
 """Names that HeavyBall users know -> the optimizer and its options."""
 

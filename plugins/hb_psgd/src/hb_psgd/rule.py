@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hb_psgd import kron
 from hb_psgd.checks import Q_DTYPES, check_flags, check_number, check_settings
-from hb_psgd.common import EPS, Probability, update_probability
+from hb_psgd.common import EPS, Probability, curvature_of, pair_of, update_probability
 from hb_psgd.factor_rules import RULES, Factor, Settings, all_fitted
 from hb_psgd.newton import first_scale
 from hb_psgd.norms import PROBES
@@ -115,12 +115,7 @@ class KronFactors(Transform):
 
     @property
     def curvature(self) -> Curvature:
-        return Curvature(self.hvp_interval, self.finite_differences, self.fallback_to_finite_differences)
-
-    def pair(self, c: Context) -> tuple[Tensor, Tensor] | None:
-        """This step's Hessian-vector products and their vectors; None if it has none."""
-        h, v = (c.hvp, c.vector) if self.hessian_approx else (None, None)
-        return None if h is None or v is None else (h, v)
+        return curvature_of(self)
 
     def rate(self, k: int) -> float:
         p = self.preconditioner_update_probability
@@ -186,7 +181,7 @@ class KronFactors(Transform):
         if not c.refresh and step & (step - 1):  # a scale costs as much as an update, and hardly any block waits for one
             return held, {}
         waiting = s["init_scale"] == 0
-        scale = torch.where(waiting, self.first_scale(x, s, self.pair(c)).to(x.dtype), s["init_scale"])
+        scale = torch.where(waiting, self.first_scale(x, s, pair_of(self, c)).to(x.dtype), s["init_scale"])
         share = torch.where(waiting, scale ** (1 / len(held.q)), 0.0)
         return held._replace(share=share), {"init_scale": scale}
 
@@ -223,7 +218,7 @@ class KronFactors(Transform):
 
     def _factors(self, x: Tensor, held: Held, c: Context) -> Iterator[Factor]:
         """What a stack's factors are fitted with."""
-        rule, pair, noise = RULES[self.precond_rule], self.pair(c), c.probe(x)
+        rule, pair, noise = RULES[self.precond_rule], pair_of(self, c), c.probe(x)
         g, v = (x, noise) if pair is None else pair
         noisy = g.abs().mul_(EPS).add_(self.dampening).mul_(noise).add_(g)
         if pair is None and not rule.reads_noise:
