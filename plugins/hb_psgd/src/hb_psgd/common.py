@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from hb_psgd.checks import check_number
 from hbcore.api import Context, Curvature, Slot, State, Transform, debiased, hyper, zeros
 
 Probability: TypeAlias = "float | Callable[[int], float] | None"
@@ -23,6 +24,20 @@ def update_probability(k: int) -> float:
     ``max(0.03, min(1, 0.999^(k - 1000)))``
     """
     return max(0.03, min(1.0, 0.999 ** (k - 1000)))
+
+
+def refresh_rate(probability: Probability, k: int) -> float:
+    """The number of refreshes at step k that the option asks for, in [0, 1]; None is :func:`update_probability`.
+
+    Raises:
+        HyperparameterError: a function returned something else than a number.
+    """
+    if probability is None:
+        return update_probability(k)
+    if not callable(probability):
+        return float(probability)
+    check_number("preconditioner_update_probability", rate := probability(k))
+    return min(1.0, max(0.0, float(rate)))
 
 
 def curvature_of(t: Any) -> Curvature:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hb_psgd import lra, lra_passes
 from hb_psgd.checks import check_flags, check_number
-from hb_psgd.common import EPS, DebiasedAverage, Probability, curvature_of, pair_of, update_probability
+from hb_psgd.common import EPS, DebiasedAverage, Probability, curvature_of, pair_of, refresh_rate
 from hbcore.api import (
     Context,
     Curvature,
@@ -107,10 +107,7 @@ class PreconditionByLRA(Transform):
         return curvature_of(self)
 
     def rate(self, k: int) -> float:
-        p = self.preconditioner_update_probability
-        if p is None:
-            return update_probability(k)
-        return min(1.0, max(0.0, float(p(k)))) if callable(p) else float(p)
+        return refresh_rate(self.preconditioner_update_probability, k)
 
     def slots(self, param: Tensor) -> dict[str, Slot]:
         rank = default_rank(param.numel()) if self.rank is None else self.rank

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hb_psgd import kron
-from hb_psgd.checks import Q_DTYPES, check_flags, check_number, check_settings
-from hb_psgd.common import EPS, Probability, curvature_of, pair_of, update_probability
+from hb_psgd.checks import Q_DTYPES, check_flags, check_settings
+from hb_psgd.common import EPS, Probability, curvature_of, pair_of, refresh_rate
 from hb_psgd.factor_rules import RULES, Factor, Settings, all_fitted
 from hb_psgd.newton import first_scale
 from hb_psgd.norms import PROBES
@@ -118,13 +118,7 @@ class KronFactors(Transform):
         return curvature_of(self)
 
     def rate(self, k: int) -> float:
-        p = self.preconditioner_update_probability
-        if p is None:
-            return update_probability(k)
-        if not callable(p):
-            return float(p)
-        check_number("preconditioner_update_probability", rate := p(k))
-        return min(1.0, max(0.0, float(rate)))
+        return refresh_rate(self.preconditioner_update_probability, k)
 
     def blocks(self, shape: torch.Size) -> tuple[Block, ...]:
         whole = [n for n in shape if n != 1] or [1]
