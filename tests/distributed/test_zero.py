@@ -24,8 +24,11 @@ WHOLE_MODEL = {"MSAMLaProp", "PSGDLRA"}
 OWN_COUNT = {"SFSOAP"}
 """Their averages count the steps in which a group moved anything, and a rank's group may be of matrices alone."""
 
+DRAWN = {"LATHER"}
+"""Its bases begin with eigenvectors of nearly equal eigenvalues, which what is drawn by a parameter's place decides."""
+
 NAMES = [n for n in hbcore.list_optimizers() if not {"closure", "sparse"} & set(hbcore.info(n).spec.capabilities)]
-NAMES = sorted({*NAMES} - WHOLE_MODEL - OWN_COUNT)
+NAMES = sorted({*NAMES} - WHOLE_MODEL - OWN_COUNT - DRAWN)
 
 CASES = {
     **{name: (name, {}) for name in NAMES},

@@ -197,8 +197,9 @@ class Arguments:
     @staticmethod
     def _apart(value: Tensor, target: Tensor | None, memory: set[int]) -> Tensor:
         """A result that writing others does not change: the very memory where it goes, or none of the stack's."""
-        if target is not None and value.data_ptr() == target.data_ptr() and value.stride() == target.stride():
-            return target
+        if target is not None and value.data_ptr() == target.data_ptr():
+            same = value.shape == target.shape and value.stride() == target.stride() and value.dtype == target.dtype
+            return target if same else value.clone()
         return value.clone() if _memory((value,)) <= memory else value
 
     def _settled_by(self, new: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
