@@ -106,16 +106,17 @@ def _philox(keys: Tensor, first: int, count: int, step: int, draw: int, memory: 
     c1.copy_(index >> 32)
     c2.fill_(step)
     c3.fill_(draw)
-    k0, k1 = (keys & LOW)[:, None], ((keys >> 32) & LOW)[:, None]
+    rounds = torch.arange(ROUNDS, device=keys.device)[:, None, None]
+    words = (keys[:, None], (keys >> 32)[:, None])
+    schedule = [(word + rounds * weyl & LOW).unbind() for word, weyl in zip(words, WEYL, strict=True)]
     a, b = MULTIPLIERS
-    for _ in range(ROUNDS):
+    for k0, k1 in zip(*schedule, strict=True):
         # The products wrap to the bits of unsigned ones. What c1 and c3 have beyond 32 bits is masked once it is in c0 and c2.
         torch.mul(c2, b, out=spare)
         torch.mul(c0, a, out=c2)
         torch.bitwise_right_shift(spare, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(LOW)
         torch.bitwise_right_shift(c2, 32, out=c1).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(LOW)
         c1, c2, c3, spare = spare, c1, c2, c3
-        k0, k1 = (k0 + WEYL[0]) & LOW, (k1 + WEYL[1]) & LOW
     return c0, c1.bitwise_and_(LOW), c2, c3.bitwise_and_(LOW)
 
 

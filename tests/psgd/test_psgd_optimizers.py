@@ -34,6 +34,7 @@ class TestOptimizer:
         assert set(PreconditionByKron(cached=False).slots(torch.empty(6, 4))) == {n for n in shapes if n[0] != "P"}
         assert set(PreconditionByKron(precond_grad_accum=True).slots(torch.empty(6, 4))) == {*shapes, "grad_mean", "grad_count"}
         assert {n for n in PreconditionByKron().slots(torch.empty(9)) if n[0] == "P"} == set()
+        assert {n for n in PreconditionByKron().slots(torch.empty(20, 4)) if n[0] == "P"} == {"P_1"}  # the other is too large
 
     def test_names_and_defaults(self):
         shown = inspect.signature(PSGDKron).parameters

@@ -11,6 +11,7 @@ October 2025.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -100,15 +101,34 @@ def multiply(x: Tensor, factors: Sequence[Tensor], products: Products, out: Tens
     return x
 
 
-def precondition(x: Tensor, factors: Sequence[Tensor], products: Products) -> Tensor:
-    r""":math:`Q^T Q x`, from the factors of Q."""
+def keeps(shape: Sequence[int]) -> tuple[bool, ...]:
+    """For which dimensions of a block a dense factor of P is worth keeping: where it is no larger than two blocks.
+
+    A larger one takes longer to compute than a few preconditionings by Q save, and as much memory as the block's moments.
+    """
+    return tuple(n * n <= 2 * math.prod(shape) for n in shape)
+
+
+def precondition(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    products: Products,
+    kept: Sequence[Tensor | None] = (),
+    out: Tensor | None = None,
+) -> Tensor:
+    r""":math:`Q^T Q x`, from the factors of Q, and of P for the dimensions where they are ``kept``; ``out`` as in
+    :func:`multiply`."""
     for i, q in enumerate(factors):
+        p = kept[i] if kept else None
+        place = out if i == len(factors) - 1 else None
         if q.ndim == 2:
-            x = x * along(q * q, i, x)
+            x = torch.mul(x, along(q * q, i, x), out=place)
+        elif p is not None:  # a product is not written over what it reads
+            x = bases.along(x, p, i, products, place if i else None)
         elif x[0].numel() < q.shape[-1] ** 2:
-            x = bases.along(bases.along(x, q.mT, i, products), q, i, products)
+            x = bases.along(bases.along(x, q.mT, i, products), q, i, products, place)
         else:  # the n_i^3 of the product are cheaper here
-            x = bases.along(x, gram(q, products), i, products)
+            x = bases.along(x, gram(q, products), i, products, place if i else None)
     return x
 
 

@@ -23,14 +23,14 @@ class Held(NamedTuple):
 
     Attributes:
         q: of Q, for each dimension.
-        p: of P, where they are kept.
+        p: of P, for each dimension; None where none is kept.
         bounds: the running bounds, each ``[B]``.
         share: ``[B]``, the multiple of the identity that is to be added to ``q``: in blocks that start in this step. None for
             0 everywhere.
     """
 
     q: list[Tensor]
-    p: list[Tensor]
+    p: list[Tensor | None]
     bounds: list[Tensor]
     share: Tensor | None = None
 
@@ -38,11 +38,13 @@ class Held(NamedTuple):
         """The factors with what starts in this step: copies, which are not kept longer than they are needed."""
         if self.share is None:
             return self
-        return Held(kron.begin(self.q, self.share), kron.begin(self.p, self.share.square()), self.bounds)
+        square = self.share.square()
+        p = [None if p is None else kron.begin([p], square)[0] for p in self.p]
+        return Held(kron.begin(self.q, self.share), p, self.bounds)
 
     def precondition(self, x: Tensor, c: Context, out: Tensor | None = None) -> Tensor:
         """:math:`P x`; perhaps in the memory ``out``."""
-        return kron.multiply(x, self.p, c.products, out) if self.p else kron.precondition(x, self.q, c.products)
+        return kron.precondition(x, self.q, c.products, self.p, out)
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ class KronFactors(Transform):
         hvp_interval: the first refresh has a product, and every so manyth after it; the others whiten.
         finite_differences, fallback_to_finite_differences: see :class:`hbcore.api.Curvature`.
 
-    Slots: for each dimension i ``Q_i``, ``[n, n]`` or ``[n]``, ``L_i``, its bound, and with ``cached`` for a dense one ``P_i``,
-    :math:`Q_i^T Q_i`; ``init_scale``, 0 until the factors start; with ``precond_grad_accum``, ``grad_mean`` and ``grad_count``.
+    Slots: for each dimension i ``Q_i``, ``[n, n]`` or ``[n]``, ``L_i``, its bound, and with ``cached`` for the dense ones that
+    :func:`hb_psgd.kron.keeps` names ``P_i``, :math:`Q_i^T Q_i`; ``init_scale``, 0 until the factors start; with
+    ``precond_grad_accum``, ``grad_mean`` and ``grad_count``.
     """
 
     precond_lr: float = hyper(0.1, ge=0, le=1)
@@ -144,15 +147,20 @@ class KronFactors(Transform):
         """The slots that :meth:`derive` computes from others."""
         if not self.cached:
             return {}
-        dense = self.dense(shape)
-        return {f"P_{i}": Slot(torch.Size((n, n)), derived=True) for i, n in enumerate(shape) if dense[i]}
+        kept = map(all, zip(self.dense(shape), kron.keeps(shape), strict=True))
+        sizes = ((i, n) for i, (n, some) in enumerate(zip(shape, kept, strict=True)) if some)
+        return {f"P_{i}": Slot(torch.Size((n, n)), derived=True) for i, n in sizes}
 
     def derive(self, s: State, c: Context) -> dict[str, Tensor]:
         """The factors of P, from those of Q."""
-        if not self.cached:
-            return {}
-        dense = {name.removeprefix("Q_"): q for name, q in s.items() if name.startswith("Q_") and q.ndim == 3}
-        return {f"P_{i}": kron.gram(q, c.products) for i, q in dense.items()}
+        factors = [s[name] for name in s if name.startswith("Q_")]
+        return {f"P_{i}": p for i, p in enumerate(self.grams(factors, c)) if p is not None}
+
+    def grams(self, q: Sequence[Tensor], c: Context) -> list[Tensor | None]:
+        """The factors of P that are kept, from all of Q's."""
+        kept = kron.keeps([factor.shape[-1] for factor in q])
+        some = (self.cached and each and factor.ndim == 3 for factor, each in zip(q, kept, strict=True))
+        return [kron.gram(factor, c.products) if each else None for factor, each in zip(q, some, strict=True)]
 
     def averaged(self, x: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """What the factors are fitted to, and the slots of the average."""
@@ -167,7 +175,7 @@ class KronFactors(Transform):
         """The stored factors of blocks of ``ndim`` dimensions."""
         dims = range(ndim)
         q, bounds = [s[f"Q_{i}"] for i in dims], [s[f"L_{i}"] for i in dims]
-        return Held(q, [s[f"P_{i}"] if f.ndim == 3 else f * f for i, f in enumerate(q)] if self.cached else [], bounds)
+        return Held(q, [s.get(f"P_{i}") for i in dims], bounds)
 
     def started(self, x: Tensor, s: State, c: Context) -> tuple[Held, dict[str, Tensor]]:
         """The factors before this step's refresh, some of which may start from ``x``, and their scale's slot."""
@@ -208,7 +216,7 @@ class KronFactors(Transform):
         for _, held, c in stacks:
             new, held = [next(made) for _ in held.q], held.begun()
             q, bounds = kron.settled(held.q, [n[0] for n in new], held.bounds, [n[1] for n in new])
-            yield self.completed(q, bounds, c)
+            yield Held(q, self.grams(q, c), bounds)
 
     def _factors(self, x: Tensor, held: Held, c: Context) -> Iterator[Factor]:
         """What a stack's factors are fitted with."""
@@ -226,18 +234,11 @@ class KronFactors(Transform):
             start = c.probe(like) if q.ndim == 3 else like
             yield Factor(q, share, bound, first, second, start)
 
-    def completed(self, q: list[Tensor], bounds: list[Tensor], c: Context) -> Held:
-        """Factors of Q with those of P."""
-        if not self.cached:
-            return Held(q, [], bounds)
-        derived = self.derive({f"Q_{i}": f for i, f in enumerate(q)}, c)
-        return Held(q, [derived[f"P_{i}"] if f.ndim == 3 else f * f for i, f in enumerate(q)], bounds)
-
 
 def slots_of(held: Held) -> dict[str, Tensor]:
     """The factors by the names of their slots."""
     slots = {f"{letter}_{i}": t for letter, some in (("Q", held.q), ("L", held.bounds)) for i, t in enumerate(some)}
-    return slots | {f"P_{i}": p for i, p in enumerate(held.p) if p.ndim == 3}
+    return slots | {f"P_{i}": p for i, p in enumerate(held.p) if p is not None}
 
 
 @dataclass(frozen=True)
