@@ -170,6 +170,7 @@ class PreconditionBySOAP(Transform):
         averages = self._averaged(gradient, s, columns, values, c)
         del gradient  # memory is short here
         direction, new = c.apply(self.inner, projected, s)
+        del projected
         if self.whiten:
             for i, d in values.items():
                 direction = direction * _spread(d.clamp(min=self.eps).rsqrt(), i, u.ndim)
