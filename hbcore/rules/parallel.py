@@ -15,7 +15,7 @@ from hbcore.rules.contract import pair
 from hbcore.rules.curvature import Curvature
 from hbcore.rules.declared import check_branch
 from hbcore.rules.route import Route
-from hbcore.rules.transform import Context, Domain, Slot, State, Transform
+from hbcore.rules.transform import Context, Domain, Slot, State, Transform, no_memory
 from hbcore.rules.views import Block
 
 Merge = Callable[[Sequence[Tensor], Context], Tensor]
@@ -121,8 +121,24 @@ class Parallel(Transform):
                 return {prefix + name: value for name, value in t.derive(Prefixed(s, prefix), c).items()}
         return super().derive(s, c)
 
+    @property
+    def staggers(self) -> bool:
+        return self._matrix is not None and self._matrix.staggers
+
+    def working_dtype(self, param: Tensor) -> torch.dtype:
+        return super().working_dtype(param) if self._matrix is None else self._matrix.working_dtype(param)
+
+    def refresh(self, stacks: Sequence[tuple[State, Context]]) -> Iterator[dict[str, Tensor]]:
+        for prefix, t in self._inner():
+            if t.domain == Domain.MATRIX and type(t).refresh is not Transform.refresh:
+                for new in t.refresh([(Prefixed(s, prefix), c) for s, c in stacks]):
+                    yield {prefix + name: value for name, value in new.items()}
+                return
+        yield from ({} for _ in stacks)
+
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         updates, new = [u] * len(self.branches), dict[str, Tensor]()
+        c = c._replace(into=no_memory)  # what one branch writes over, another may read
         for i, branch in enumerate(self.branches):
             for t in branch:
                 state, stacked = Prefixed(s, f"branch{i}."), self.domain == Domain.MATRIX and t.domain != Domain.MATRIX

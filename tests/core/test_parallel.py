@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from core.kit import combined, gradients, parameters, run, same, values
+from core.rules import matrix, optimizer_with
+from core.rules import rule as elementwise
 
 import hbcore
 from hb_adam import AdamW
@@ -13,7 +15,7 @@ from hb_adam.lion import ScaleByLion
 from hb_muon.rules import Orthogonalize
 from hb_soap import PreconditionBySOAP
 from hbcore import Parallel, RuleError, graft
-from hbcore.api import Optimizer, Route, ScaleByAdam, is_matrix
+from hbcore.api import Optimizer, Route, ScaleByAdam, is_matrix, zeros
 
 SHAPES = ((6, 4), (5,), ())
 
@@ -113,6 +115,33 @@ def test_a_matrix_rule_may_be_one_of_them():
     np.testing.assert_allclose(
         params[0].detach().numpy(), start[0].numpy() - 0.01 * factor * size / np.linalg.norm(factor), rtol=1e-9, atol=1e-12
     )
+
+
+def written_at_once(self, u, s, c):
+    """Twice the update, in its own memory where it has some."""
+    place = c.into("update")
+    return 2 * u if place is None else place.mul_(2), {"m": s["m"] + 1}
+
+
+def counted(self, stacks):
+    return [{"turns": s["turns"] + s["m"]} for s, _ in stacks]
+
+
+def slots_with_turns(self, param):
+    return {"m": zeros(param), "turns": zeros(param)}
+
+
+def test_a_branch_writes_over_nothing_that_another_reads_and_has_its_refreshes():
+    rule = matrix(written_at_once, slots_with_turns, refresh=counted, rate=lambda self, k: 0.5)
+    plain = elementwise(lambda self, u, s, c: (u, {}), lambda self, param: {})
+    made = lambda h: (Parallel(((rule(h.beta),), (plain(h.beta),)), merge=lambda updates, c: updates[0] + updates[1]),)  # noqa: E731
+    p = torch.nn.Parameter(torch.zeros(4, 3))
+    optimizer = optimizer_with(made)([p], lr=1.0)
+    for _ in range(4):
+        p.grad = torch.ones(4, 3)
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.full((4, 3), -12.0))
+    assert torch.equal(optimizer.state[p]["branch0.turns"], torch.full((4, 3), 2.0 + 4.0))  # after the second and fourth step
 
 
 def test_what_no_branch_can_have_is_refused():
