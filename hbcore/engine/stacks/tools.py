@@ -28,7 +28,9 @@ MEASURED = ((9, 0),)
 @lru_cache(maxsize=64)
 def triples(device: torch.device) -> bool:
     """Whether ``"ieee"`` is faster on tensor cores than by torch's products on a device, and Triton can do that."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) not in MEASURED or not has_triton():
+    if device.type != "cuda" or torch.version.hip or not has_triton():  # an AMD GPU may have the same capability
+        return False
+    if torch.cuda.get_device_capability(device) not in MEASURED:
         return False
     try:
         from triton.backends.nvidia.compiler import CUDAOptions
