@@ -59,7 +59,7 @@ class Products(Protocol):
         """
 
     def squared(self, x: Operand) -> Tensor:
-        """``x @ x.mT``, ``[B, m, m]``, for ``[B, m, k]``, which may be a transposed view."""
+        """``x @ x.mT``, ``[B, m, m]``, for ``[B, m, k]``, which may be a transposed view. What overflows is not finite."""
 
     def averaged(self, mean: Tensor, x: Operand, decay: float, out: Tensor | None = None) -> Tensor:
         r""":math:`\beta M + (1 - \beta) X X^\top` for ``[B, m, m]``, symmetric, and ``[B, m, k]``; ``decay`` is :math:`\beta`.
@@ -214,9 +214,8 @@ def _product(small: Sequence[tuple[Tensor, Tensor]], large: tuple[Tensor, Tensor
             elif total is None:
                 total = torch.bmm(x, y, out_dtype=torch.float32)
             else:
-                torch.ops.aten.baddbmm.dtype_out(
-                    total, x, y, torch.float32, out=total
-                )  # without the copy that a result would be
+                # in place, without the copy that a result would be
+                torch.ops.aten.baddbmm.dtype_out(total, x, y, torch.float32, out=total)
     assert total is not None
     return total
 

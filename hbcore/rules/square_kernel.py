@@ -70,16 +70,19 @@ def square_kernel(  # type: ignore[no-untyped-def]
             total += tl.dot(x, y, part)  # by itself: tensor cores drop bits from long sums
         else:
             total = tl.dot(x, y, total, input_precision=AS_FLOAT32)
-            of_rows += tl.sum(x * x, 1)
-            of_columns += tl.sum(y * y, 0)
+            if ADDS:
+                of_rows += tl.sum(x * x, 1)
+                of_columns += tl.sum(y * y, 0)
         left += DEPTH * column
         right += DEPTH * column
-    # what overflows would stay in an average for ever; comparisons with NaN are false
     if SPLIT:
         inverse = 1 / tl.load(scales + item)
-        total = tl.where(k * (inverse * TOP) * (inverse * TOP) <= LARGEST, total * inverse * inverse, 0.0)
-    else:
-        total = tl.where((of_rows <= LARGEST)[:, None] & (of_columns <= LARGEST)[None, :], total, 0.0)
+        total = total * inverse * inverse
+    if ADDS:  # what overflows would stay in an average for ever; comparisons with NaN are false
+        if SPLIT:
+            total = tl.where(k * (inverse * TOP) * (inverse * TOP) <= LARGEST, total, 0.0)
+        else:
+            total = tl.where((of_rows <= LARGEST)[:, None] & (of_columns <= LARGEST)[None, :], total, 0.0)
     held = (rows < n)[:, None] & (columns < n)[None, :]
     here = item * n * n + rows[:, None] * n + columns[None, :]
     if ADDS:
@@ -99,9 +102,9 @@ def squared(
     top: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    r""":math:`\beta M + (1 - \beta) X X^\top`, or :math:`X X^\top`. Rows of :math:`X` whose squares overflow count as zeros.
+    r""":math:`\beta M + (1 - \beta) X X^\top`, or :math:`X X^\top`.
 
-    Of parts, all rows do where their squares might overflow.
+    In an average rows of :math:`X` whose squares overflow count as zeros; of parts, all rows do where squares might overflow.
 
     Args:
         high: :math:`X` itself, float32 ``[B, n, k]``, or its float16 high part.

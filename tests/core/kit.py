@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -113,6 +114,29 @@ def run(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: Itera
         for p, g in zip(params, grads, strict=True):
             p.grad = None if g is None else g.clone()
         optimizer.step()
+
+
+def resumes(
+    build: Callable[[Sequence[Tensor]], Any], start: Callable[[], list[Any]], train: Callable[..., None], steps: int
+) -> None:
+    """Check that a run that is saved and resumed after any of its steps ends bit for bit as one that goes straight on.
+
+    Args:
+        build: makes an optimizer of parameters.
+        start: makes the parameters.
+        train: ``train(optimizer, params, range)`` takes the steps of the range.
+    """
+    straight = start()
+    train(build(straight), straight, range(steps))
+    for halt in range(1, steps):
+        params = start()
+        first = build(params)
+        train(first, params, range(halt))
+        saved = copy.deepcopy(first.state_dict())
+        second = build(params)
+        second.load_state_dict(saved)
+        train(second, params, range(halt, steps))
+        assert same(params, straight), f"halted after step {halt}"
 
 
 def distance(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> float:

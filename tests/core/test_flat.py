@@ -387,7 +387,9 @@ def test_what_does_not_go_with_a_vector_is_refused_when_an_optimizer_is_made(rul
 
 def test_slots_that_depend_on_the_size_go_with_vectors_of_one_parameter():
     params = parameters(SHAPES)
-    optimizer_of(Uneven)(params, multi_tensor=False)
+    optimizer = optimizer_of(Uneven)(params, multi_tensor=False)
+    state = optimizer.state_dict()["state"]
+    assert [state[i]["pair"].shape for i, _ in enumerate(params)] == [(*p.shape, p.numel()) for p in params]
 
 
 def test_a_branch_of_parallel_takes_no_flat_rule():

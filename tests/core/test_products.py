@@ -232,6 +232,25 @@ def test_what_overflows_is_left_out_of_an_average(kind, value):
     assert torch.equal(found[1, 2], 0.75 * mean[1, 2]) and found.isfinite().all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e25], ids=str)
+@pytest.mark.parametrize("kind", ["exact", "split", "rows", "parts"])
+def test_a_square_that_overflows_is_not_finite(kind, value):
+    """Rules keep what they have where a product is not finite; zeros would look like an answer."""
+    x = normal(2, 5, 7).float()
+    x[1, 2, 3] = value
+    if kind in KINDS:
+        found = KINDS[kind].squared(x)
+    else:
+        from hbcore.rules import square_kernel
+
+        kernels, on = interpreter()
+        x = x.to(on)
+        (both, _), (s, _) = kernels.parts(x, x, ("hl", "hl"), (1, 1), halves.EXPONENTS)
+        given = (x,) if kind == "rows" else (both[:, :5], both[:, 5:], s)
+        found = square_kernel.squared(*given, top=halves.EXPONENTS[0]).cpu()
+    assert found[0].isfinite().all() and not found[1, 2, 2].isfinite()
+
+
 @pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)], ids=str)
 @pytest.mark.parametrize(("one", "other"), [*SHAPES, ((2, 40, 33), (2, 33, 50))], ids=str)
 def test_the_kernel_multiplies_float32_as_float64_does(monkeypatch, one, other, turned):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from core.kit import same
+from core.kit import resumes
 
 import hbcore
 
@@ -52,17 +50,7 @@ def run(optimizer, params, steps):
 @pytest.mark.parametrize(("name", "schedule"), CASES)
 def test_a_run_resumes_bit_for_bit_at_every_phase(name, schedule):
     options = {"lr": 0.02, "compile": "eager", **SCHEDULES[schedule]}
-    straight = parameters()
-    run(hbcore.get(name)(straight, **options), straight, range(STEPS))
-    for halt in range(1, STEPS):
-        params = parameters()
-        first = hbcore.get(name)(params, **options)
-        run(first, params, range(halt))
-        saved = copy.deepcopy(first.state_dict())
-        second = hbcore.get(name)(params, **options)
-        second.load_state_dict(saved)
-        run(second, params, range(halt, STEPS))
-        assert same(params, straight), f"halted after step {halt}"
+    resumes(lambda params: hbcore.get(name)(params, **options), parameters, run, STEPS)
 
 
 @pytest.mark.parametrize(("name", "schedule"), CASES)

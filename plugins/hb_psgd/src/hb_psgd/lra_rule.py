@@ -59,7 +59,7 @@ class PreconditionByLRA(Transform):
         eps: the smallest bound on the curvature.
         momentum_into_precond_update: fit to x; otherwise to the gradient as the backward left it.
         delayed: precondition by the factors before this step's refresh.
-        preconditioner_update_probability: refreshes per step, as for :class:`hb_psgd.psgd.PreconditionByKron`.
+        preconditioner_update_probability: refreshes per step, as for :class:`hb_psgd.rule.KronFactors`.
         precond_init_scale: the first d; None for ``(a s)^b``, s by :func:`hb_psgd.lra.begun`.
         precond_init_scale_scale, precond_init_scale_power: a and b; None for 1.
 
@@ -181,7 +181,7 @@ class PSGDLRA(Optimizer):
     Args:
         lr: learning rate.
         beta: decay of the momentum, in [0, 1); None for the default.
-        preconditioner_update_probability: refreshes per step, in [0, 1]; None for :func:`hb_psgd.psgd.update_probability`.
+        preconditioner_update_probability: refreshes per step, in [0, 1]; None for :func:`hb_psgd.common.update_probability`.
         momentum_into_precond_update: fit the preconditioner to the momentum rather than the gradient.
         rank: the rank of U and V; None for the binary logarithm of the group's number of elements, rounded.
         delayed: precondition by the factors before this step's refresh.

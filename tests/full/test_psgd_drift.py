@@ -1,26 +1,11 @@
-"""PSGDKron against AdamW on a small language model, each at the best of five learning rates, and thousands of steps."""
+"""PSGDKron's factors over thousands of steps."""
 
 from __future__ import annotations
-
-import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import hbcore
-
-
-@pytest.mark.full
-@pytest.mark.timeout(3600)
-def test_psgd_has_the_lower_loss_after_300_steps(tmp_path):
-    command = ["-m", "hbcore", "compare", "AdamW", "PSGDKron", "--steps", "300", "--tune", "5", "--out", str(tmp_path)]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=3600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    runs = {run["optimizer"]: run for run in json.loads((tmp_path / "compare.json").read_text())["runs"]}
-    losses = {name: run["summary"]["final_val_loss"] for name, run in runs.items()}
-    assert losses["PSGDKron"] < losses["AdamW"], losses
 
 
 @pytest.mark.full
