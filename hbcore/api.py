@@ -64,6 +64,11 @@ if TYPE_CHECKING:
     from hbcore.rules.views import Block as Block
     from hbcore.rules.views import grid_view as grid_view
     from hbcore.rules.views import matrix_view as matrix_view
+    from hbcore.state.blocks import BLOCK as BLOCK
+    from hbcore.state.blocks import block_amax as block_amax
+    from hbcore.state.blocks import block_shape as block_shape
+    from hbcore.state.blocks import spread as spread
+    from hbcore.state.codec import BlockCodec as BlockCodec
     from hbcore.state.codec import StateCodec as StateCodec
     from hbcore.warn import warn_at_caller as warn_at_caller
     from hbcore.wrappers.composite import Composite as Composite
@@ -73,7 +78,9 @@ _HOMES = {
     "bases": "hbcore.rules.bases",
     "launching": "hbcore.rules.launching",
     "triangle": "hbcore.rules.triangle",
+    "BLOCK": "hbcore.state.blocks:BLOCK",
     "Average": "hbcore.rules.moments:Average",
+    "BlockCodec": "hbcore.state.codec:BlockCodec",
     "Block": "hbcore.rules.views:Block",
     "Composite": "hbcore.wrappers.composite:Composite",
     "Context": "hbcore.rules.transform:Context",
@@ -106,6 +113,8 @@ _HOMES = {
     "State": "hbcore.rules.transform:State",
     "StateCodec": "hbcore.state.codec:StateCodec",
     "Transform": "hbcore.rules.transform:Transform",
+    "block_amax": "hbcore.state.blocks:block_amax",
+    "block_shape": "hbcore.state.blocks:block_shape",
     "check_whole": "hbcore.rules.checks:check_whole",
     "compute_dtype": "hbcore.rules.numerics:compute_dtype",
     "debiased": "hbcore.rules.numerics:debiased",
@@ -118,6 +127,7 @@ _HOMES = {
     "matrix_view": "hbcore.rules.views:matrix_view",
     "scalar": "hbcore.rules.slot:scalar",
     "second_moment": "hbcore.rules.numerics:second_moment",
+    "spread": "hbcore.state.blocks:spread",
     "warn_at_caller": "hbcore.warn:warn_at_caller",
     "zeros": "hbcore.rules.slot:zeros",
 }

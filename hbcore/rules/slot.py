@@ -29,6 +29,7 @@ class Slot:
             no ``fill``. Otherwise it is a slot like any other, which ``update`` and ``refresh`` keep up to date. Its ``dtype``
             rounds to nearest. For rules of ``Domain.MATRIX``.
         shared: one for all parameters of a flat rule's vector; see :mod:`hbcore.rules.flat`.
+        nonnegative: it is never below zero, and a codec may use the sign's bit for something else; second moments are.
 
     A slot with ``scalar``, ``dtype``, ``derived`` or ``shared`` is ``exact`` too.
     """
@@ -41,10 +42,13 @@ class Slot:
     dtype: torch.dtype | None = None
     derived: bool = False
     shared: bool = False
+    nonnegative: bool = False
 
     def __post_init__(self) -> None:
         if self.scalar or self.shared or self.dtype is not None or self.derived:
             object.__setattr__(self, "exact", True)
+        if self.basis == "permute":
+            object.__setattr__(self, "nonnegative", True)
 
 
 def zeros(param: Tensor, basis: Literal["rotate", "permute"] | None = None) -> Slot:

@@ -43,6 +43,17 @@ class StateCodec(Protocol):
         """
 
 
+@runtime_checkable
+class BlockCodec(StateCodec, Protocol):
+    """A codec that stores some numbers once for every block of 32 elements, see :mod:`hbcore.state.blocks`.
+
+    A slot whose rows are not made of blocks, or whose memory is not row by row, is stored plain instead.
+    """
+
+    def per_block(self, slot: str) -> frozenset[str]:
+        """Those of the slot's :meth:`parts` that have one entry for each block, of the shape ``block_shape(slot's shape)``."""
+
+
 @dataclass(frozen=True)
 class Cast:
     """One tensor per slot, of ``storage`` dtype; float64 parameters always keep float64 state."""

@@ -21,7 +21,6 @@ from hbcore.api import (
     ema,
     hyper,
     second_moment,
-    zeros,
 )
 
 LARGEST = 1e30
@@ -89,7 +88,7 @@ class ScaleByRisingRms(Transform):
     name = "rising_rms"
 
     def slots(self, param: Tensor) -> dict[str, Slot]:
-        return {"variance": zeros(param)}
+        return {"variance": Slot(param.shape, nonnegative=True)}
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         variance = second_moment(s["variance"], u, 1 - c.step**self.beta2_decay)
