@@ -44,7 +44,7 @@ def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]
             "name": part,
             "transform": slot.rule,
             "dtype": str(dtype).removeprefix("torch."),
-            "bytes_per_parameter": dtype.itemsize * slot.shape.numel() / param.numel(),
+            "bytes_per_parameter": dtype.itemsize * slot.part_shape(part).numel() / param.numel(),
             "derived": slot.derived,
         }
         for slot in expected(transforms, param, optimizer.settings.codec, derived=True)

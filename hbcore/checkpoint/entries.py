@@ -13,11 +13,13 @@ from hbcore import registry
 from hbcore.checkpoint import recode
 from hbcore.checkpoint.migrations import Migration, path
 from hbcore.checkpoint.schema import KEPT, Record
-from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like, spread_rows
+from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like, spread_part, spread_rows
 from hbcore.engine.core import OptimizerCore
 from hbcore.errors import CheckpointError, HbcoreError, StateWarning
 from hbcore.rules.numerics import compute_dtype
+from hbcore.state.blocks import block_shape
 from hbcore.state.codec import Cast, StateCodec, cast_codec
+from hbcore.state.codec_choice import PerSlot, codec_of, per_block_of
 from hbcore.state.expected import Logical
 from hbcore.warn import warn_at_caller
 
@@ -63,11 +65,17 @@ class Reader:
             return ours if self.record is not None else Cast()
         name = self.record.codec
         try:
-            if name == "plain" or name.startswith("cast:"):
-                return cast_codec(name.removeprefix("cast:") if ":" in name else "float32")
-            codec: StateCodec = registry.load_codec(name)()
+            if "=" in name:
+                return PerSlot({slot: self._named(one) for slot, one in (entry.split("=") for entry in name.split(","))})
+            return self._named(name)
         except HbcoreError as error:
             raise CheckpointError(f"param group {self.g} was saved with the codec {name!r}: {error}") from None
+
+    @staticmethod
+    def _named(name: str) -> StateCodec:
+        if name == "plain" or name.startswith("cast:"):
+            return cast_codec(name.removeprefix("cast:") if ":" in name else "float32")
+        codec: StateCodec = registry.load_codec(name)()
         return codec
 
     def read(self, i: int, entry: Any) -> dict[str, Any]:
@@ -110,11 +118,12 @@ class Reader:
         steps = self.migrations.get(rule, [])
         stored: dict[str, dict[str, Tensor]] = {}
         for slot in slots:
-            parts = self._saved_parts(slot, param)
+            codec = self._codec_of(slot, entry)
+            parts = codec.parts(slot.name, compute_dtype(param.dtype))
             there = [part for part in parts if part in entry]
             used.update(there)
             if len(there) == len(parts):
-                stored[slot.name] = {part: self._tensor(i, slot, part, dtype, entry[part]) for part, dtype in parts.items()}
+                stored[slot.name] = {part: self._tensor(i, slot, codec, part, entry[part]) for part in parts}
             elif not steps and (there or rule in self.saved or stored) and self.strict:
                 missing = next(part for part in parts if part not in entry)
                 raise CheckpointError(f"{self._who(i)} has no {missing!r} in the checkpoint, which {rule!r} needs.")
@@ -123,20 +132,21 @@ class Reader:
         loaded: dict[str, Tensor] = {}
         for slot in slots:
             if slot.name in stored:
-                loaded.update(self._recoded(i, slot, stored[slot.name]))
+                loaded.update(self._recoded(i, slot, self._codec_of(slot, entry), stored[slot.name]))
         return loaded
 
-    def _codec_of(self, slot: Logical) -> StateCodec:
-        """The codec that a slot was saved with; exact slots are stored the same way under every codec."""
-        return self.codec if slot.codec is self.core.settings.codec else slot.codec
+    def _codec_of(self, slot: Logical, entry: Mapping[str, Any]) -> StateCodec:
+        """The codec that a slot was saved with. Exact slots are stored the same way under every codec; a blockwise codec stored
+        plainly what has no blocks, and there is nothing per block then."""
+        if slot.kind is None:
+            return slot.codec
+        codec = codec_of(slot.name, slot.kind, self.codec)
+        return codec if all(part in entry for part in per_block_of(codec, slot.name)) else Cast()
 
-    def _saved_parts(self, slot: Logical, param: Tensor) -> dict[str, torch.dtype]:
-        return self._codec_of(slot).parts(slot.name, compute_dtype(param.dtype))
-
-    def _recoded(self, i: int, slot: Logical, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _recoded(self, i: int, slot: Logical, before: StateCodec, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A slot as the running codec stores it, with a warning if that differs from how it was saved."""
         param = self.core.groups[self.g]["params"][i]
-        before, after, wanted = self._codec_of(slot), slot.codec, slot.parts(param)
+        after, wanted = slot.codec, slot.parts(param)
         alike = {name: t.dtype for name, t in stored.items()} == wanted
         if alike and before.name == after.name:
             return dict(stored)
@@ -152,7 +162,7 @@ class Reader:
             StateWarning,
         )
         first = next(iter(stored.values()))
-        return {name: spread_as(t, first, param) for name, t in written.items()}
+        return {name: spread_as(t, first, param, slot.part_shape(name)) for name, t in written.items()}
 
     def _migrated(
         self, i: int, rule: str, slots: list[Logical], stored: Mapping[str, Mapping[str, Tensor]],
@@ -162,7 +172,7 @@ class Reader:
         param = self.core.groups[self.g]["params"][i]
         dtype, who = compute_dtype(param.dtype), self._who(i)
         values = {
-            slot.name: recode.read(self._codec_of(slot), _locals(stored[slot.name]), slot.name, dtype, who)
+            slot.name: recode.read(self._codec_of(slot, entry), _locals(stored[slot.name]), slot.name, dtype, who)
             for slot in slots
             if slot.name in stored
         }
@@ -218,25 +228,27 @@ class Reader:
             raise CheckpointError(f"{self._who(i)} has step {value!r:.60} in the checkpoint; expected a count.")
         return step
 
-    def _tensor(self, i: int, slot: Logical, part: str, dtype: torch.dtype, value: Any) -> Tensor:
-        """A saved tensor, ``dtype`` as its codec stores it, moved to the parameter's device, memory order and sharding."""
+    def _tensor(self, i: int, slot: Logical, codec: StateCodec, part: str, value: Any) -> Tensor:
+        """A saved tensor as ``codec`` stored it, moved to the parameter's device, memory order and sharding."""
         param: Tensor = self.core.groups[self.g]["params"][i]
+        dtype = codec.parts(slot.name, compute_dtype(param.dtype))[part]
+        shape = block_shape(slot.shape) if part in per_block_of(codec, slot.name) else slot.shape
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{self._who(i)} has {value!r:.80} for state {part!r} in the checkpoint; expected a tensor.")
         saved: Tensor = local(value) if value.is_complex() and param.is_complex() else value  # torch keeps complex state
-        if not is_dtensor(saved) and _without_ones(saved.shape) == _without_ones(slot.shape):
+        if shape is not None and not is_dtensor(saved) and _without_ones(saved.shape) == _without_ones(shape):
             saved = saved.reshape(
-                slot.shape
+                shape
             )  # a matrix rule's slot, whose blocks have no dimensions of size 1, may be a segment's now
-        if saved.shape != slot.shape:
+        if saved.shape != shape:
             raise CheckpointError(
-                f"{self._who(i)} has state {part!r} of shape {tuple(saved.shape)} in the checkpoint, and {tuple(slot.shape)} "
+                f"{self._who(i)} has state {part!r} of shape {tuple(saved.shape)} in the checkpoint, and {tuple(shape or ())} "
                 "here; load it into the model it was saved from, with the same options."
             )
         if saved.is_complex() or (saved.dtype != dtype and not (saved.is_floating_point() and dtype.is_floating_point)):
             raise CheckpointError(
                 f"{self._who(i)} has state {part!r} of {saved.dtype} in the checkpoint, an invalid dtype; the codec "
-                f"{self._codec_of(slot).name!r} stores {dtype}."
+                f"{codec.name!r} stores {dtype}."
             )
         if is_dtensor(saved):
             return saved.detach().clone()
@@ -255,7 +267,7 @@ def _spread_slot(slot: Logical, part: Tensor, param: Tensor) -> Tensor:
     """A slot's stored tensor as the parameter's state has it."""
     if slot.flat:
         return spread_rows(part, param, slot.shape[param.ndim :])
-    return part if slot.scalar else spread_like(part, param)
+    return part if slot.scalar else spread_part(part, param)
 
 
 def _without_ones(shape: Iterable[int]) -> list[int]:
@@ -275,18 +287,20 @@ def spread(whole: Tensor, param: Tensor) -> Tensor:
     shards = shards_of(param)
     if shards is not None:
         return share_out(whole.detach().to(local(param).device), shards)
-    return torch.empty_like(local(param.detach()), dtype=whole.dtype, requires_grad=False).copy_(whole)
+    here = local(param.detach())
+    if whole.shape != here.shape:  # one number for each block
+        return whole.detach().to(here.device, copy=True, memory_format=torch.contiguous_format)
+    return torch.empty_like(here, dtype=whole.dtype, requires_grad=False).copy_(whole)
 
 
-def spread_as(part: Tensor, like: Tensor, param: Tensor) -> Tensor:
-    """This rank's ``part`` as a DTensor sharded like ``like``; ``part`` itself if ``like`` is not sharded."""
+def spread_as(part: Tensor, like: Tensor, param: Tensor, shape: torch.Size) -> Tensor:
+    """This rank's ``part`` as a DTensor of ``shape``, sharded like ``like``; ``part`` itself if ``like`` is not sharded."""
     if not is_dtensor(like):
         return part
-    if like.shape == param.shape:
+    if like.shape == param.shape == shape:
         return spread_like(part, param)
     from torch.distributed.tensor import DTensor
 
     sharded: Any = like
-    return DTensor.from_local(
-        part, sharded.device_mesh, sharded.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    stride = like.stride() if like.shape == shape else torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=stride)

@@ -50,7 +50,7 @@ def export(optimizer: Optimizer, format: str = "torch") -> dict[str, Any]:
                         parts = {name: local(entry[name]) for name in slot.parts(p)}
                         value = slot.codec.read(parts, slot.name, compute_dtype(p.dtype))
                         value = torch.view_as_complex(value) if p.is_complex() else value
-                        exported[index][slot.name] = spread_as(value, first, p)
+                        exported[index][slot.name] = spread_as(value, first, p, slot.shape)
             index += 1
     groups = [{k: v for k, v in group.items() if k != schema.KEY} for group in whole["param_groups"]]
     return {"state": exported, "param_groups": groups}

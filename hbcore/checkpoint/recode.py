@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hbcore.errors import CheckpointError
 from hbcore.state.codec import StateCodec
+from hbcore.state.codec_choice import part_shape, per_block_of
 
 
 def read(codec: StateCodec, stored: Mapping[str, Tensor], slot: str, dtype: torch.dtype, who: str) -> Tensor:
@@ -16,7 +17,7 @@ def read(codec: StateCodec, stored: Mapping[str, Tensor], slot: str, dtype: torc
 
     Args:
         codec: stored it.
-        stored: the stored tensors, all of one shape, other slots' perhaps among them.
+        stored: the stored tensors, other slots' perhaps among them.
         slot: its name.
         dtype: the dtype that rules compute in.
         who: the parameter, for messages.
@@ -25,7 +26,8 @@ def read(codec: StateCodec, stored: Mapping[str, Tensor], slot: str, dtype: torc
         CheckpointError: the codec raises, or returns something else.
     """
     failed = f"{who} has state {slot!r} that cannot be read by the codec {codec.name!r}"
-    shape = stored[next(part for part in codec.parts(slot, dtype) if part in stored)].shape
+    per_block = per_block_of(codec, slot)
+    shape = stored[next(part for part in codec.parts(slot, dtype) if part in stored and part not in per_block)].shape
     try:
         value = codec.read(stored, slot, dtype)
     except Exception as error:
@@ -46,16 +48,17 @@ def write(codec: StateCodec, slot: str, value: Tensor, parts: Mapping[str, torch
         parts: the stored tensors' names and dtypes.
 
     Raises:
-        CheckpointError: the codec raises, or returns something else than its ``parts``, of the value's shape.
+        CheckpointError: the codec raises, or returns something else than its ``parts``, of their shapes.
     """
     failed = f"{who} has state {slot!r} that cannot be written by the codec {codec.name!r}"
-    blank = {name: torch.empty_like(value, dtype=d) for name, d in parts.items()}
+    shapes = {name: part_shape(codec, slot, name, value.shape) for name in parts}
+    blank = {name: value.new_empty(shapes[name], dtype=d) for name, d in parts.items()}
     try:
         written = codec.write(blank, slot, value)
     except Exception as error:
         raise CheckpointError(f"{failed}: it raised {type(error).__name__}: {error}.") from error
     found = {name: (t.dtype, tuple(t.shape)) for name, t in written.items()}
-    wanted = {name: (d, tuple(value.shape)) for name, d in parts.items()}
+    wanted = {name: (d, tuple(shapes[name])) for name, d in parts.items()}
     if found != wanted:
         raise CheckpointError(f"{failed}: it returned {found}; expected {wanted}.")
     return {name: t.clone() for name, t in written.items()}

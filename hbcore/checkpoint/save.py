@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hbcore.checkpoint import schema
 from hbcore.distributed.exchange import broadcast, owners
-from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like, spread_rows
+from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like, spread_part, spread_rows
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.entry_forms import fixed
 from hbcore.state.expected import Logical
@@ -116,7 +116,7 @@ def whole_entry(core: OptimizerCore, group: dict[str, Any], p: Tensor, owned: Ma
         elif all(name in held for name in parts):
             entry.update({name: held[name] for name in parts})
         else:
-            entry.update({name: spread_like(t, p) for name, t in blank_local(slot, p).items()})
+            entry.update({name: spread_part(t, p) for name, t in blank_local(slot, p).items()})
     return entry
 
 
@@ -155,7 +155,10 @@ def blank_local(slot: Logical, p: Tensor) -> dict[str, Tensor]:
     """The initial elementwise slot for this rank's shard of ``p``, in its memory order."""
     part = local(p.detach())
     values = slot._replace(shape=part.shape).blank(part)
-    return {name: torch.empty_like(part, dtype=t.dtype, requires_grad=False).copy_(t) for name, t in values.items()}
+    return {
+        name: torch.empty_like(part, dtype=t.dtype, requires_grad=False).copy_(t) if t.shape == part.shape else t
+        for name, t in values.items()
+    }
 
 
 def plain(value: Any) -> Any:

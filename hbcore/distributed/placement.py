@@ -104,6 +104,21 @@ def spread_like(part: Tensor, param: Tensor) -> Tensor:
     return DTensor.from_local(part, shards.mesh, shards.placements, run_check=False, shape=shards.shape, stride=shards.stride)
 
 
+def spread_part(part: Tensor, param: Tensor) -> Tensor:
+    """A tensor sharded by rows like ``param``, whose shard on this rank is ``part``: of the parameter's shape, or contiguous
+    with one entry for each block of elements in a row."""
+    if part.shape == local(param.detach()).shape:
+        return spread_like(part, param)
+    shards = shards_of(param)
+    if shards is None:
+        return part
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((shards.shape[0], *part.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, shards.mesh, shards.placements, run_check=False, shape=shape, stride=stride)
+
+
 def spread_rows(part: Tensor, param: Tensor, rest: Sequence[int]) -> Tensor:
     """A tensor of ``param``'s shape and ``rest`` beyond, sharded like it, whose shard on this rank is ``part``; contiguous."""
     shards = shards_of(param)

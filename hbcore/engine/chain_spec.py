@@ -16,11 +16,13 @@ from hbcore.engine.graph.segment_spec import Hypers, SegmentSpec
 from hbcore.engine.options import Settings
 from hbcore.engine.params import is_lazy
 from hbcore.engine.shared_options import SCHEDULED
-from hbcore.errors import HyperparameterError, ParameterError, RuleError
+from hbcore.errors import HyperparameterError, OptionError, ParameterError, RuleError
 from hbcore.rules import palm, route
-from hbcore.rules.contract import scalar_names, slot_names, title, transforms_of
+from hbcore.rules.contract import scalar_names, slot_names, slots_of, title, transforms_of
 from hbcore.rules.flat import rests
 from hbcore.rules.transform import Domain, Transform
+from hbcore.state.blocks import BLOCK
+from hbcore.state.codec_choice import PerSlot, codec_of
 from hbcore.state.expected import Logical, expected
 
 Group = dict[str, Any]
@@ -230,8 +232,24 @@ def check_slots(chain: ChainSpec, group: Group) -> None:
                     f"{title(t, 'slots')} has the slots {sorted(known)} for shape {tuple(before)} and {sorted(names)} for "
                     f"{tuple(shape)}; parameters of one chain have the same slots: use a Route to give them different rules."
                 )
+    check_codec(chain, group)
     if structure is not None:
         chain.checked.add((structure, *kinds))
+
+
+def check_codec(chain: ChainSpec, group: Group) -> None:
+    """Ask the codec for each slot that a parameter of the group may have.
+
+    Raises:
+        OptionError: it does not store one of them, or is for slots that nobody has.
+    """
+    codec = chain.settings.codec
+    like = torch.empty(BLOCK, BLOCK, device="meta")
+    slots = {name: slot for t in chain.every(group) for name, slot in slots_of(t, like).items()}
+    for name, slot in slots.items():
+        codec_of(name, slot, codec)
+    if isinstance(codec, PerSlot) and (unknown := sorted({*codec.codecs} - {*slots})):
+        raise OptionError(f"ecc names the slot {unknown[0]!r}; this optimizer has {', '.join(sorted(slots)) or 'none'}.")
 
 
 def check_rests(t: Transform, p: Tensor, other: Tensor) -> None:

@@ -18,6 +18,7 @@ from hbcore.rules.mars import Mars
 from hbcore.rules.products import PRECISIONS
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.codec import StateCodec, cast_codec
+from hbcore.state.codec_choice import PerSlot, per_block_of
 from hbcore.warn import warn_at_caller
 
 
@@ -103,7 +104,7 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
         promote=bool(values["promote"]),
         divide=division.resolve(values["division_backend"], values["atan2_scale"]),
         codec=_codec(optimizer, values),
-        param_codec=registry.load_codec(values["param_ecc"])() if values["param_ecc"] else None,
+        param_codec=_param_codec(optimizer, values["param_ecc"]),
         stochastic_rounding=bool(values["stochastic_rounding"]),
         seed=int(values["seed"]),
         mars=bool(values["mars"]),
@@ -136,7 +137,9 @@ def without_options(group: Mapping[str, Any], settings: Settings, keys: Collecti
     Raises:
         OptionError: an option has another value than the optimizer's.
     """
-    spelled = {"foreach": settings.multi_tensor, "fused": settings.multi_tensor, "ecc": settings.codec.name}
+    spelled: dict[str, Any] = {"foreach": settings.multi_tensor, "fused": settings.multi_tensor, "ecc": settings.codec.name}
+    if isinstance(settings.codec, PerSlot):
+        spelled["ecc"] = {slot: codec.name for slot, codec in settings.codec.codecs.items()}
     if settings.param_codec is not None:
         spelled["param_ecc"] = settings.param_codec.name
     kept = dict(group)
@@ -197,7 +200,29 @@ def _codec(optimizer: str, values: Mapping[str, Any]) -> StateCodec:
             f"{optimizer}: ecc={values['ecc']!r} and storage_dtype={values['storage_dtype']!r} both set how state is stored; "
             "pass only one of them."
         )
-    codec: StateCodec = registry.load_codec(values["ecc"])()
+    if isinstance(values["ecc"], Mapping):
+        return PerSlot({slot: _loaded(name) for slot, name in values["ecc"].items()})
+    return _loaded(values["ecc"])
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""What a slot may be stored as without a codec: ``ecc={"exp_avg": "bfloat16"}``."""
+
+
+def _loaded(name: str) -> StateCodec:
+    """The codec called ``name``; or a floating dtype, as in ``storage_dtype``."""
+    if name in DTYPES:
+        return cast_codec(name)
+    codec: StateCodec = registry.load_codec(name)()
+    return codec
+
+
+def _param_codec(optimizer: str, name: str | None) -> StateCodec | None:
+    if not name:
+        return None
+    codec: StateCodec = registry.load_codec(name)()
+    if per_block_of(codec):
+        raise OptionError(f"{optimizer}: param_ecc={name!r} stores state alone: blocks of it share a scale; pass ecc={name!r}.")
     return codec
 
 

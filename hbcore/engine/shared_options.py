@@ -52,7 +52,9 @@ class SharedOptions(Declared):
     storage_dtype: str | torch.dtype = option(
         default="float32", doc="the dtype that state is stored in; float64 parameters keep float64 state"
     )
-    ecc: str | None = option(default=None, doc="the codec that state is stored with: bf16+8, bf16+16; comes with hb_ecc")
+    ecc: str | Mapping[str, str] | None = option(
+        default=None, doc="the codec that state is stored with, or one for each slot: bf16+8, int8, ...; comes with hb_ecc"
+    )
     param_ecc: str | None = option(
         default=None, doc="the codec that parameters are stored with; float32 parameters become bfloat16"
     )
@@ -125,7 +127,7 @@ class Options(TypedDict, total=False):
     division_backend: str
     atan2_scale: float
     storage_dtype: str | torch.dtype
-    ecc: str | None
+    ecc: str | Mapping[str, str] | None
     param_ecc: str | None
     stochastic_rounding: bool
     seed: int

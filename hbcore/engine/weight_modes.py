@@ -16,7 +16,9 @@ from hbcore.errors import OptionError, RuleError
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.stages import ParameterEMA
 from hbcore.rules.transform import Transform
-from hbcore.state.codec import codec_of, narrowed
+from hbcore.state.codec import narrowed
+from hbcore.state.codec_choice import codec_of, fitting
+from hbcore.state.expected import by_rows
 
 
 def switch(core: OptimizerCore, training: bool) -> None:
@@ -115,15 +117,15 @@ def _write(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 def _other(core: OptimizerCore, p: Tensor, t: Transform, weights: Mapping[str, Tensor], training: bool) -> dict[str, Tensor]:
     """What ``t.swap`` makes of ``weights``, and of the rule's slots if they change, as stored. Writes nothing."""
-    codec, dtype = core.settings.codec, compute_dtype(p.dtype)
+    codec, dtype = fitting(core.settings.codec, p.shape, by_rows(p)), compute_dtype(p.dtype)
     packed = core.settings.param_codec if len(weights) > 1 else None
     tensors = {**_tensors(core, p), **weights}
     slots = t.slots(seen(p))
-    values = {name: codec_of(slot, codec).read(tensors, name, dtype) for name, slot in slots.items()}
+    values = {name: codec_of(name, slot, codec).read(tensors, name, dtype) for name, slot in slots.items()}
     param = packed.read(tensors, "param", dtype) if packed is not None else tensors["param"].to(dtype)
     swapped, new = t.swap(param, values, training)
     plain = {"param": narrowed(swapped, tensors["param"].dtype, None)}
     made = plain if packed is None else packed.write(tensors, "param", swapped)
     for name, value in new.items():
-        made.update(codec_of(slots[name], codec).write(tensors, name, value))
+        made.update(codec_of(name, slots[name], codec).write(tensors, name, value))
     return made

@@ -83,6 +83,40 @@ def words(seed: Tensor | int, counter: Tensor) -> Tensor:
     return (high << 32) | low
 
 
+def element_words(seed: int, start: int, length: int, device: torch.device) -> Tensor:
+    """32 random bits for each of the elements ``start`` to ``start + length`` of a tensor, int64 ``[length]``.
+
+    One of :func:`philox4x32`'s calls serves four neighbours: element ``k`` has word ``k % 4`` of the call with counter
+    ``k // 4``.
+    """
+    first, last = start // 4, -(-(start + length) // 4)
+    four = torch.stack(philox4x32(seed, torch.arange(first, last, device=device)), 1).view(-1)
+    return four[start - 4 * first :][:length]
+
+
+def stochastic_round_fp16(x: Tensor, random_bits: Tensor) -> Tensor:
+    r"""``x`` (float32) rounded to one of its two float16 neighbours, with expectation ``x`` over the random bits.
+
+    .. math:: \lfloor (\mathrm{bits}(x) + r) / 2^{13} \rfloor 2^{13} \text{ from } 2^{-14} \text{ on}, \qquad
+        \lfloor 2^{24} |x| + r 2^{-13} \rfloor 2^{-24} \text{ below}
+
+    Exact float16 values are unchanged, finite values beyond the largest float16, 65504, become it, and NaN stays NaN.
+
+    Args:
+        x: float32, any shape.
+        random_bits: integers in [0, 2^16), of ``x``'s shape, of which the lowest 13 are used.
+    """
+    r = random_bits.to(torch.int32) & 0x1FFF
+    bits = torch.where(torch.isnan(x), 0x7FC00000, x.view(torch.int32))
+    within = torch.where((bits & 0x7FFFFFFF) < 0x7F800000, r, 0)
+    normal = ((bits + within) & -0x2000).view(torch.float32)
+    small = torch.floor(x.abs() * 2.0**24 + r.to(torch.float32) * 2.0**-13) * 2.0**-24
+    small = torch.where(x < 0, -small, small)
+    rounded = torch.where(x.abs() < 2.0**-14, small, normal)
+    limited = torch.where(x.abs() <= 3.4028234663852886e38, rounded.clamp(-65504.0, 65504.0), x)
+    return limited.to(torch.float16)
+
+
 def uniform_of(drawn: Tensor) -> Tensor:
     """Uniform numbers in [0, 1), float32, of the shape of ``drawn``: its upper 24 bits."""
     return ((drawn >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24

@@ -71,3 +71,6 @@ def spread_in_torch(blocks: Tensor, like: Tensor) -> Tensor:
 
 _library.impl("block_amax", amax_in_torch, "CompositeExplicitAutograd")
 _library.impl("spread", spread_in_torch, "CompositeExplicitAutograd")
+
+AMAX, SPREAD = torch.ops.hbcore.block_amax.default, torch.ops.hbcore.spread.default
+"""The two operations as nodes of a graph have them."""

@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 
 from hbcore.errors import OptionError
-from hbcore.rules.noise import stochastic_round_bf16
-from hbcore.rules.transform import Slot
+from hbcore.rules.noise import stochastic_round_bf16, stochastic_round_fp16
+
+ROUNDED = {torch.bfloat16: stochastic_round_bf16, torch.float16: stochastic_round_fp16}
+"""The dtypes that are rounded to stochastically, given noise, and how."""
 
 
 @runtime_checkable
 class StateCodec(Protocol):
-    """Stores each slot of a parameter as one or more tensors of the parameter's shape."""
+    """Stores each slot of a parameter as one or more tensors of the parameter's shape.
+
+    A codec may also have ``noise_bits``, the number of random bits that ``write`` uses of its noise (at most 16, the default),
+    and ``of(slot)``, which returns the codec for a slot, a relative perhaps, or raises :class:`hbcore.errors.OptionError`.
+    """
 
     @property
     def name(self) -> str:
@@ -39,7 +45,7 @@ class StateCodec(Protocol):
     def write(self, stored: Mapping[str, Tensor], slot: str, value: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         """The new stored tensors of ``slot``; ``stored`` has the old ones.
 
-        ``noise`` is int32, of the slot's shape, uniform in [0, 2^16): with it, rounding is stochastic.
+        ``noise`` is int32, of the slot's shape, uniform in [0, 2^noise_bits): with it, rounding is stochastic.
         """
 
 
@@ -72,7 +78,7 @@ class Cast:
 
     @property
     def rounds(self) -> bool:
-        return self.storage == torch.bfloat16
+        return self.storage in ROUNDED
 
     def write(self, stored: Mapping[str, Tensor], slot: str, value: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         return {slot: narrowed(value, stored[slot].dtype, noise)}
@@ -87,10 +93,10 @@ class Fixed(Cast):
 
 
 def narrowed(value: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
-    """``value`` in ``dtype``; rounded stochastically if ``dtype`` is bfloat16 and noise is given."""
-    if noise is None or dtype != torch.bfloat16:
+    """``value`` in ``dtype``; rounded stochastically if ``dtype`` is bfloat16 or float16, and noise is given."""
+    if noise is None or dtype not in ROUNDED:
         return value.to(dtype)
-    return stochastic_round_bf16(value.to(torch.float32), noise)
+    return ROUNDED[dtype](value.to(torch.float32), noise)
 
 
 def cast_codec(storage: str | torch.dtype) -> Cast:
@@ -103,13 +109,6 @@ def cast_codec(storage: str | torch.dtype) -> Cast:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise OptionError(f"storage_dtype={storage!r} is not a floating dtype; pass 'float32', 'bfloat16' or 'float16'.")
     return Cast(dtype)
-
-
-def codec_of(slot: Slot, codec: StateCodec) -> StateCodec:
-    """The codec that stores a slot in an optimizer with codec ``codec``."""
-    if slot.dtype is not None:
-        return Fixed(slot.dtype)
-    return Cast() if slot.exact else codec
 
 
 def part_name(name: str, k: int, runs: int) -> str:

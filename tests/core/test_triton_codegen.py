@@ -104,13 +104,14 @@ def machine_code(folder: Path) -> None:
 
     results = {}
     pointers = {"table": "*i64", "chunks": "*i64", "moving": "*i64", "rows": "*fp64", "partials": "*fp64", "model": "*fp64"}
-    numbers = {"n_tensors": "i32", "n_chunks": "i32", "CHUNK": "constexpr", "BLOCK": "constexpr", "ALIGNED": "constexpr"}
+    numbers = {"n_tensors": "i32", "n_chunks": "i32", "CHUNK": "constexpr", "BLOCK": "constexpr"}
+    numbers |= {"TAIL": "constexpr", "ALIGNED": "constexpr"}
     for name, (cls, dtype, options, aligned) in CASES.items():
         program = program_of(cls, dtype, options)
         source = source_of(cls, dtype, options)
         module = triton_cache.load(source)
         executable = TritonExecutable(program, [], interpreted=False)
-        constants = {"CHUNK": executable.chunk, "BLOCK": executable.block, "ALIGNED": aligned}
+        constants = {"CHUNK": executable.chunk, "BLOCK": executable.block, "TAIL": executable.tail, "ALIGNED": aligned}
         phases = []
         for i in range(len(program.phases)):
             kernel = ASTSource(getattr(module, f"phase_{i}"), {**pointers, **numbers}, constants)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hbcore.engine.graph.program import DRAW, Program
-from hbcore.rules.noise import philox4x32, words
+from hbcore.engine.graph.program import DRAW, Bits, Program
+from hbcore.rules.noise import element_words, words
 
 
 @dataclass(eq=False)
@@ -23,7 +23,8 @@ class Batch:
         values: one row per distinct (group, step): the program's scalar inputs as numbers, or as 0-d tensors if they live on
             a device (``capturable=True``).
         sums: reduction -> one 0-d tensor per parameter; filled by the phases.
-        keys: noise input -> each parameter's key for this step.
+        keys: noise input -> each parameter's key for this step; of inputs that share a word, the first one's.
+        bits: where inputs lie in words that they share.
         dense: whether every tensor is dense in memory, in any order of dimensions.
         model: reduction over the whole model -> its 0-d result, once every segment has contributed.
         moves: number of steps in which the addresses of stack inputs differed from the previous step.
@@ -40,6 +41,8 @@ class Batch:
     moves: int = 0
     numels: list[float] | None = None
     starts: list[int] | None = None
+    bits: Mapping[str, Bits] = field(default_factory=dict)
+    _word: tuple[Any, Tensor] | None = None
     _flat: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -49,13 +52,17 @@ class Batch:
         """Bits for elements ``start`` to ``start + length`` of parameter ``i``, in memory order.
 
         Returns:
-            int32 in [0, 2^16), to round with; int64 with 64 random bits where a rule draws.
+            int32 with as many random bits as the input has, to round with; int64 with 64 where a rule draws.
         """
         start += self.starts[i] if self.starts else 0
-        index = torch.arange(start, start + length, device=self.tensors["param"][i].device)
+        device = self.tensors["param"][i].device
         if name.startswith(DRAW):
-            return words(self.keys[name][i], index)
-        return (philox4x32(self.keys[name][i], index)[0] & 0xFFFF).to(torch.int32)
+            return words(self.keys[name][i], torch.arange(start, start + length, device=device))
+        bits = self.bits[name]
+        asked = (self.keys[bits.word][i], start, length, device)
+        if self._word is None or self._word[0] != asked:  # the inputs of one word are asked for one after the other
+            self._word = asked, element_words(*asked)
+        return ((self._word[1] >> bits.shift) & ((1 << bits.width) - 1)).to(torch.int32)
 
     def flat(self, name: str) -> list[Tensor]:
         """A column's tensors, flattened in memory order. All but gradients are cached across steps."""
@@ -68,6 +75,7 @@ class Batch:
     def lend(self) -> None:
         """Let go of views of the tensors, which are made again when needed."""
         self._flat.clear()
+        self._word = None
 
     def numel(self, i: int) -> Tensor:
         """``c.numel`` for parameter ``i``: 0-d float64 on the host."""

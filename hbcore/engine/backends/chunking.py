@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from hbcore.engine.backends.base import Batch
-from hbcore.engine.graph.program import NOISE, Phase
+from hbcore.engine.graph.program import NOISE, Phase, Program
 from hbcore.rules.numerics import compute_dtype
 
 aten = torch.ops.aten
@@ -101,8 +101,9 @@ class Pack:
     def __post_init__(self) -> None:
         self._spread: dict[int, Spread] = {}
         # results pass through buffers whose views are made once: making a view of each result takes longer than copying it
-        self._buffers = [targets[0].new_empty(sum(self.sizes)) for targets in self.targets]
-        self._results = [buffer.split_with_sizes(self.sizes) for buffer in self._buffers]
+        lengths = [[t.numel() for t in targets] for targets in self.targets]  # of blocks, where a codec has a number for each
+        self._buffers = [t[0].new_empty(sum(some)) for t, some in zip(self.targets, lengths, strict=True)]
+        self._results = [buffer.split_with_sizes(some) for buffer, some in zip(self._buffers, lengths, strict=True)]
 
     def columns(self, batch: Batch, grads: Sequence[Tensor]) -> list[Tensor]:
         """Like :meth:`Chunk.columns`, from concatenated copies of the members' tensors."""
@@ -195,11 +196,12 @@ def columns_of(phase: Phase) -> list[str]:
 
 
 def chunks(
-    phase: Phase, batch: Batch, names: Sequence[str], largest: int | None = None, spread: bool = False
+    program: Program, phase: Phase, batch: Batch, names: Sequence[str], largest: int | None = None, spread: bool = False
 ) -> list[Chunk | Pack]:
     """Split ``batch`` into chunks for one phase.
 
     Args:
+        program: whose phase it is.
         phase: the phase to run.
         batch: a batch of dense tensors.
         names: the graph's inputs.
@@ -232,7 +234,8 @@ def chunks(
         step = largest or sizes[i]
         for start in range(0, sizes[i], step):
             length = min(step, sizes[i] - start)
-            cut = {n: t[i] if length == sizes[i] else t[i][start : start + length] for n, t in stored.items()}
+            at = program.length
+            cut = {n: t[i] if length == sizes[i] else t[i][at(n, start) : at(n, start + length)] for n, t in stored.items()}
             views, targets_ = [cut.get(n) for n in names], [cut[n] for n in phase.writes]
             made.append(Chunk(batch.rows[i], i, names, views, targets_, start, 0 if length == sizes[i] else length))
     return made
@@ -242,20 +245,20 @@ class Chunked:
     """Cached chunks of a batch for each phase; rebuilt when the batch or its assignment of scalars changes.
 
     Args:
-        phases: a program's phases.
+        program: whose phases run.
         names: the inputs of each phase's graph.
         largest, spread: see :func:`chunks`.
     """
 
     def __init__(
         self,
-        phases: Sequence[Phase],
+        program: Program,
         names: Sequence[Sequence[str]],
         largest: int | None = None,
         spread: Sequence[bool] | None = None,
     ) -> None:
-        self._phases, self._names, self._largest = phases, names, largest
-        self._spread = spread or [False] * len(phases)
+        self._program, self._names, self._largest = program, names, largest
+        self._spread = spread or [False] * len(program.phases)
         self._batch: Batch | None = None
         self._rows: list[int] | None = None
         self._cut: dict[int, list[Chunk | Pack]] = {}
@@ -269,7 +272,8 @@ class Chunked:
         if batch is not self._batch or batch.rows is not self._rows:
             self._batch, self._rows, self._cut = batch, batch.rows, {}
         if phase not in self._cut:
-            self._cut[phase] = chunks(self._phases[phase], batch, self._names[phase], self._largest, self._spread[phase])
+            p, names = self._program.phases[phase], self._names[phase]
+            self._cut[phase] = chunks(self._program, p, batch, names, self._largest, self._spread[phase])
         return self._cut[phase]
 
 

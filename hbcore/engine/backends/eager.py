@@ -14,7 +14,7 @@ from hbcore.engine.graph.purity import Purity
 from hbcore.engine.graph.segment_spec import Reduce, SegmentSpec
 
 SLICE = 262144
-"""Elements of a large CPU tensor per call, so that temporaries stay in the cache and memory use is bounded."""
+"""Elements of a large CPU tensor per call, whole blocks, so that temporaries stay in the cache and memory use is bounded."""
 
 
 class EagerBackend:
@@ -41,7 +41,7 @@ class EagerExecutable:
         self._table: list[tuple[float, ...]] = []
         spread = [cpu and spreads(p, program.dtypes, program.hoisted) for p in program.phases]
         self._spread = any(spread)
-        self._chunked = Chunked(program.phases, [p.tensors for p in program.phases], SLICE if cpu else None, spread)
+        self._chunked = Chunked(program, [p.tensors for p in program.phases], SLICE if cpu else None, spread)
         self._graphs: list[Callable[..., tuple[Tensor, ...]]] = [p.run for p in program.phases]
 
     def prepare(self, batch: Batch) -> None:

@@ -22,8 +22,12 @@ from hbcore.engine.backends.chunking import SMALL, Chunked, Pack, columns_of, nu
 from hbcore.engine.graph.program import Phase, Program
 from hbcore.errors import CompileError
 from hbcore.rules.numerics import compute_dtype
+from hbcore.state.blocks import AMAX, SPREAD, amax_in_torch, spread_in_torch
 
 Flat = Callable[..., tuple[Tensor, ...]]
+
+IN_TORCH: dict[Any, Callable[..., Tensor]] = {AMAX: amax_in_torch, SPREAD: spread_in_torch}
+"""hbcore's operations on blocks as functions that Inductor looks into."""
 
 EXAMPLE = {False: 1 << 20, True: SMALL // 2}
 """small or not -> number of elements to compile with. The large one is worth a thread on every core."""
@@ -53,7 +57,7 @@ class InductorExecutable:
     def __init__(self, program: Program) -> None:
         self.program, self.compiles = program, 0
         self._names = [columns_of(p) for p in program.phases]
-        self._chunked = Chunked(program.phases, self._names)
+        self._chunked = Chunked(program, self._names)
         self._functions = [(_compiled(p, small=False), _compiled(p, small=True)) for p in program.phases]
         self._single = [_in_place(p) for p in program.phases]
         self._scalars: list[tuple[Tensor, ...]] = []
@@ -80,7 +84,8 @@ class InductorExecutable:
             small = size < SMALL
             if size > 1 and (k, small) not in self._warm:
                 self._warm.add((k, small))
-                blank = [t.new_zeros(EXAMPLE[small]) for t in columns]
+                length = self.program.length
+                blank = [t.new_zeros(length(n, EXAMPLE[small])) for n, t in zip(self._names[k], columns, strict=True)]
                 ones = torch.ones((), dtype=compute_dtype(self.program.dtypes["param"]), device="cpu")
                 scalars = [self._scalars[chunk.row][j] for j in phase.scalars]
                 scalars += [ones] * (len(phase.sums) + phase.needs_numel)
@@ -134,6 +139,7 @@ def _in_place(phase: Phase) -> Flat:
     for node in old.nodes:
         if node.op == "call_function":
             copies[node] = graph.node_copy(node, lambda n: copies[n])
+            copies[node].target = IN_TORCH.get(node.target, node.target)
     results = [copies[n] for n in cast("tuple[fx.Node, ...]", old.output_node().args[0])]
     for name, result in zip(phase.writes, results, strict=False):
         graph.call_function(torch.ops.aten.copy_.default, (targets[name], result))

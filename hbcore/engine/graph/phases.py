@@ -14,9 +14,10 @@ from typing import cast
 import torch
 from torch import fx
 
-from hbcore.engine.graph.program import CARRIED, NOISE, REDUCERS, Phase, Program, Reduction, module_of
+from hbcore.engine.graph.program import CARRIED, NOISE, REDUCERS, Bits, Phase, Program, Reduction, module_of
 from hbcore.errors import TraceError
 from hbcore.rules.transform import Domain
+from hbcore.state.blocks import BLOCK
 
 
 def split(
@@ -26,6 +27,8 @@ def split(
     scalar_names: Sequence[str],
     numbers: Sequence[str],
     label: str,
+    per_block: frozenset[str],
+    bits: Mapping[str, Bits],
 ) -> Program:
     """Cut ``graph`` into a :class:`Program`.
 
@@ -36,6 +39,8 @@ def split(
         scalar_names: the 0-d inputs, in order.
         numbers: the stored tensors that are one number for each parameter.
         label: a readable name of the chain, for generated sources and reports.
+        per_block: the stored tensors that have one entry for each block.
+        bits: random input -> where it lies in a word.
 
     Raises:
         TraceError: a new value is of another kind than its tensor.
@@ -45,14 +50,14 @@ def split(
     finals.update({name: node for name, node in carries.items() if node.meta["kind"] != "host"})
     carries = {name: node for name, node in carries.items() if name not in finals}
     results = {name: node for name, node in results.items() if not name.startswith(CARRIED) and name not in numbers}
-    _check_kinds(graph, results, finals)
+    _check_kinds(graph, results, finals, per_block)
     stores = {name: node for name, node in results.items() if node.meta.get("input") != name}
     live = _live(graph, (*stores.values(), *finals.values()))
     hoisted = [n for n in _varying(live) if n in finals.values() or any(u.meta["kind"] != "host" for u in n.users if u in live)]
     level = _levels(live)
     one_pass = not any(level[n] for n in live)
     candidates = (_plan(live, stores, hoisted, level, early) for early in ((False,) if one_pass else (False, True)))
-    phases = min(candidates, key=lambda plan: _traffic(plan, dtypes))
+    phases = min(candidates, key=lambda plan: _traffic(plan, dtypes, per_block))
     summed = {n: str(n.meta["reduction"]) for n in live if _is_reduction(n)}
     return Program(
         label,
@@ -64,13 +69,20 @@ def split(
         tuple(name.removeprefix(CARRIED) for name in carries),
         _host(graph, _live(graph, carries.values()), list(carries.values()), scalar_names) if carries else None,
         _phase(live, finals, {}, summed, hoisted, {})[0] if finals else None,
+        per_block,
+        dict(bits),
     )
 
 
-def _check_kinds(graph: fx.Graph, results: Mapping[str, fx.Node], finals: Mapping[str, fx.Node]) -> None:
+def _check_kinds(
+    graph: fx.Graph, results: Mapping[str, fx.Node], finals: Mapping[str, fx.Node], per_block: frozenset[str]
+) -> None:
     for name, node in results.items():
-        if node.meta["kind"] != "element":
+        kind, wanted = node.meta["kind"], "block" if name in per_block else "element"
+        if kind in ("host", "scalar"):
             raise TraceError(f"{node.meta['where']}: the new value of {name!r} is a scalar; it must be a full tensor.")
+        if kind != wanted:
+            raise TraceError(f"{node.meta['where']}: the new value of {name!r} has one entry for each {kind}, not {wanted}.")
     for name, node in finals.items():
         if not name.startswith(CARRIED):
             continue
@@ -179,7 +191,7 @@ def _phase(
                 stack.extend(n.all_input_nodes)
     given = [n for n in live if n in wanted]
     summed = {**summed, **{n: str(n.meta["input"]) for n in given if _is_given(n)}}
-    fresh = {n: str(n.meta["input"]) for n in given if n.op == "placeholder" and n.meta["kind"] == "element"}
+    fresh = {n: str(n.meta["input"]) for n in given if n.op == "placeholder" and n.meta["kind"] in ("element", "block")}
     tensors = {**fresh, **{n: s for n, s in known.items() if n in wanted}}
     inputs = [*tensors, *(n for n in given if n in scalars), *(n for n in given if n in summed)]
     inputs += [n for n in given if n.op == "placeholder" and n not in inputs]  # numel
@@ -194,7 +206,7 @@ def _phase(
     for i, (name, n) in enumerate(targets.items()):
         if n in tensors and tensors[n] != name and tensors[n] in targets:  # otherwise another write would overwrite it first
             outputs[i] = graph.call_function(torch.ops.aten.clone.default, (copies[n],))
-            outputs[i].meta.update(kind="element", dtype=n.meta["dtype"], where=n.meta["where"])
+            outputs[i].meta.update({key: n.meta[key] for key in ("kind", "dtype", "where")})
     graph.output(tuple(outputs))
     phase = Phase(
         graph=graph,
@@ -213,7 +225,7 @@ def _reduction(node: fx.Node, name: str) -> Reduction:
     return Reduction(name, how, Domain(cast("int", node.args[1])), node.meta["dtype"])
 
 
-def _traffic(phases: Iterable[Phase], dtypes: Mapping[str, torch.dtype]) -> int:
+def _traffic(phases: Iterable[Phase], dtypes: Mapping[str, torch.dtype], per_block: frozenset[str]) -> float:
     """Bytes per element that all passes move in total."""
     names = (name for p in phases for name in (*p.tensors, *p.writes) if not name.startswith(NOISE))
-    return sum(dtypes[name].itemsize for name in names)
+    return sum(dtypes[name].itemsize / (BLOCK if name in per_block else 1) for name in names)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import linecache
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from hbcore.engine.graph.host_scalars import Numbers, as_python
 from hbcore.rules.transform import Domain
+from hbcore.state.blocks import BLOCK
 
 
 def reduce_sum(x: Tensor, domain: int) -> Tensor:
@@ -43,10 +44,42 @@ def direct_reduce(x: Tensor, how: str, domain: Domain, rule: str) -> Tensor:
 NOISE = "noise."
 """Prefix of graph inputs that are random bits: generated from a key and the element's index, never stored.
 
-``noise.<slot>`` are 16 bits in int32, for rounding that slot."""
+``noise.<slot>`` are up to 16 bits in int32, for rounding that slot."""
 
 DRAW = f"{NOISE}#"
 """``noise.#<rule>.<k>`` are 64 bits in int64, for what a rule draws k-th in an update. No slot's name has a ``#``."""
+
+
+class Bits(NamedTuple):
+    """Where a random input of an element lies in a word of 32 random bits, which several share: Philox takes a third of the
+    time of a step otherwise.
+
+    Attributes:
+        word: the first input in that word, whose key the word is drawn by.
+        shift: the place of the lowest bit.
+        width: the number of bits.
+    """
+
+    word: str
+    shift: int
+    width: int
+
+
+def shared_words(counts: Mapping[str, int]) -> dict[str, Bits]:
+    """Distribute random inputs over words.
+
+    Args:
+        counts: input -> its number of bits, at most 16.
+    """
+    made: dict[str, Bits] = {}
+    word, used = "", 32
+    for name, count in counts.items():
+        if used + count > 32:
+            word, used = name, 0
+        made[name] = Bits(word, used, count)
+        used += count
+    return made
+
 
 STACK = "stack."
 """Prefix of the tensors a segment writes for the matrix rule after it: ``stack.update``, ``stack.grad``, ``stack.param``."""
@@ -102,8 +135,9 @@ class Phase:
 class Program:
     """The input of the backends: host scalar arithmetic, then one or more passes over the parameters.
 
-    ``finish`` computes new values of scalar slots, and of carried numbers that depend on reductions, once all phases ran; its
-    inputs and results are vectors, an element for each parameter.
+    ``per_block`` are the tensors that have one entry for each block of 32 elements (:mod:`hbcore.state.blocks`), and ``bits``
+    says where random inputs for rounding lie in words. ``finish`` computes new values of scalar slots, and of carried numbers
+    that depend on reductions, once all phases ran; its inputs and results are vectors, an element for each parameter.
     """
 
     label: str
@@ -115,6 +149,12 @@ class Program:
     carries: tuple[str, ...] = ()
     carry: fx.GraphModule | None = None
     finish: Phase | None = None
+    per_block: frozenset[str] = frozenset()
+    bits: Mapping[str, Bits] = field(default_factory=dict)
+
+    def length(self, name: str, elements: int) -> int:
+        """The number of entries of the stored tensor ``name`` for ``elements`` elements of a parameter."""
+        return elements // BLOCK if name in self.per_block else elements
 
     def carried(self, values: Sequence[float | Tensor]) -> dict[str, float]:
         """The new values of the group's carried numbers, from the current ones in ``values``."""

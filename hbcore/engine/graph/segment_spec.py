@@ -22,7 +22,8 @@ from hbcore.rules.contract import Slots, checked, slots_of, title
 from hbcore.rules.division import Divide
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Context, Domain, Slot, Transform
-from hbcore.state.codec import StateCodec, codec_of, narrowed
+from hbcore.state.codec import ROUNDED, StateCodec, narrowed
+from hbcore.state.codec_choice import codec_of, noise_bits, per_block_of
 
 
 class Hypers(SimpleNamespace):
@@ -61,9 +62,9 @@ class SegmentSpec:
         static: the group's structural entries, ``((key, value), ...)``.
         dynamic: the group's entries that may change every step, ``((key, length or None), ...)``, with lengths for tuples.
         divide: the division backend.
-        codec: how slots are stored.
+        codec: how slots are stored, of parameters like those that this is for (:func:`~hbcore.state.codec_choice.fitting`).
         param_codec: how parameters are stored; None stores them as they are.
-        stochastic: round bfloat16 values stochastically, with noise from tensors named ``noise.<slot>``.
+        stochastic: round to bfloat16 and float16 stochastically, with noise from tensors named ``noise.<slot>``.
         scaled: gradients are multiplied by ``grad_scale`` and ``found_inf`` skips the step (torch's GradScaler protocol).
         skip_nonfinite: a step in which a gradient of the model is not finite changes nothing.
         maximize: ascend instead of descend.
@@ -178,7 +179,7 @@ class SegmentSpec:
         param = packed.read(tensors, "param", dtype) if packed else tensors["param"].to(dtype)
         stored, update = {}, grad if self.takes is None else tensors["update"].to(dtype)
         for t, slots in self._with_slots(scalars, tensors["param"]):
-            stored_as = {name: codec_of(slot, self.codec) for name, slot in slots.items()}
+            stored_as = {name: codec_of(name, slot, self.codec) for name, slot in slots.items()}
             state = Slots(t, {name: codec.read(tensors, name, dtype) for name, codec in stored_as.items()})
             carried = t.scalars()
             state.update({name: scalars[CARRIED + name] for name in carried})
@@ -236,23 +237,32 @@ class SegmentSpec:
         """The dtype of every tensor that the segment reads or writes; ``param`` and ``grad`` first, noise last."""
         dtypes = {"param": param.dtype, "grad": grad}
         for name, slot in slots.items():
-            dtypes.update(codec_of(slot, self.codec).parts(name, compute_dtype(param.dtype)))
+            dtypes.update(codec_of(name, slot, self.codec).parts(name, compute_dtype(param.dtype)))
         if self.param_codec is not None and self.narrows(param.dtype):
             dtypes.update(self.param_codec.parts("param", torch.float32))
         if self.takes is not None:
             dtypes["update"] = self.takes
         dtypes.update({STACK + name: dtype for name, dtype in self.feeds})
         if self.stochastic:
-            dtypes.update({NOISE + slot: torch.int32 for slot in self._rounded(param.dtype, slots)})
+            dtypes.update(dict.fromkeys(self.noise(param.dtype, slots), torch.int32))
         dtypes.update(dict.fromkeys(self.draws, torch.int64))
         return dtypes
 
-    def _rounded(self, param: torch.dtype, slots: Mapping[str, Slot]) -> list[str]:
-        """The slots (and ``param``) that are stored with fewer bits than they are computed in."""
-        narrow = self.codec.rounds and compute_dtype(param) == torch.float32
-        rounded = [name for name, slot in slots.items() if narrow and not slot.exact]
-        exact = self.param_codec is not None and self.narrows(param) and not self.param_codec.rounds
-        return [*rounded, "param"] if param == torch.bfloat16 and not exact and not self.feeds else rounded
+    def per_block(self, slots: Mapping[str, Slot]) -> frozenset[str]:
+        """The stored tensors that have one entry for each block of elements."""
+        return frozenset().union(*(per_block_of(codec_of(n, s, self.codec), n) for n, s in slots.items()))
+
+    def noise(self, param: torch.dtype, slots: Mapping[str, Slot]) -> dict[str, int]:
+        """The random inputs for rounding slots (and ``param``) that are stored with fewer bits than they are computed in, and
+        the random bits of each."""
+        if not self.stochastic or compute_dtype(param) != torch.float32:
+            return {}
+        stored_as = {name: codec_of(name, slot, self.codec) for name, slot in slots.items()}
+        bits = {NOISE + name: noise_bits(codec) for name, codec in stored_as.items() if codec.rounds}
+        packed = self.param_codec if self.narrows(param) else None
+        if not self.feeds and (packed.rounds if packed else param in ROUNDED):
+            bits[f"{NOISE}param"] = noise_bits(packed) if packed else 16
+        return bits
 
     def _context(
         self,

@@ -7,6 +7,7 @@ any difference between the graphs is a length that leaked into the rule, which i
 * ``host``: 0-d, computed from hyperparameters and the step only. Hoisted: computed once per (group, step), in float64.
 * ``scalar``: 0-d, but depends on a tensor: a reduction, ``c.numel``, and values computed from them. One per tensor.
 * ``element``: as long as the parameter.
+* ``block``: one for each block of 32 elements: what a codec reduces within blocks (:mod:`hbcore.state.blocks`).
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hbcore.engine.graph.phases import split
-from hbcore.engine.graph.program import REDUCERS, Program, identifier
+from hbcore.engine.graph.program import REDUCERS, Bits, Program, identifier
 from hbcore.engine.graph.purity import impure, written
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.graph.where import where
 from hbcore.errors import RuleError, TraceError
 from hbcore.rules.contract import named, tensors_in
 from hbcore.rules.transform import Domain, Transform
+from hbcore.state.blocks import AMAX, BLOCK, SPREAD
 
-Kind = Literal["host", "scalar", "element"]
-LENGTHS = (7, 5_000_011)
-"""Two lengths unlikely to appear as constants in a formula; both graphs must agree."""
+Kind = Literal["host", "scalar", "element", "block"]
+LENGTHS = (7 * BLOCK, 156_257 * BLOCK)
+"""Two lengths unlikely to appear as constants in a formula, of whole blocks; both graphs must agree."""
 
 REDUCTIONS = {
     torch.ops.aten.sum.default, torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.default, torch.ops.aten.mean.dim,
@@ -50,18 +52,25 @@ HARMLESS = {
 }  # fmt: skip
 """Elementwise operations that torch does not tag as pointwise."""
 
+BLOCKWISE = {AMAX, SPREAD}
+"""The operations that lead from elements to blocks and back, of codecs alone."""
+
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records each ATen call in an fx graph; rejects calls that are not elementwise, naming the line that made them.
 
     Args:
         length: of the elementwise tensors.
+        blockwise: whether a codec stores something for each block.
         before: a recording with another length. What depends on no tensor is the same there, and is not recorded again.
     """
 
-    def __init__(self, length: int, before: Recorder | None = None) -> None:
+    def __init__(self, length: int, blockwise: bool, before: Recorder | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.length = length
+        self._shapes: dict[tuple[int, ...], Kind] = {(): "host", (length,): "element"}
+        if blockwise:
+            self._shapes[length // BLOCK,] = "block"
         self.graph = fx.Graph()
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []  # ids are only unique while the tensor lives
@@ -119,9 +128,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operands = list(tensors_among((*args, *kwargs.values())))
         self._refuse(func, args, kwargs, operands)
         value = func(*args, **kwargs)
-        if not isinstance(value, Tensor) or tuple(value.shape) not in {(), (self.length,)}:
+        if not isinstance(value, Tensor) or tuple(value.shape) not in self._shapes:
             raise self._error(f"calls {func}, which is not elementwise; a rule must treat each element independently.")
-        kind: Kind = "element" if value.ndim else "host"
+        kind = self._shapes[tuple(value.shape)]
         if kind == "host" and any(self._kind(a) != "host" for a in operands):
             kind = "scalar"
         kept = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}  # specific to the trace
@@ -176,6 +185,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise self._error(
                 f"calls {func}, which draws from torch's global generator; declare `draws = 1` and use c.noise or c.probe."
             )
+        if func in BLOCKWISE and len(self._shapes) == 3:
+            return
         if torch.Tag.pointwise not in func.tags and func not in HARMLESS:
             raise self._error(f"calls {func}, which is not elementwise; a rule must treat each element independently.")
         if any(a.ndim > 0 and a.device.type != "meta" for a in operands):
@@ -196,14 +207,21 @@ def tensors_among(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def record(
-    spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], length: int, before: Recorder | None = None
+    spec: SegmentSpec,
+    dtypes: Mapping[str, torch.dtype],
+    per_block: frozenset[str],
+    length: int,
+    before: Recorder | None = None,
 ) -> tuple[Recorder, dict[str, fx.Node]]:
     """Run ``spec`` once on meta tensors of ``length`` elements; return the recording and the node of each stored result."""
-    recorder = Recorder(length, before)
+    recorder = Recorder(length, bool(per_block), before)
     meta = torch.device("meta")
     with torch.no_grad():
-        columns = {n: d for n, d in dtypes.items() if n not in spec.numbers}
-        tensors = {n: recorder.placeholder(n, torch.empty(length, dtype=d, device=meta), "element") for n, d in columns.items()}
+        tensors: dict[str, Tensor] = {}
+        for n in (n for n in dtypes if n not in spec.numbers):
+            kind: Kind = "block" if n in per_block else "element"
+            empty = torch.empty(length // BLOCK if n in per_block else length, dtype=dtypes[n], device=meta)
+            tensors[n] = recorder.placeholder(n, empty, kind)
         for n in spec.scalar_names if before is None else ():
             one = torch.ones((), dtype=torch.float64, device="cpu")
             recorder.scalars[n] = recorder.placeholder(n, one, "host")
@@ -215,20 +233,31 @@ def record(
     return recorder, {name: recorder.node(value) for name, value in results.items()}
 
 
-def trace(spec: SegmentSpec, dtypes: Mapping[str, torch.dtype], label: str = "") -> Program:
-    """Trace ``spec`` for parameters whose tensors have ``dtypes``.
+def trace(
+    spec: SegmentSpec,
+    dtypes: Mapping[str, torch.dtype],
+    label: str = "",
+    per_block: frozenset[str] = frozenset(),
+    bits: Mapping[str, Bits] | None = None,
+) -> Program:
+    """Trace ``spec`` for parameters whose tensors have ``dtypes``, those of ``per_block`` with an entry for each block.
+
+    Args:
+        spec, dtypes, per_block: of the segment.
+        label: a readable name of the chain.
+        bits: random input -> where it lies in a word.
 
     Raises:
         TraceError: the rule violates the tracing contract; the message names the line.
     """
-    recorder, results = record(spec, dtypes, LENGTHS[0])
-    other, _ = record(spec, dtypes, LENGTHS[1], recorder)
+    recorder, results = record(spec, dtypes, per_block, LENGTHS[0])
+    other, _ = record(spec, dtypes, per_block, LENGTHS[1], recorder)
     for (node, one), (twin, two) in zip_longest(_described(recorder.graph), _described(other.graph), fillvalue=(None, None)):
         if one != two:
             differs = node or twin
             assert differs is not None
             raise TraceError(f"{differs.meta['where']}: the tensor's length became part of the rule; use c.numel.")
-    return split(recorder.graph, results, dtypes, spec.scalar_names, spec.numbers, label)
+    return split(recorder.graph, results, dtypes, spec.scalar_names, spec.numbers, label, per_block, bits or {})
 
 
 def _described(graph: fx.Graph) -> Iterator[tuple[fx.Node, Any]]:

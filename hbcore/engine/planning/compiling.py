@@ -45,7 +45,8 @@ class Compiler:
         if segment.program is not None or segment.executable is not None:
             return
         try:
-            segment.program = trace(segment.key.spec, segment.dtypes, " -> ".join(t.name for t in segment.transforms))
+            label = " -> ".join(t.name for t in segment.transforms)
+            segment.program = trace(segment.key.spec, segment.dtypes, label, segment.per_block, segment.noise)
             self._report.programs += 1
         except TraceError as error:
             if segment.key.shards is not None:
@@ -105,8 +106,8 @@ class Compiler:
             self._report.note(
                 "parameters that are not dense in memory, in the order that the rule needs, run eagerly one by one"
             )
-        if batch.shards is not None and (_sees_a_tensor(batch) or key.spec.stochastic or key.spec.draws):
-            # the Triton backend counts and reduces a tensor's elements, and draws noise, over one rank's part alone
+        if batch.shards is not None and (_sees_a_tensor(batch) or any(start % 4 for start in batch.starts or ())):
+            # the Triton backend counts and reduces a tensor's elements over one rank's part alone, and draws for four at once
             backends = [b for b in backends if b.name != "triton"]
         return backends
 

@@ -40,7 +40,7 @@ class Partition:
 
 
 def partition(spec: SegmentSpec, group: Mapping[str, Any], p: Tensor, promote: bool = False) -> Partition:
-    """Cut the chain of ``spec``, whose branches are chosen, at its matrix rules, for parameters like ``p``.
+    """Cut the chain of ``spec``, whose branches and codec are chosen, at its matrix rules, for parameters like ``p``.
 
     With ``promote`` the rules receive their updates in the compute dtype, whichever they ask for.
     """
@@ -72,7 +72,8 @@ def _slots(t: Transform, p: Tensor) -> tuple[tuple[str, Slot], ...]:
     if t.domain == Domain.MATRIX:
         return ()
     return tuple(
-        (name, Slot(torch.Size(), exact=slot.exact, scalar=slot.scalar)) for name, slot in slots_of(t, seen(p)).items()
+        (name, Slot(torch.Size(), exact=slot.exact, scalar=slot.scalar, nonnegative=slot.nonnegative))
+        for name, slot in slots_of(t, seen(p)).items()
     )
 
 

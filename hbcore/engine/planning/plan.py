@@ -11,6 +11,7 @@ from torch import Tensor
 from hbcore.distributed.placement import local, shards_of
 from hbcore.engine.backends.base import is_dense
 from hbcore.engine.core import Group, OptimizerCore
+from hbcore.engine.graph.program import shared_words
 from hbcore.engine.graph.scalar_inputs import NO_AMP, Amp, capturing
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.planning.compiling import Compiler
@@ -23,6 +24,8 @@ from hbcore.engine.precision import autocast_off, autocasting
 from hbcore.errors import CompileError, ParameterError, SparseGradientError
 from hbcore.rules import route
 from hbcore.rules.transform import Transform
+from hbcore.state.codec_choice import fitting
+from hbcore.state.expected import by_rows
 
 
 class Plan:
@@ -47,7 +50,7 @@ class Plan:
         self._parted: set[int] = set()
         self._specs: list[SegmentSpec] = []
         self._forks: list[tuple[Transform, ...]] = []
-        self._partitions: dict[tuple[int, tuple[bool, ...], torch.dtype], Partition] = {}
+        self._partitions: dict[tuple[int, tuple[bool, ...], torch.dtype, str], Partition] = {}
         core.state.revision.watchers.add(self)
 
     def step(self, amp: Amp = NO_AMP) -> list[Tensor]:
@@ -194,9 +197,10 @@ class Plan:
 
     def _partition(self, g: int, group: Group, p: Tensor) -> Partition:
         branches = route.branches(self._forks[g], p)
-        key = (g, branches, p.dtype)
+        codec = fitting(self._specs[g].codec, p.shape, by_rows(p))
+        key = (g, branches, p.dtype, codec.name)
         if key not in self._partitions:
-            spec = replace(self._specs[g], branches=branches)
+            spec = replace(self._specs[g], branches=branches, codec=codec)
             self._partitions[key] = partition(spec, group, p, self.core.settings.promote)
         return self._partitions[key]
 
@@ -211,7 +215,9 @@ class Plan:
         if key not in self.segments:
             transforms = spec.transforms(example(spec, self.core.groups[g]))
             slots = {name: slot for t in transforms for name, slot in t.slots(p).items()}
-            self.segments[key] = Segment(key, level, slots, spec.dtypes(here, received, slots), transforms)
+            dtypes, noise = spec.dtypes(here, received, slots), spec.noise(here.dtype, slots)
+            made = Segment(key, level, slots, dtypes, transforms, spec.per_block(slots), shared_words(noise))
+            self.segments[key] = made
         return self.segments[key]
 
     def _gradient(self, p: Tensor, g: int, i: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hbcore.distributed.placement import Shards, local
 from hbcore.engine.backends.base import Batch, Executable
-from hbcore.engine.graph.program import NOISE, STACK, Program
+from hbcore.engine.graph.program import NOISE, STACK, Bits, Program
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.planning.partition import Partition
 from hbcore.engine.stacks.flat_stack import View
@@ -66,6 +66,8 @@ class Segment:
         slots: its transforms' slots.
         dtypes: stored tensor -> dtype; ``param`` and ``grad`` first.
         transforms: its part of the chain, with example hyperparameters.
+        per_block: the stored tensors that have one entry for each block of elements.
+        noise: where the random inputs for rounding lie in words of random bits.
         program: its graph; None before it is traced, and if it could not be.
         executable: what runs it, on the backend called ``backend``; None before it is compiled.
     """
@@ -75,6 +77,8 @@ class Segment:
     slots: dict[str, Slot]
     dtypes: dict[str, torch.dtype]
     transforms: tuple[Transform, ...]
+    per_block: frozenset[str] = frozenset()
+    noise: Mapping[str, Bits] = field(default_factory=dict)
     program: Program | None = None
     executable: Executable | None = None
     backend: str = ""
@@ -171,13 +175,14 @@ class SegmentBatch(Batch):
         self._locals = [m.local for m in self.members]
         self._addresses = Addresses(self._locals)
         self._strides = list(map(Tensor.stride, self._locals))
-        self._noise = [name for name in segment.dtypes if name.startswith(NOISE)]
+        noise = [name for name in segment.dtypes if name.startswith(NOISE)]
+        self._keyed = [name for name in noise if name not in segment.noise or segment.noise[name].word == name]
         columns: dict[str, list[Tensor]] = {"param": [], "grad": []}
         for name in segment.dtypes:
-            if name != "grad" and name not in self._noise:
+            if name != "grad" and name not in noise:
                 column = [m.column(segment, name) for m in self.members]
                 columns[name] = column if name in segment.key.spec.numbers else list(map(at_least_1d, column))
-        super().__init__(columns, [], [], dense=segment.key.dense)
+        super().__init__(columns, [], [], dense=segment.key.dense, bits=segment.noise)
         if self.shards is not None:
             self.numels = [float(m.numel) for m in self.members]
             self.starts = [sum(shards_before(m)) for m in self.members]
@@ -244,7 +249,7 @@ class SegmentBatch(Batch):
             self.every_row = [index.setdefault(pair, len(index)) for pair in pairs]
             self.rows = [self.every_row[i] for i in self.here]
             self._base, self._pairs = base, list(index)
-        for name in self._noise:
+        for name in self._keyed:
             steps = [int(base[self.positions[i]]) + ahead for i in self.here]
             self.keys[name] = [noise_key(m.seed_key, name, t) for m, t in zip(self.members, steps, strict=True)]
         return [(group, count + ahead) for group, count in self._pairs]

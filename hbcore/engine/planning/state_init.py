@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hbcore.distributed.exchange import owners
-from hbcore.distributed.placement import gathered, local, shards_of, spread_like
+from hbcore.distributed.placement import gathered, local, shards_of, spread_like, spread_part
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.scalar_inputs import numbers
 from hbcore.engine.graph.segment_spec import SegmentSpec
@@ -24,7 +24,8 @@ from hbcore.errors import ParameterError, RuleError, StateWarning
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Domain, Transform
 from hbcore.rules.views import Block
-from hbcore.state.codec import codec_of
+from hbcore.state.blocks import block_shape
+from hbcore.state.codec_choice import codec_of, part_shape
 from hbcore.state.expected import expected
 from hbcore.state.steps import Address, open_counters
 from hbcore.warn import warn_at_caller
@@ -58,7 +59,7 @@ class StateInit:
         """Whether the optimizer's state still holds the very tensors that were planned for."""
         state = self.core.state[member.param]
         walked = {name for segment in member.segments for name in segment.dtypes if not is_transient(name)}
-        walked -= {name for segment in member.segments for name in segment.key.spec.numbers}
+        walked -= {name for segment in member.segments for name in (*segment.key.spec.numbers, *segment.per_block)}
         part = local(member.param.detach())
         if part.data_ptr() != member.local.data_ptr() or part.stride() != member.local.stride() or state is not member.state:
             return False
@@ -108,7 +109,7 @@ class StateInit:
         for segment in n.segments:
             numbers = segment.key.spec.numbers
             for name, t in initial_state(segment, part, state).items():
-                state[name] = t if name in numbers else spread_like(t, n.param)
+                state[name] = t if name in numbers else spread_part(t, n.param)
             for name in numbers if not float(state.get("step", 0)) else ():
                 self._share(n, name, state[name])
             for name, dtype in segment.dtypes.items():
@@ -119,11 +120,16 @@ class StateInit:
                 old = local(state[name])
                 if name in numbers and not old.ndim:
                     state[name] = old.to(part.device, dtype)
-                elif old.shape != part.shape:
+                    continue
+                by_block = name in segment.per_block
+                if old.shape != (block_shape(part.shape) if by_block else part.shape):
                     raise ParameterError(
                         f"{self._who(n)} has state {name!r} of shape {tuple(old.shape)}; delete it (del optimizer.state[p]) to "
                         "start afresh."
                     )
+                if by_block:
+                    if old.dtype != dtype or not old.is_contiguous():
+                        state[name] = spread_part(old.to(dtype).contiguous(), n.param)
                 elif old.dtype != dtype or not aligned(old, part):
                     moved = torch.empty_like(part, dtype=dtype, requires_grad=False).copy_(old)
                     state[name] = spread_like(moved, n.param)
@@ -244,14 +250,14 @@ def initial_state(segment: Segment, p: Tensor, state: dict[str, Any]) -> dict[st
     dtype, step = compute_dtype(p.dtype), float(state.get("step", 0.0))
     missing: dict[str, Tensor] = {}
     for name, slot in segment.slots.items():
-        codec = codec_of(slot, segment.key.spec.codec)
+        codec = codec_of(name, slot, segment.key.spec.codec)
         parts = codec.parts(name, dtype)
         if all(part in state for part in parts):
             continue
         if slot.scalar:
             missing[name] = torch.full((), slot.fill, dtype=dtype, device=p.device)
             continue
-        blank = {part: torch.zeros_like(p, dtype=d, requires_grad=False) for part, d in parts.items()}
+        blank = {part: _zeros(p, part_shape(codec, name, part, p.shape), d) for part, d in parts.items()}
         first = late_start(segment, name, p, step) if step else None
         if first is None and slot.fill:
             first = torch.full_like(p, slot.fill, dtype=dtype)
@@ -260,6 +266,13 @@ def initial_state(segment: Segment, p: Tensor, state: dict[str, Any]) -> dict[st
         if not is_transient(name) and name not in state and name not in missing:
             missing[name] = torch.zeros_like(p, dtype=stored, requires_grad=False)
     return missing
+
+
+def _zeros(p: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros on ``p``'s device, in its memory order if they are of its shape."""
+    if shape == p.shape:
+        return torch.zeros_like(p, dtype=dtype, requires_grad=False)
+    return torch.zeros(shape, dtype=dtype, device=p.device)
 
 
 def late_start(segment: Segment, name: str, p: Tensor, step: float) -> Tensor | None:

@@ -22,7 +22,6 @@ from hbcore.rules.contract import checked, title, unknown_slot
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.row_noise import normal, uniform
 from hbcore.rules.transform import Context, State, Transform, no_memory
-from hbcore.state.codec import codec_of
 
 
 class Arguments:
@@ -33,9 +32,9 @@ class Arguments:
         stack, rows = part.stack, part.rows
         self.stack = stack
         self._stored: Mapping[str, Tensor] = stack.stored if rows is None else Rows(stack.stored, rows)
-        self._state = StackState(self._stored, stack.slots, stack.key, turn.carried)
+        self._state = StackState(self._stored, stack, stack.slots, turn.carried)
         self._absent: dict[str, Any] = {name: Absent(turn.rule, name) for name in ("param", "grad", "hvp", "vector")}
-        self._settled = StackState(self._stored, stack.slots, stack.key, {})
+        self._settled = StackState(self._stored, stack, stack.slots, {})
         self._dims = tuple(range(1, len(stack.key.shape) + 1))
         self._drawing = self._drawing_of(part)
         self._skip: Tensor | None = None
@@ -100,7 +99,7 @@ class Arguments:
         slots = {name: slot for name, slot in stack.slots.items() if not slot.derived}
         context = self._context._replace(**self._without("derive", "apply", "probe", "noise"))
         purity.give(rule, (*stack.stored.values(), *context))
-        return WatchedState(rule, StackState(self._stored, slots, stack.key, {}), purity, "derive"), context
+        return WatchedState(rule, StackState(self._stored, stack, slots, {}), purity, "derive"), context
 
     def _without(self, method: str, *refused: str) -> dict[str, Any]:
         """The parts of the context that a method other than ``update`` has no use for."""
@@ -215,7 +214,7 @@ class Arguments:
         if name not in stack.slots:
             raise RuleError(unknown_slot(turn.rule, name, stack.slots, "returned"))
         slot, spec = stack.slots[name], turn.spec
-        codec, noise = codec_of(slot, spec.codec), None
+        codec, noise = stack.codecs[name], None
         if codec.rounds and (spec.stochastic or slot.dtype is not None) and not slot.derived:
             noise = self._drawing.rounding(name, (*self._rows(), *slot.shape), turn.step)
         for part, kept in codec.write(self._stored, name, value, noise).items():

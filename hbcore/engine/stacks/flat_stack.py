@@ -20,7 +20,8 @@ from hbcore.rules.flat import serial_name, stretched, with_serial
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Slot, Transform
 from hbcore.rules.views import Block
-from hbcore.state.codec import codec_of
+from hbcore.state.codec import StateCodec
+from hbcore.state.codec_choice import codec_of, fitting
 
 
 class Range(NamedTuple):
@@ -84,6 +85,9 @@ class FlatStack(Stack):
         own = torch.empty(self._like.shape, dtype=self._like.dtype, device="meta")
         return stretched(with_serial(rule, slots_of(rule, own)), own.shape, self._ends[-1])
 
+    def _codec(self, name: str, slot: Slot) -> StateCodec:
+        return codec_of(name, slot, fitting(self.key.spec.codec, torch.Size()))  # one vector has no rows to cut blocks from
+
     def _rows(self) -> tuple[int, ...]:
         return ()
 
@@ -133,9 +137,8 @@ class FlatView:
 
     def shared(self) -> set[str]:
         """The names of the tensors that all parameters of the stack have in common."""
-        spec, dtype = self.stack.key.spec, compute_dtype(self.stack.key.dtype)
-        slots = self.stack.slots.items()
-        return {part for n, s in slots if s.shared for part in codec_of(s, spec.codec).parts(n, dtype)}
+        codecs, dtype = self.stack.codecs, compute_dtype(self.stack.key.dtype)
+        return {part for n, s in self.stack.slots.items() if s.shared for part in codecs[n].parts(n, dtype)}
 
 
 View = StackView | ShardedView | FlatView

@@ -20,6 +20,7 @@ from hbcore.engine.report import Report
 from hbcore.engine.stacks.stack import Stack
 from hbcore.errors import CompileError, TraceError
 from hbcore.rules.transform import Domain, Transform
+from hbcore.state.codec_choice import fitting
 
 COMPUTED = (torch.float32, torch.float64)
 """The dtypes that segments compute in."""
@@ -106,7 +107,7 @@ class InnerSegment:
         Args:
             stack: whose rows these are.
             u: ``[rows, *block]``, contiguous.
-            stored: the slots as the codec stores them, of the same shape.
+            stored: the slots as the codec stores them, ``[rows, ...]``.
             row: this step's numbers, as in ``spec.scalar_names``.
             nonfinite: 0-d; above 0, nothing is written.
         """
@@ -193,10 +194,11 @@ class InnerSegments:
             return None
         own = replace(
             spec, chain=Within(spec.chain, index, place), span=(0, 1), takes=like.dtype, feeds=(("update", like.dtype),),
-            slots=(tuple(slots.items()),), draws=(), maximize=False, param_codec=None,
+            slots=(tuple(slots.items()),), draws=(), maximize=False, param_codec=None, codec=fitting(spec.codec, like.shape),
         )  # fmt: skip
         try:
-            program = trace(own, own.dtypes(like, like.dtype, slots), f"{inner.name} in a matrix rule")
+            dtypes = own.dtypes(like, like.dtype, slots)
+            program = trace(own, dtypes, f"{inner.name} in a matrix rule", own.per_block(slots))
         except TraceError:
             return None
         read = {name for phase in program.phases for name in phase.tensors}

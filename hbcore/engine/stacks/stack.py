@@ -23,7 +23,8 @@ from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.row_noise import stream_key
 from hbcore.rules.transform import Slot, Transform
 from hbcore.rules.views import Block
-from hbcore.state.codec import codec_of, part_name
+from hbcore.state.codec import StateCodec, part_name
+from hbcore.state.codec_choice import codec_of, fitting, part_shape
 
 LENT = ("cuda",)
 """Device types on which a stack has memory for its inputs only during a step. torch's allocator keeps what is given back there,
@@ -63,7 +64,8 @@ class Stack:
         reads: which of a group's numbers that rule reads, see :class:`~hbcore.engine.stacks.bound_rule.BoundRule`.
         inputs: what the segment before writes: ``update``, and what else the rule needs. The rule's result replaces ``update``.
         pair: ``vector`` and ``hvp``, like the inputs, while the rule runs in a step that has them.
-        stored: the slots as the codec stores them, ``[rows, *slot.shape]`` each.
+        codecs: what stores each slot.
+        stored: the slots as their codecs store them, ``[rows, *slot.shape]`` each, or ``[rows, *blocks]``.
         derived: the slots that follow from the others, and have no place in the parameters' state.
         unknown: the rows of which those have to be computed before the rule's next update.
         checked: the rule's methods that ran on it and were seen to be pure, and to return what they may.
@@ -77,6 +79,7 @@ class Stack:
         self.curvature = rule.curvature if "hvp" in rule.needs else None
         self.pair: dict[str, Tensor] = {}
         self.slots = self._slots(rule)
+        self.codecs = {name: self._codec(name, slot) for name, slot in self.slots.items()}
         self.derived = frozenset(name for name, slot in self.slots.items() if slot.derived)
         self.unknown: set[int] = set()
         self._keys: dict[str, Tensor] = {}
@@ -146,14 +149,14 @@ class Stack:
         for name, slot in self.slots.items():
             if slot.derived:
                 continue
-            codec = codec_of(slot, self.key.spec.codec)
+            codec = self.codecs[name]
             found.update(zip(codec.parts(name, dtype), codec.parts(part_name(name, k, runs), dtype), strict=True))
         return found
 
     def stores_as_it_is(self, name: str) -> bool:
         """Whether the stored tensor is the slot's value, in the compute dtype."""
-        codec, dtype = codec_of(self.slots[name], self.key.spec.codec), compute_dtype(self.key.dtype)
-        return codec.parts(name, dtype) == {name: dtype}
+        dtype = compute_dtype(self.key.dtype)
+        return self.codecs[name].parts(name, dtype) == {name: dtype}
 
     def keys_for(self, what: str) -> Tensor:
         """The keys that rows draw by for one purpose, int64 ``[rows]`` on the stack's device; made once."""
@@ -170,14 +173,21 @@ class Stack:
         """The slots of one row."""
         return slots_of(rule, torch.empty(self.key.shape, dtype=self.key.dtype, device="meta"))
 
+    def _codec(self, name: str, slot: Slot) -> StateCodec:
+        """What stores a slot."""
+        return codec_of(name, slot, fitting(self.key.spec.codec, slot.shape))
+
     def _rows(self) -> tuple[int, ...]:
         """What comes before the shape of a row."""
         return (len(self.names),)
 
     def _blank(self, name: str, slot: Slot, rows: tuple[int, ...]) -> dict[str, Tensor]:
-        codec, dtype = codec_of(slot, self.key.spec.codec), compute_dtype(self.key.dtype)
-        shape, device = (*rows, *slot.shape), self.key.device
-        blank = {part: torch.zeros(shape, dtype=d, device=device) for part, d in codec.parts(name, dtype).items()}
+        codec, dtype, device = self.codecs[name], compute_dtype(self.key.dtype), self.key.device
+        blank = {
+            part: torch.zeros((*rows, *part_shape(codec, name, part, slot.shape)), dtype=d, device=device)
+            for part, d in codec.parts(name, dtype).items()
+        }
+        shape = (*rows, *slot.shape)
         filled = torch.full(shape, slot.fill, dtype=dtype, device=device) if slot.fill else None
         return blank if filled is None else codec.write(blank, name, filled)
 

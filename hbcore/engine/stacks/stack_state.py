@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from hbcore.engine.graph.purity import Purity
-from hbcore.engine.stacks.stack import StackKey
+from hbcore.engine.stacks.stack import Stack
 from hbcore.errors import RuleError
 from hbcore.rules.contract import unknown_slot
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Slot, State, Transform
-from hbcore.state.codec import codec_of
 
 
 class Rows(Mapping[str, Tensor]):
@@ -36,15 +35,16 @@ class StackState(Mapping[str, Tensor]):
     """A rule's slots as it sees them: decoded when they are asked for, and not before."""
 
     def __init__(
-        self, stored: Mapping[str, Tensor], slots: Mapping[str, Slot], key: StackKey, carried: Mapping[str, Tensor]
+        self, stored: Mapping[str, Tensor], stack: Stack, slots: Mapping[str, Slot], carried: Mapping[str, Tensor]
     ) -> None:
-        self._stored, self._slots, self._key, self._carried = stored, slots, key, carried
+        self._stored, self._stack, self._slots, self._carried = stored, stack, slots, carried
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._carried:
             return self._carried[name]
-        codec = codec_of(self._slots[name], self._key.spec.codec)
-        return codec.read(self._stored, name, compute_dtype(self._key.dtype))
+        if name not in self._slots:
+            raise KeyError(name)
+        return self._stack.codecs[name].read(self._stored, name, compute_dtype(self._stack.key.dtype))
 
     def __iter__(self) -> Iterator[str]:
         return iter((*self._slots, *self._carried))

@@ -15,19 +15,27 @@ from hbcore._version import __version__
 from hbcore.engine.backends.base import Batch, Executable
 from hbcore.engine.backends.triton.codegen import KernelLayout, module_source
 from hbcore.engine.backends.triton.launch_tables import Launch, Tables
-from hbcore.engine.graph.program import Program, Reduction
+from hbcore.engine.graph.program import NOISE, Program, Reduction
 from hbcore.engine.graph.scalar_inputs import capturing
 from hbcore.errors import CompileError
 from hbcore.rules.transform import Domain
 
-CHUNK = 2_048
-"""Elements per program instance. Measured on an H200, GPT-2 in float32: 0.95 of copy speed, against 0.92 with 8,192."""
+VECTOR = 4_096
+"""Bytes that the 256 threads of a program instance write at once, of the widest tensor: 16 for each. With more, a store passes
+through shared memory."""
 
-CHUNK_NARROW = 8_192
-"""The same if some tensor has fewer than four bytes per element: the same bytes in flight need more elements."""
+BLOCKS = 2
+"""Blocks in a chunk, which a program instance processes. Measured on an H200, GPT-2 in float32: 0.95 of copy speed, against
+0.92 with 8."""
+
+BLOCKS_DECODED = 4
+"""The same where something is decoded from integers, which takes longer to get going."""
 
 CHUNK_REDUCED = 16_384
-"""The same with reductions: each instance of the next phase sums its tensor's partials, so there should be fewer."""
+"""Elements in a chunk with reductions: each instance of the next phase sums its tensor's partials, so there should be fewer."""
+
+TAILS = 8
+"""The blocks at the end of a tensor, with masks, are smaller by this factor."""
 
 WARPS = 8
 
@@ -62,11 +70,14 @@ class TritonExecutable:
         self.program, self.kernels, self.interpreted = program, kernels, interpreted
         self.compiles = 0
         self.layout = KernelLayout.of(program)
-        narrow = min(dtype.itemsize for dtype in program.dtypes.values()) < 4
-        self.chunk = CHUNK_REDUCED if len(program.phases) > 1 else CHUNK_NARROW if narrow else CHUNK
-        self.block = 2048 if narrow else 1024  # 16 bytes for each of 256 threads
+        written = [program.dtypes[name].itemsize for p in program.phases for name in p.writes]
+        self.block = VECTOR // max(written, default=4)
+        self.tail = self.block // TAILS
+        stored = [d for name, d in program.dtypes.items() if not name.startswith(NOISE)]
+        decoded = not all(d.is_floating_point for d in stored)
+        self.chunk = CHUNK_REDUCED if len(program.phases) > 1 else self.block * (BLOCKS_DECODED if decoded else BLOCKS)
         # integer codecs must match eager torch bit for bit: a fused multiply-add rounds once less
-        self.fusion = not any(d in (torch.int8, torch.int16) for d in program.dtypes.values())
+        self.fusion = not decoded
         self.tables: Tables | None = None
         self._variants: dict[tuple[bool, int], Any] = {}
         self._launches: dict[int, list[Callable[[], Any]]] = {}  # by phase, bound to the present tables
@@ -119,7 +130,7 @@ class TritonExecutable:
         results: dict[int, Tensor] = {}
         for launch in self.tables.launches:
             how = "sum" if r.how == "sum" else "max"
-            values = torch.segment_reduce(launch.partials[index], how, lengths=launch.table[:, -1])
+            values = torch.segment_reduce(launch.partials[index], how, lengths=launch.table[:, len(self.layout.columns) + 2])
             results.update(zip(launch.members, values.to(r.dtype).unbind(), strict=True))
         return [results[i] for i in range(len(results))]
 
@@ -157,7 +168,7 @@ class TritonExecutable:
         assert tables is not None
         return (
             launch.table, launch.chunks, launch.moving, tables.rows, launch.partials, tables.model,
-            len(launch.members), launch.chunks.shape[0], self.chunk, self.block, launch.aligned,
+            len(launch.members), launch.chunks.shape[0], self.chunk, self.block, self.tail, launch.aligned,
         )  # fmt: skip
 
 

@@ -90,6 +90,33 @@ def atan2(y, x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def block_amax(x, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest float of every 32; NaN if one of them is."""
+    return tl.reduce(tl.reshape(x, [BLOCKS, 32]), 1, maximum)
+
+
+@triton.jit
+def block_max(x, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest integer of every 32."""
+    return tl.max(tl.reshape(x, [BLOCKS, 32]), 1)
+
+
+@triton.jit
+def spread(x, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Each number 32 times."""
+    return tl.reshape(tl.broadcast_to(x[:, None], [BLOCKS, 32]), [BLOCKS * 32])
+
+
+@triton.jit
+def element_words(key, first, CALLS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """32 random bits, int32, for each of the ``4 * CALLS`` elements from ``first`` on, a multiple of 4: Philox makes four at
+    once. The bits of :func:`hbcore.rules.noise.element_words`."""
+    a, b, c, d = tl.randint4x(key, first // 4 + tl.arange(0, CALLS))
+    four = tl.join(tl.join(a, c), tl.join(b, d))  # the last join varies fastest: a, b, c, d
+    return tl.reshape(four, [4 * CALLS]).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def total(partials, first, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sum ``count`` partial sums in a fixed order, in float64."""
     acc = tl.zeros([BLOCK], tl.float64)

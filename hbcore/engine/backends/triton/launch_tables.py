@@ -37,7 +37,7 @@ class Launch:
     Attributes:
         members: their indices in the batch.
         aligned: whether every pointer is a multiple of 16 bytes.
-        table: int64 ``[tensors, columns + 3]``: pointers, element count, first chunk, number of chunks.
+        table: int64 ``[tensors, width]``: pointers, element count, first chunk, number of chunks, offset if anything is drawn.
         chunks: int64 ``[chunks, 2]``: tensor, offset of the chunk's first element.
         moving: int64, part of the shared buffer: each tensor's gradient pointer, then scalar rows, then noise keys.
         partials: float64 ``[reductions, chunks]``.
@@ -144,7 +144,11 @@ class Tables:
         numels = torch.tensor([self.batch.tensors["param"][i].numel() for i in members], device="cpu")
         of, start, first, counts = tile(numels, self.chunk)
         pointers = torch.tensor([[column[i] for i in members] for column in columns], dtype=torch.int64, device="cpu")
-        table = torch.cat([pointers, numels[None], first[None], counts[None]]).T.contiguous()
+        rows = [pointers, numels[None], first[None], counts[None]]
+        if self.layout.noise:
+            starts = self.batch.starts or [0] * len(self.batch)
+            rows.append(torch.tensor([[starts[i] for i in members]], dtype=torch.int64, device="cpu"))
+        table = torch.cat(rows).T.contiguous()
         partials = torch.zeros(max(len(self.layout.reductions), 1), len(of), dtype=torch.float64, device=self.device)
         chunks = torch.stack([of, start], 1).to(self.device)
         return Launch(members, aligned, table.to(self.device), chunks, moving, partials)

@@ -11,6 +11,7 @@ from torch import fx
 
 from hbcore.engine.graph.host_scalars import literal_of
 from hbcore.errors import CompileError
+from hbcore.state.blocks import AMAX, SPREAD
 
 aten = torch.ops.aten
 
@@ -19,6 +20,10 @@ TYPES = {
     torch.int8: "tl.int8", torch.int16: "tl.int16", torch.int32: "tl.int32", torch.int64: "tl.int64",
     torch.uint8: "tl.uint8", torch.bool: "tl.int1",
 }  # fmt: skip
+
+
+VECTORS = ("element", "block")
+"""The kinds of values that are tensors in a kernel: an entry for each element of a block of the program, or of 32 of them."""
 
 
 def cast(expression: str, have: torch.dtype, want: torch.dtype) -> str:
@@ -41,6 +46,12 @@ class Call:
     node: fx.Node
     names: Mapping[fx.Node, str]
     compute: torch.dtype
+    size: str = "BLOCK"
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the result is a tensor."""
+        return self.node.meta["kind"] in VECTORS
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,7 +76,7 @@ class Call:
     def common(self) -> torch.dtype:
         """The common dtype of a comparison's operands."""
         operands = [a for a in self.node.args if isinstance(a, fx.Node)]
-        elements = [a for a in operands if a.meta["kind"] == "element"] or operands
+        elements = [a for a in operands if a.meta["kind"] in VECTORS] or operands
         dtypes: list[torch.dtype] = [a.meta["dtype"] for a in elements]
         result = dtypes[0]
         for d in dtypes[1:]:
@@ -98,7 +109,7 @@ def _alpha(c: Call, sign: str) -> str:
 
 
 def _divide(c: Call) -> str:
-    return f"tl.div_rn({c.arg(0)}, {c.arg(1)})" if c.dtype == torch.float32 and c.node.meta["kind"] == "element" else (
+    return f"tl.div_rn({c.arg(0)}, {c.arg(1)})" if c.dtype == torch.float32 and c.is_vector else (
         f"{c.arg(0)} / {c.arg(1)}"
     )  # fmt: skip
 
@@ -139,7 +150,7 @@ def _power(c: Call) -> str:
 
 
 def _quotient(c: Call, x: str, y: str) -> str:
-    return f"tl.div_rn({x}, {y})" if c.dtype == torch.float32 and c.node.meta["kind"] == "element" else f"({x}) / ({y})"
+    return f"tl.div_rn({x}, {y})" if c.dtype == torch.float32 and c.is_vector else f"({x}) / ({y})"
 
 
 def _log1p(c: Call) -> str:
@@ -167,7 +178,18 @@ def _lerp(c: Call) -> str:
 
 
 def _fill(c: Call, value: Any) -> str:
-    return f"tl.full([BLOCK], {literal(value, torch.float32)}, {TYPES[c.dtype]})"
+    size = f"{c.size} // 32" if c.node.meta["kind"] == "block" else c.size
+    return f"tl.full([{size}], {literal(value, torch.float32)}, {TYPES[c.dtype]})"
+
+
+def _block_amax(c: Call) -> str:
+    largest = "block_amax" if c.dtype.is_floating_point else "block_max"
+    return f"{largest}({c.arg(0)}, {c.size} // 32)"
+
+
+def _spread(c: Call) -> str:
+    name, dtype = c.raw(0)
+    return cast(f"spread({name}, {c.size} // 32)", dtype, c.dtype)
 
 
 def _view(c: Call) -> str:
@@ -213,6 +235,7 @@ OPERATIONS: dict[Any, Callable[[Call], str]] = {
     aten.isfinite.default: lambda c: f'tl.abs({c.raw(0)[0]}) < float("inf")',
     aten.isinf.default: lambda c: f'tl.abs({c.raw(0)[0]}) == float("inf")',
     aten.where.self: _where, aten.lerp.Scalar: _lerp, aten.lerp.Tensor: _lerp, aten._to_copy.default: _to_copy,
+    AMAX: _block_amax, SPREAD: _spread,
     aten.view.dtype: _view, aten.clone.default: lambda c: c.arg(0),
     aten.zeros_like.default: lambda c: _fill(c, 0), aten.ones_like.default: lambda c: _fill(c, 1),
     aten.full_like.default: lambda c: _fill(c, c.node.args[1]),

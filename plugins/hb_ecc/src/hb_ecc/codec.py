@@ -27,6 +27,7 @@ class Corrected:
     name: ClassVar[str]
     correction: ClassVar[torch.dtype]
     rounds: ClassVar[bool]
+    noise_bits: ClassVar[int] = 16
 
     @staticmethod
     def split(x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -51,7 +52,7 @@ class Corrected:
         return self.join(stored[slot], stored[f"{slot}#ecc"]).to(dtype)
 
     def write(self, stored: Mapping[str, Tensor], slot: str, value: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
-        """The new stored tensors of ``slot``; ``noise`` is int32, uniform in [0, 2^16)."""
+        """The new stored tensors of ``slot``; ``noise`` is int32, uniform in [0, 2^noise_bits)."""
         if stored[slot].dtype == torch.float64:
             return {slot: value.to(torch.float64)}
         hi, lo = self.split(value.to(torch.float32), noise)
@@ -64,11 +65,12 @@ class BF16Plus8(Corrected):
     name = "bf16+8"
     correction = torch.int8
     rounds = True
+    noise_bits = 8
     join = staticmethod(ulp.join24)
 
     @staticmethod
     def split(x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        return ulp.split24(x, ulp.NEAREST if noise is None else noise & 0xFF)
+        return ulp.split24(x, ulp.NEAREST if noise is None else noise)
 
 
 class BF16Plus16(Corrected):
