@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from hbcore.state.blocks import BLOCK as BLOCK
     from hbcore.state.blocks import block_amax as block_amax
     from hbcore.state.blocks import block_shape as block_shape
+    from hbcore.state.blocks import root_code as root_code
     from hbcore.state.blocks import spread as spread
     from hbcore.state.codec import BlockCodec as BlockCodec
     from hbcore.state.codec import StateCodec as StateCodec
@@ -125,6 +126,7 @@ _HOMES = {
     "hyper": "hbcore.rules.hyper:hyper",
     "is_matrix": "hbcore.rules.route:is_matrix",
     "matrix_view": "hbcore.rules.views:matrix_view",
+    "root_code": "hbcore.state.blocks:root_code",
     "scalar": "hbcore.rules.slot:scalar",
     "second_moment": "hbcore.rules.numerics:second_moment",
     "spread": "hbcore.state.blocks:spread",

@@ -22,12 +22,9 @@ from hbcore.engine.backends.chunking import SMALL, Chunked, Pack, columns_of, nu
 from hbcore.engine.graph.program import Phase, Program
 from hbcore.errors import CompileError
 from hbcore.rules.numerics import compute_dtype
-from hbcore.state.blocks import AMAX, SPREAD, amax_in_torch, spread_in_torch
+from hbcore.state.blocks import IN_TORCH
 
 Flat = Callable[..., tuple[Tensor, ...]]
-
-IN_TORCH: dict[Any, Callable[..., Tensor]] = {AMAX: amax_in_torch, SPREAD: spread_in_torch}
-"""hbcore's operations on blocks as functions that Inductor looks into."""
 
 EXAMPLE = {False: 1 << 20, True: SMALL // 2}
 """small or not -> number of elements to compile with. The large one is worth a thread on every core."""

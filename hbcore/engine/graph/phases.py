@@ -57,7 +57,7 @@ def split(
     level = _levels(live)
     one_pass = not any(level[n] for n in live)
     candidates = (_plan(live, stores, hoisted, level, early) for early in ((False,) if one_pass else (False, True)))
-    phases = min(candidates, key=lambda plan: _traffic(plan, dtypes, per_block))
+    phases = min(candidates, key=lambda plan: traffic(plan, dtypes, per_block))
     summed = {n: str(n.meta["reduction"]) for n in live if _is_reduction(n)}
     return Program(
         label,
@@ -225,7 +225,7 @@ def _reduction(node: fx.Node, name: str) -> Reduction:
     return Reduction(name, how, Domain(cast("int", node.args[1])), node.meta["dtype"])
 
 
-def _traffic(phases: Iterable[Phase], dtypes: Mapping[str, torch.dtype], per_block: frozenset[str]) -> float:
+def traffic(phases: Iterable[Phase], dtypes: Mapping[str, torch.dtype], per_block: frozenset[str]) -> float:
     """Bytes per element that all passes move in total."""
     names = (name for p in phases for name in (*p.tensors, *p.writes) if not name.startswith(NOISE))
     return sum(dtypes[name].itemsize / (BLOCK if name in per_block else 1) for name in names)

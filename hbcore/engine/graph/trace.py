@@ -29,7 +29,7 @@ from hbcore.engine.graph.where import where
 from hbcore.errors import RuleError, TraceError
 from hbcore.rules.contract import named, tensors_in
 from hbcore.rules.transform import Domain, Transform
-from hbcore.state.blocks import AMAX, BLOCK, SPREAD
+from hbcore.state.blocks import AMAX, BLOCK, ROOT, SPREAD
 
 Kind = Literal["host", "scalar", "element", "block"]
 LENGTHS = (7 * BLOCK, 156_257 * BLOCK)
@@ -48,7 +48,7 @@ HARMLESS = {
     torch.ops.aten._to_copy.default, torch.ops.aten.expand.default, torch.ops.aten.zeros_like.default,
     torch.ops.aten.ones_like.default, torch.ops.aten.full_like.default, torch.ops.aten.full.default,
     torch.ops.aten.scalar_tensor.default, torch.ops.aten.zeros.default, torch.ops.aten.ones.default,
-    torch.ops.aten.view.dtype, torch.ops.aten.clone.default,
+    torch.ops.aten.view.dtype, torch.ops.aten.clone.default, ROOT,
 }  # fmt: skip
 """Elementwise operations that torch does not tag as pointwise."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from hbcore.engine.backends.triton.ops import OPERATIONS, TYPES, VECTORS, Call, cast
+from hbcore.engine.graph.phases import traffic
 from hbcore.engine.graph.program import DRAW, NOISE, REDUCERS, Phase, Program
 from hbcore.errors import CompileError
 from hbcore.rules.numerics import compute_dtype
@@ -28,9 +29,14 @@ import triton
 import triton.language as tl
 
 from hbcore.engine.backends.triton.device_lib import (
-    atan2, block_amax, block_max, element_words, highest, maximum, minimum, rint, sign, spread, to_bf16, total,
+    atan2, block_amax, block_max, element_words, highest, maximum, minimum, quotient, rint, root, root_code, sign,
+    small_float, spread, to_bf16, total,
 )
 '''
+
+LIGHT = 20
+"""Bytes an element up to which a phase's divisions and roots have no branches for special arguments, which delay later loads.
+With more, memory takes longer than either, and branches take fewer registers."""
 
 KERNEL = """
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
@@ -93,6 +99,7 @@ class PhaseWriter:
         self.program, self.layout, self.index = program, layout, index
         self.phase: Phase = program.phases[index]
         self.compute = compute_dtype(program.dtypes["param"])
+        self.branchless = traffic([self.phase], program.dtypes, program.per_block) <= LIGHT
         self.names: dict[fx.Node, str] = {}
         self.identifiers = identifiers(program.dtypes)
 
@@ -236,7 +243,7 @@ class PhaseWriter:
         if node.target not in OPERATIONS:
             raise CompileError(f"the Triton generator does not support {node.target}, used at {node.meta['where']}")
         self.names[node] = node.name
-        return f"{node.name} = {OPERATIONS[node.target](Call(node, self.names, self.compute, size))}"
+        return f"{node.name} = {OPERATIONS[node.target](Call(node, self.names, self.compute, size, self.branchless))}"
 
 
 def drawn(variable: str, key: str) -> list[str]:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 import os
 
+import torch
 import triton
 import triton.language as tl
 
 PI = tl.constexpr(math.pi)
 HALF_PI = tl.constexpr(math.pi / 2)
+UP, DOWN, HALF_DOWN = tl.constexpr(2.0**64), tl.constexpr(2.0**-64), tl.constexpr(2.0**-32)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+NATIVE = tl.constexpr(not INTERPRETED)
 
 
 if INTERPRETED:
@@ -38,12 +41,16 @@ else:
 @triton.jit
 def maximum(x, y):  # type: ignore[no-untyped-def]
     """torch.maximum: NaN if either is."""
+    if NATIVE and x.dtype == tl.float32:
+        return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
     return tl.where((x > y) | (x != x), x, y)
 
 
 @triton.jit
 def minimum(x, y):  # type: ignore[no-untyped-def]
     """torch.minimum: NaN if either is."""
+    if NATIVE and x.dtype == tl.float32:
+        return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
     return tl.where((x < y) | (x != x), x, y)
 
 
@@ -57,6 +64,72 @@ def sign(x):  # type: ignore[no-untyped-def]
 def rint(x):  # type: ignore[no-untyped-def]
     """torch.round: to nearest, halves to even. From 2**22 on, float32 has no fractions worth rounding."""
     return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, x)
+
+
+@triton.jit
+def small_float(x):  # type: ignore[no-untyped-def]
+    """An integer of up to 16 bits as a float32, by adding it to the digits of 1.5 * 2^23."""
+    return (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+
+
+if INTERPRETED or torch.version.hip:
+
+    @triton.jit
+    def quotient(a, b):  # type: ignore[no-untyped-def]
+        """a / b, rounded to nearest."""
+        return tl.div_rn(a, b)
+
+    @triton.jit
+    def root(x):  # type: ignore[no-untyped-def]
+        """The square root, rounded to nearest."""
+        return tl.sqrt_rn(x)
+
+    @triton.jit
+    def rough_root(x):  # type: ignore[no-untyped-def]
+        """The square root, off by a few bits."""
+        return tl.sqrt(x)
+
+else:
+
+    @triton.jit
+    def quotient(a, b):  # type: ignore[no-untyped-def]
+        """a / b without a branch: rounded to nearest, but for |a| or results below 2^-100, which may be off by a bit.
+
+        Newton's step on an approximate inverse and one on the quotient, as ``div.rn.f32`` does where no exponent is extreme;
+        an extreme one of ``b`` is taken to the middle first.
+        """
+        s = tl.where(tl.abs(b) > UP, DOWN, tl.where(tl.abs(b) < DOWN, UP, 1.0))
+        n, d = a * s, b * s
+        r0 = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1)
+        r = tl.fma(tl.fma(-d, r0, 1.0), r0, r0)
+        q = n * r
+        q = tl.fma(tl.fma(-d, q, n), r, q)
+        return tl.where(q == q, q, n * r0)  # 0, inf and NaN make a NaN above, and what they should beside the inverse
+
+    @triton.jit
+    def root(x):  # type: ignore[no-untyped-def]
+        """The square root without a branch, rounded to nearest: Newton's step, as ``sqrt.rn.f32`` does."""
+        tiny = x < DOWN
+        w = tl.where(tiny, x * UP, x)
+        y = tl.inline_asm_elementwise("rsqrt.approx.f32 $0, $1;", "=f,f", [w], dtype=tl.float32, is_pure=True, pack=1)
+        z = w * y
+        z = tl.fma(tl.fma(-z, z, w), 0.5 * y, z)
+        z = tl.where(tiny, z * HALF_DOWN, z)
+        return tl.where(z == z, z, tl.where(x >= 0, x, y))  # zero and inf are their own roots
+
+    @triton.jit
+    def rough_root(x):  # type: ignore[no-untyped-def]
+        """The square root, off by a few bits; 0 for numbers below 2^-126."""
+        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def root_code(x, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """:func:`hbcore.state.blocks.root_code`."""
+    x = tl.where(x <= LARGEST * LARGEST, x, LARGEST * LARGEST * 1.0)
+    digits = (rough_root(x) + 0.5000000596046448) + 12582912.0  # 1.5 * 2^23: a whole number in the lowest digits
+    above = digits - 12582912.0
+    return digits.to(tl.int32, bitcast=True) - 0x4B400000 - (x <= above * (above - 1.0)).to(tl.int32)
 
 
 @triton.jit

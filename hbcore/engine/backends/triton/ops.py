@@ -11,7 +11,7 @@ from torch import fx
 
 from hbcore.engine.graph.host_scalars import literal_of
 from hbcore.errors import CompileError
-from hbcore.state.blocks import AMAX, SPREAD
+from hbcore.state.blocks import AMAX, ROOT, SPREAD
 
 aten = torch.ops.aten
 
@@ -26,6 +26,10 @@ VECTORS = ("element", "block")
 """The kinds of values that are tensors in a kernel: an entry for each element of a block of the program, or of 32 of them."""
 
 
+SMALL_INTEGERS = (torch.int8, torch.uint8, torch.int16)
+"""Those that a float32's own digits hold: adding to its bits converts them four times as fast as the conversion does."""
+
+
 def cast(expression: str, have: torch.dtype, want: torch.dtype) -> str:
     """``expression`` converted between dtypes like torch does."""
     if have == want:
@@ -34,6 +38,8 @@ def cast(expression: str, have: torch.dtype, want: torch.dtype) -> str:
         return f"to_bf16({cast(expression, have, torch.float32)})"
     if want == torch.bool:
         return f"({expression} != 0)"
+    if have in SMALL_INTEGERS and want == torch.float32:
+        return f"small_float({expression})"
     if have == torch.bfloat16 and want != torch.float32:
         return f"{expression}.to(tl.float32).to({TYPES[want]})"
     return f"({expression}).to({TYPES[want]})"
@@ -47,6 +53,7 @@ class Call:
     names: Mapping[fx.Node, str]
     compute: torch.dtype
     size: str = "BLOCK"
+    branchless: bool = False
 
     @property
     def is_vector(self) -> bool:
@@ -109,13 +116,13 @@ def _alpha(c: Call, sign: str) -> str:
 
 
 def _divide(c: Call) -> str:
-    return f"tl.div_rn({c.arg(0)}, {c.arg(1)})" if c.dtype == torch.float32 and c.is_vector else (
-        f"{c.arg(0)} / {c.arg(1)}"
-    )  # fmt: skip
+    return _quotient(c, c.arg(0), c.arg(1))
 
 
 def _sqrt(c: Call) -> str:
-    return f"tl.sqrt_rn({c.arg(0)})" if c.dtype == torch.float32 else f"tl.sqrt({c.arg(0)})"
+    if c.dtype != torch.float32:
+        return f"tl.sqrt({c.arg(0)})"
+    return f"{'root' if c.branchless and c.is_vector else 'tl.sqrt_rn'}({c.arg(0)})"
 
 
 def _compare(op: str) -> Callable[[Call], str]:
@@ -150,7 +157,9 @@ def _power(c: Call) -> str:
 
 
 def _quotient(c: Call, x: str, y: str) -> str:
-    return f"tl.div_rn({x}, {y})" if c.dtype == torch.float32 and c.is_vector else f"({x}) / ({y})"
+    if c.dtype != torch.float32 or not c.is_vector:
+        return f"({x}) / ({y})"
+    return f"{'quotient' if c.branchless else 'tl.div_rn'}({x}, {y})"
 
 
 def _log1p(c: Call) -> str:
@@ -210,9 +219,9 @@ OPERATIONS: dict[Any, Callable[[Call], str]] = {
     aten.rsub.Scalar: lambda c: f"{c.arg(1)} - {c.arg(0)}", aten.rsub.Tensor: lambda c: f"{c.arg(1)} - {c.arg(0)}",
     aten.mul.Tensor: _binary("*"), aten.mul.Scalar: _binary("*"),
     aten.div.Tensor: _divide, aten.div.Scalar: _divide, aten.true_divide.Tensor: _divide,
-    aten.reciprocal.default: lambda c: f"tl.div_rn(1.0, {c.arg(0)})" if c.dtype == torch.float32 else f"1.0 / {c.arg(0)}",
+    aten.reciprocal.default: lambda c: _quotient(c, "1.0", c.arg(0)),
     aten.neg.default: lambda c: f"-{c.arg(0)}", aten.abs.default: _function("tl.abs"), aten.sqrt.default: _sqrt,
-    aten.rsqrt.default: lambda c: f"tl.div_rn(1.0, {_sqrt(c)})" if c.dtype == torch.float32 else f"1.0 / {_sqrt(c)}",
+    aten.rsqrt.default: lambda c: _quotient(c, "1.0", _sqrt(c)),
     aten.square.default: lambda c: f"{c.arg(0)} * {c.arg(0)}", aten.pow.Tensor_Scalar: _power, aten.pow.Tensor_Tensor: _power,
     aten.exp.default: _function("tl.exp"), aten.log.default: _function("tl.log"), aten.log2.default: _function("tl.log2"),
     aten.exp2.default: _function("tl.exp2"), aten.log1p.default: _log1p, aten.tanh.default: _tanh,
@@ -235,7 +244,7 @@ OPERATIONS: dict[Any, Callable[[Call], str]] = {
     aten.isfinite.default: lambda c: f'tl.abs({c.raw(0)[0]}) < float("inf")',
     aten.isinf.default: lambda c: f'tl.abs({c.raw(0)[0]}) == float("inf")',
     aten.where.self: _where, aten.lerp.Scalar: _lerp, aten.lerp.Tensor: _lerp, aten._to_copy.default: _to_copy,
-    AMAX: _block_amax, SPREAD: _spread,
+    AMAX: _block_amax, SPREAD: _spread, ROOT: lambda c: f"root_code({c.arg(0, torch.float32)}, {c.node.args[1]})",
     aten.view.dtype: _view, aten.clone.default: lambda c: c.arg(0),
     aten.zeros_like.default: lambda c: _fill(c, 0), aten.ones_like.default: lambda c: _fill(c, 1),
     aten.full_like.default: lambda c: _fill(c, c.node.args[1]),
