@@ -12,7 +12,7 @@ import torch
 from hbcore import registry
 from hbcore.engine.backends import select as fallback
 from hbcore.engine.shared_options import OPTIONS, REMOVED, SCHEDULED
-from hbcore.errors import OptionError, RuleError
+from hbcore.errors import OptionError, RuleError, StateWarning
 from hbcore.rules import clipping, division, roles, route, stages
 from hbcore.rules.mars import Mars
 from hbcore.rules.products import PRECISIONS
@@ -198,6 +198,9 @@ def _codec(optimizer: str, values: Mapping[str, Any]) -> StateCodec:
             "pass only one of them."
         )
     codec: StateCodec = registry.load_codec(values["ecc"])()
+    caveat = getattr(codec, "caveat", None)
+    if caveat is not None:
+        warn_at_caller(f"{optimizer}: ecc={values['ecc']!r}: {caveat}.", StateWarning)
     return codec
 
 

@@ -52,7 +52,7 @@ class SharedOptions(Declared):
     storage_dtype: str | torch.dtype = option(
         default="float32", doc="the dtype that state is stored in; float64 parameters keep float64 state"
     )
-    ecc: str | None = option(default=None, doc="the codec that state is stored with: bf16+8, bf16+16; comes with hb_ecc")
+    ecc: str | None = option(default=None, doc="the codec that state is stored with: bf16+8, int8, ...; comes with hb_ecc")
     param_ecc: str | None = option(
         default=None, doc="the codec that parameters are stored with; float32 parameters become bfloat16"
     )

@@ -20,7 +20,11 @@ from hbcore.rules.transform import Slot
 
 @runtime_checkable
 class StateCodec(Protocol):
-    """Stores each slot of a parameter as one or more tensors of the parameter's shape."""
+    """Stores each slot of a parameter as one or more tensors of the parameter's shape.
+
+    A codec may also have an attribute ``caveat``, a sentence without its full stop on the values that it cannot store: with it,
+    ``ecc=`` issues a StateWarning.
+    """
 
     @property
     def name(self) -> str:
