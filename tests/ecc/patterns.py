@@ -17,7 +17,25 @@ def patterns(bits) -> Tensor:
 
 def every_bf16_with_residues() -> Tensor:
     """All 65,536 upper halves, each with the lower halves at which a rounding may change, and random ones."""
-    edges = [0, 1, 0x7F, 0x80, 0x81, 0xFF, 0x100, 0x7F7F, 0x7F80, 0x7FFF, 0x8000, 0x8001, 0x807F, 0x8080, 0xFF7F, 0xFF80, 0xFFFF]
+    edges = [
+        0,
+        1,
+        0x7F,
+        0x80,
+        0x81,
+        0xFF,
+        0x100,
+        0x7F7F,
+        0x7F80,
+        0x7FFF,
+        0x8000,
+        0x8001,
+        0x807F,
+        0x8080,
+        0xFF7F,
+        0xFF80,
+        0xFFFF,
+    ]
     drawn = torch.randint(0, 2**16, (16,), generator=torch.Generator().manual_seed(0)).tolist()
     upper = torch.arange(2**16, dtype=torch.int64) - 2**15
     return patterns(((upper[:, None] << 16) + torch.tensor(edges + drawn)).ravel())

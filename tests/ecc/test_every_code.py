@@ -124,8 +124,16 @@ def within_float16s_bounds(x, split, join, relative, absolute, largest) -> None:
 @pytest.mark.parametrize(("split", "join", "relative", "absolute", "largest"), HALVES)
 def test_float16_and_a_correction_are_within_their_bounds(split, join, relative, absolute, largest):
     generator = torch.Generator().manual_seed(6)
-    inside = torch.ldexp(torch.rand(1_000_000, generator=generator) + 1, torch.randint(-48, 17, (1_000_000,), generator=generator))
-    for x in (inside, -inside, any_float32(), every_half(torch.float16).float(), patterns(torch.arange(0x477FE000, 0x47801000))):
+    inside = torch.ldexp(
+        torch.rand(1_000_000, generator=generator) + 1, torch.randint(-48, 17, (1_000_000,), generator=generator)
+    )
+    for x in (
+        inside,
+        -inside,
+        any_float32(),
+        every_half(torch.float16).float(),
+        patterns(torch.arange(0x477FE000, 0x47801000)),
+    ):
         within_float16s_bounds(x, split, join, relative, absolute, largest)
     error = (join(*split(inside)).double() - inside.double()).abs()
     assert float(error[inside < 2.0**-14].max()) > 0.99 * absolute  # the bounds are no looser than they must be
