@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from hbcore.testing.catalog import CHECKS as CHECKS
     from hbcore.testing.checks_codecs import CODEC_CHECKS as CODEC_CHECKS
     from hbcore.testing.checks_ranks import RANK_CHECKS as RANK_CHECKS
-    from hbcore.testing.codecs import CodecSubject as CodecSubject
-    from hbcore.testing.codecs import assert_codec_conforms as assert_codec_conforms
-    from hbcore.testing.codecs import check_codec as check_codec
-    from hbcore.testing.codecs import codec_subjects as codec_subjects
+    from hbcore.testing.codec_runner import assert_codec_conforms as assert_codec_conforms
+    from hbcore.testing.codec_runner import check_codec as check_codec
+    from hbcore.testing.codec_subject import CodecSubject as CodecSubject
+    from hbcore.testing.codec_subject import codec_subjects as codec_subjects
     from hbcore.testing.runner import Finding as Finding
     from hbcore.testing.runner import assert_conforms as assert_conforms
     from hbcore.testing.runner import check as check
@@ -43,15 +43,15 @@ _HOMES = {
     "CHECKS": "hbcore.testing.catalog:CHECKS",
     "CODEC_CHECKS": "hbcore.testing.checks_codecs:CODEC_CHECKS",
     "Check": "hbcore.testing.subject:Check",
-    "CodecSubject": "hbcore.testing.codecs:CodecSubject",
+    "CodecSubject": "hbcore.testing.codec_subject:CodecSubject",
     "RANK_CHECKS": "hbcore.testing.checks_ranks:RANK_CHECKS",
     "Finding": "hbcore.testing.runner:Finding",
     "Subject": "hbcore.testing.subject:Subject",
-    "assert_codec_conforms": "hbcore.testing.codecs:assert_codec_conforms",
+    "assert_codec_conforms": "hbcore.testing.codec_runner:assert_codec_conforms",
     "assert_conforms": "hbcore.testing.runner:assert_conforms",
     "check": "hbcore.testing.runner:check",
-    "check_codec": "hbcore.testing.codecs:check_codec",
-    "codec_subjects": "hbcore.testing.codecs:codec_subjects",
+    "check_codec": "hbcore.testing.codec_runner:check_codec",
+    "codec_subjects": "hbcore.testing.codec_subject:codec_subjects",
     "subjects": "hbcore.testing.runner:subjects",
 }
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hbcore.state.blocks import BLOCK
 from hbcore.testing import expect
-from hbcore.testing.codecs import SHAPES, SLOT, CodecSubject
+from hbcore.testing.codec_subject import SHAPES, SLOT, CodecSubject
 
 NOISE = 1 << 16
 """Noise is uniform in [0, 2^16)."""

@@ -1,4 +1,4 @@
-"""The codec under test, the values it is tested with, and what runs the checks."""
+"""The codec under test, and the values it is tested with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hbcore import registry
 from hbcore.errors import OptionError
 from hbcore.rules.slot import Slot
 from hbcore.state.blocks import block_amax
-from hbcore.testing.runner import Finding
 
 SLOT = "exp_avg"
 SHAPES = ((6, 64), (4, 2, 96), (128,))
@@ -89,44 +88,3 @@ def codec_subjects(codec: str | Any, bound: Bound | None = None) -> list[CodecSu
         except OptionError:  # it stores no such slots
             continue
     return found
-
-
-def check_codec(codec: str | Any, bound: Bound | None = None) -> list[Finding]:
-    """Run every check of codecs and return the failures.
-
-    Args:
-        codec, bound: see :func:`codec_subjects`.
-
-    Raises:
-        RegistryError: see :func:`codec_subjects`.
-    """
-    from hbcore.testing.checks_codecs import CODEC_CHECKS
-
-    findings = []
-    for subject in codec_subjects(codec, bound):
-        for check in CODEC_CHECKS:
-            try:
-                check(subject)
-            except AssertionError as error:
-                findings.append(Finding(check.__name__, str(subject), str(error)))
-            except Exception as error:  # an exception is a finding like any other
-                findings.append(Finding(check.__name__, str(subject), f"it raised {type(error).__name__}: {error}"))
-    return findings
-
-
-def assert_codec_conforms(codec: str | Any, bound: Bound | None = None) -> None:
-    """Raise an AssertionError that lists all findings, if there are any.
-
-    ::
-
-        assert_codec_conforms("bf16+8", bound=lambda x: 2**-16 * x.abs())
-
-    Args:
-        codec, bound: see :func:`codec_subjects`.
-
-    Raises:
-        RegistryError: see :func:`codec_subjects`.
-    """
-    findings = check_codec(codec, bound)
-    if findings:
-        raise AssertionError("\n".join([f"{len(findings)} checks failed:", *map(str, findings)]))
