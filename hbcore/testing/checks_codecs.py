@@ -14,9 +14,6 @@ from hbcore.state.blocks import BLOCK
 from hbcore.testing import expect
 from hbcore.testing.codec_subject import SHAPES, SLOT, CodecSubject
 
-NOISE = 1 << 16
-"""Noise is uniform in [0, 2^16)."""
-
 
 def parts_are_as_declared(subject: CodecSubject) -> None:
     """If this fails, the engine allocates other tensors than the codec writes, and checkpoints do not load."""
@@ -129,7 +126,9 @@ def rounding_is_unbiased(subject: CodecSubject) -> None:
     """If this fails, stochastic rounding moves averages. Only for codecs that round stochastically."""
     if not subject.codec.rounds:
         return
-    noise = torch.arange(NOISE, dtype=torch.int32).view(-1, 64)
+    count = 1 << getattr(subject.codec, "noise_bits", 16)  # noise is uniform in [0, count)
+    noise = torch.arange(64).remainder(count) if count < 64 else torch.arange(count)
+    noise = noise.to(torch.int32).view(-1, 64)
     for value in subject.values((40,)).tolist():
         x = torch.full(noise.shape, value)
         back = subject.read(subject.write(x, noise)).double()

@@ -200,6 +200,7 @@ def test_neither_side_depends_on_a_fused_multiply_add(codec):
         assert products and not any(user.target in sums for n in products for user in n.users)
 
 
+@pytest.mark.full  # half a minute of compiling
 def test_inductor_writes_and_reads_the_same_bits():
     x = torch.cat([any_float32(32_000, seed=4), samples(Int8()).flatten(), torch.zeros(32)])
 

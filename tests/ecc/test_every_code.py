@@ -154,6 +154,16 @@ def test_every_float32_is_within_float16s_bounds(split, join, relative, absolute
         assert torch.equal(back.isnan(), x.isnan()) and torch.equal(back.isinf(), x.isinf())
 
 
+@pytest.mark.full  # half a minute of compiling
+@pytest.mark.parametrize("name", JOINS)
+def test_inductor_writes_and_reads_the_same_bits(name):
+    _, _, join, split = JOINS[name]
+    x = torch.cat([every_bf16_with_residues(), any_float32(), any_float32(seed=2).half().float()])
+    hi, lo, back = torch.compile(lambda x: (*split(x), join(*split(x))), dynamic=False)(x)
+    theirs = split(x)
+    assert same_bits(hi, theirs[0]) and same_bits(lo, theirs[1]) and same_bits(back, join(*theirs))
+
+
 @pytest.mark.parametrize(
     ("x", "wanted"),
     [

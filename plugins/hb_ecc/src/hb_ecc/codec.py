@@ -29,6 +29,7 @@ class Corrected:
     short: ClassVar[torch.dtype] = torch.bfloat16
     correction: ClassVar[torch.dtype]
     rounds: ClassVar[bool]
+    noise_bits: ClassVar[int] = 16
     caveat: ClassVar[str | None] = None
 
     @staticmethod
@@ -54,7 +55,10 @@ class Corrected:
         return self.join(stored[slot], stored[f"{slot}#ecc"]).to(dtype)
 
     def write(self, stored: Mapping[str, Tensor], slot: str, value: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
-        """The new stored tensors of ``slot``; ``noise`` is int32, uniform in [0, 2^16)."""
+        """The new stored tensors of ``slot``; ``noise`` is int32, uniform in [0, 2^16).
+
+        Its lowest :attr:`noise_bits` are used.
+        """
         if stored[slot].dtype == torch.float64:
             return {slot: value.to(torch.float64)}
         hi, lo = self.split(value.to(torch.float32), noise)
@@ -67,6 +71,7 @@ class BF16Plus8(Corrected):
     name = "bf16+8"
     correction = torch.int8
     rounds = True
+    noise_bits = 8
     join = staticmethod(ulp.join24)
 
     @staticmethod
@@ -97,6 +102,7 @@ class FP16Plus8(Corrected):
     short = torch.float16
     correction = torch.int8
     rounds = True
+    noise_bits = 5
     caveat = (
         "magnitudes below 2^-33 are stored as zero, so that the second moments of gradients below about 1e-5 are lost, and "
         "those beyond 65519.9 are stored as that; pass 'bf16+8' unless all moments are known to be in this range"
