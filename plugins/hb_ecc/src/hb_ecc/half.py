@@ -55,7 +55,7 @@ def split_8(x: Tensor, dither: Tensor | int = NEAREST) -> tuple[Tensor, Tensor]:
     subnormal = (_below_normal(x) * 2.0**37).to(torch.int32)
     fine = torch.where(magnitude < _NORMAL, subnormal, torch.clamp(magnitude, max=_LARGEST_8) - _BIAS)
     code = (fine + dither) >> 5
-    return _upper(bits, magnitude, (code + 0x80) >> 8), torch.where(magnitude < _INF, code, 0).to(torch.int8)
+    return _upper(bits, magnitude, (code + 0x80) >> 8), code.to(torch.int8)
 
 
 def split_16(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def split_16(x: Tensor) -> tuple[Tensor, Tensor]:
     magnitude = bits & 0x7FFFFFFF
     subnormal = ((_below_normal(x) * 2.0**41).to(torch.int32) + 1) >> 1
     code = torch.where(magnitude < _NORMAL, subnormal, (torch.clamp(magnitude, max=_LARGEST_16) - _BIAS) << 3)
-    return _upper(bits, magnitude, (code + 0x8000) >> 16), torch.where(magnitude < _INF, code, 0).to(torch.int16)
+    return _upper(bits, magnitude, (code + 0x8000) >> 16), code.to(torch.int16)
 
 
 def join_8(hi: Tensor, lo: Tensor) -> Tensor:
