@@ -12,7 +12,7 @@ import torch
 from hbcore import registry
 from hbcore.engine.backends import select as fallback
 from hbcore.engine.shared_options import OPTIONS, REMOVED, SCHEDULED
-from hbcore.errors import OptionError, RuleError
+from hbcore.errors import OptionError, RuleError, StateWarning
 from hbcore.rules import clipping, division, roles, route, stages
 from hbcore.rules.mars import Mars
 from hbcore.rules.products import PRECISIONS
@@ -201,19 +201,22 @@ def _codec(optimizer: str, values: Mapping[str, Any]) -> StateCodec:
             "pass only one of them."
         )
     if isinstance(values["ecc"], Mapping):
-        return PerSlot({slot: _loaded(name) for slot, name in values["ecc"].items()})
-    return _loaded(values["ecc"])
+        return PerSlot({slot: _loaded(optimizer, name) for slot, name in values["ecc"].items()})
+    return _loaded(optimizer, values["ecc"])
 
 
 DTYPES = ("float32", "bfloat16", "float16")
 """What a slot may be stored as without a codec: ``ecc={"exp_avg": "bfloat16"}``."""
 
 
-def _loaded(name: str) -> StateCodec:
+def _loaded(optimizer: str, name: str) -> StateCodec:
     """The codec called ``name``; or a floating dtype, as in ``storage_dtype``."""
     if name in DTYPES:
         return cast_codec(name)
     codec: StateCodec = registry.load_codec(name)()
+    caveat = getattr(codec, "caveat", None)
+    if caveat is not None:
+        warn_at_caller(f"{optimizer}: ecc={name!r}: {caveat}.", StateWarning)
     return codec
 
 

@@ -37,12 +37,11 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 }
 """The optimizers and aliases of hbcore's families."""
 
-CODECS: Mapping[str, tuple[str, ...]] = {"hb_ecc": ("bf16+8", "bf16+16")}
+CODECS: Mapping[str, tuple[str, ...]] = {"hb_ecc": ("bf16+8", "bf16+16", "fp16+8", "fp16+16", "int8", "uint8")}
 """The codecs of hbcore's families."""
 
 # HeavyBall's names that hbcore has no counterpart of -> the nearest one.
 _RELATIVES = {"PSGD": "PSGDKron"}
-_CODEC_RELATIVES = {"fp16+8": "bf16+8", "fp16+16": "bf16+16", "int8": "bf16+8"}
 # HeavyBall's old names prefix the optimizer's name with these words: PaLMForeachSFAdamW, NewtonHybrid2PSGDLRA.
 _OLD_PREFIXES = re.compile("(?:foreach|cached|delayed|newton|hybrid2|pure|palm|precondschedule|sf(?=palm))*")
 
@@ -69,10 +68,7 @@ def home(key: str) -> Home | None:
 def codec_home(name: str) -> Home | None:
     """:func:`home`, of a codec."""
     held = {codec: Home(plugin, codec, True) for plugin, names in CODECS.items() for codec in names}
-    short = name.casefold()
-    if near := held.get(_CODEC_RELATIVES.get(short, "")):
-        return near._replace(exact=False)
-    return held.get(short)
+    return held.get(name.casefold())
 
 
 def pip_line(plugin: str) -> str:

@@ -24,8 +24,11 @@ ROUNDED = {torch.bfloat16: stochastic_round_bf16, torch.float16: stochastic_roun
 class StateCodec(Protocol):
     """Stores each slot of a parameter as one or more tensors of the parameter's shape.
 
-    A codec may also have ``noise_bits``, the number of random bits that ``write`` uses of its noise (at most 16, the default),
-    and ``of(slot)``, which returns the codec for a slot, a relative perhaps, or raises :class:`hbcore.errors.OptionError`.
+    A codec may also have
+
+    * ``noise_bits``, the number of random bits that ``write`` uses of its noise, at most 16, the default;
+    * ``of(slot)``, which returns the codec for a slot, a relative perhaps, or raises :class:`hbcore.errors.OptionError`;
+    * ``caveat``, a sentence without its full stop on the values that it cannot store: with it, ``ecc=`` issues a StateWarning.
     """
 
     @property

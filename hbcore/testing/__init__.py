@@ -13,6 +13,8 @@ optimizer declares select the checks, see :class:`hbcore.api.OptimizerSpec`. The
 ``assert_conforms("Lion", ranks=2)``, or ``--hbcore-ranks 2``, also trains it on two processes under FSDP2: the numbers must be
 those of one process, and a run must resume exactly. A rule that cannot be sharded may refuse to step, with a RuleError.
 
+A codec has checks of its own: ``assert_codec_conforms("bf16+8")``, see :mod:`hbcore.testing.checks_codecs`.
+
 Everything is imported on first use: pytest loads :mod:`hbcore.testing.plugin` in every run, which must not import torch.
 """
 
@@ -24,7 +26,12 @@ from hbcore.registry.lazy import lazy
 
 if TYPE_CHECKING:
     from hbcore.testing.catalog import CHECKS as CHECKS
+    from hbcore.testing.checks_codecs import CODEC_CHECKS as CODEC_CHECKS
     from hbcore.testing.checks_ranks import RANK_CHECKS as RANK_CHECKS
+    from hbcore.testing.codec_runner import assert_codec_conforms as assert_codec_conforms
+    from hbcore.testing.codec_runner import check_codec as check_codec
+    from hbcore.testing.codec_subject import CodecSubject as CodecSubject
+    from hbcore.testing.codec_subject import codec_subjects as codec_subjects
     from hbcore.testing.runner import Finding as Finding
     from hbcore.testing.runner import assert_conforms as assert_conforms
     from hbcore.testing.runner import check as check
@@ -34,12 +41,17 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CHECKS": "hbcore.testing.catalog:CHECKS",
+    "CODEC_CHECKS": "hbcore.testing.checks_codecs:CODEC_CHECKS",
     "Check": "hbcore.testing.subject:Check",
+    "CodecSubject": "hbcore.testing.codec_subject:CodecSubject",
     "RANK_CHECKS": "hbcore.testing.checks_ranks:RANK_CHECKS",
     "Finding": "hbcore.testing.runner:Finding",
     "Subject": "hbcore.testing.subject:Subject",
+    "assert_codec_conforms": "hbcore.testing.codec_runner:assert_codec_conforms",
     "assert_conforms": "hbcore.testing.runner:assert_conforms",
     "check": "hbcore.testing.runner:check",
+    "check_codec": "hbcore.testing.codec_runner:check_codec",
+    "codec_subjects": "hbcore.testing.codec_subject:codec_subjects",
     "subjects": "hbcore.testing.runner:subjects",
 }
 

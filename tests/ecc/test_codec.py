@@ -5,20 +5,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
+import warnings
 
 import pytest
 import torch
 from core.kit import combined, distance, parameters, run, same, values
 
 from hb_adam import SGD, AdamW
-from hb_ecc.codec import BF16Plus8, BF16Plus16
+from hb_ecc.codec import BF16Plus8, BF16Plus16, FP16Plus8, FP16Plus16
 from hbcore.engine.graph.program import direct_reduce
 from hbcore.engine.planning.segments import at_least_1d
+from hbcore.errors import StateWarning
 from hbcore.registry import Registry
 from hbcore.state.codec import Cast, StateCodec
 
-CODECS = {"bf16+8": BF16Plus8, "bf16+16": BF16Plus16}
-WIDTH = {"bf16+8": torch.int8, "bf16+16": torch.int16}
+CODECS = {"bf16+8": BF16Plus8, "bf16+16": BF16Plus16, "fp16+8": FP16Plus8, "fp16+16": FP16Plus16}
+WIDTH = {"bf16+8": torch.int8, "bf16+16": torch.int16, "fp16+8": torch.int8, "fp16+16": torch.int16}
 SHAPES = ((50, 41), (13,), (2, 3, 4), (1,), ())
 ALL = pytest.mark.parametrize("name", CODECS)
 
@@ -62,7 +65,7 @@ def test_what_is_stored(name):
         state = optimizer.state[p]
         assert set(state) == {"step", "exp_avg", "exp_avg#ecc", "exp_avg_sq", "exp_avg_sq#ecc"}
         for slot in ("exp_avg", "exp_avg_sq"):
-            assert state[slot].dtype == torch.bfloat16 and state[f"{slot}#ecc"].dtype == WIDTH[name]
+            assert state[slot].dtype == CODECS[name].short and state[f"{slot}#ecc"].dtype == WIDTH[name]
             assert state[slot].shape == state[f"{slot}#ecc"].shape == p.shape
 
 
@@ -97,7 +100,11 @@ def test_bf16_plus_16_is_float32_state_bit_for_bit(dtype):
         [torch.float32, torch.bfloat16],
         ["triton", "inductor"],
         CODECS,
-        compiled=[(torch.float32, "inductor", "bf16+8"), (torch.bfloat16, "inductor", "bf16+16")],
+        compiled=[
+            (torch.float32, "inductor", "bf16+8"),
+            (torch.bfloat16, "inductor", "bf16+16"),
+            (torch.float32, "inductor", "fp16+8"),
+        ],
     ),
     ids=str,
 )
@@ -111,6 +118,42 @@ def test_backends_store_the_same_bits(dtype, backend, name):
         assert optimizer.report.backend == choice
         kept.append([*stored(optimizer, params), *values(params)])
     assert same(*kept)
+
+
+def test_float16_and_16_bits_are_float32_state_of_gradients_in_its_range():
+    """Gradients of powers of two and decays of powers of two, so that no moment falls below 2^-41 in part."""
+    grads = [[torch.full((8,), 2.0**k) for k in (0, -3, 5)] for _ in range(4)]
+    kept = []
+    for codec in (Cast(), FP16Plus16()):
+        params = parameters(((8,), (8,), (8,)))
+        optimizer = with_codec(AdamW(params, betas=(0.5, 0.75)), codec)
+        run(optimizer, params, grads)
+        kept.append([*values(params), *decoded(optimizer, params, "exp_avg_sq")])
+    assert same(*kept)
+
+
+@pytest.mark.parametrize("name", ["fp16+8", "fp16+16"])
+def test_float16_warns_of_what_it_cannot_store(name):
+    with pytest.warns(
+        StateWarning, match=rf"ecc='{re.escape(name)}': magnitudes below 2\^-\d+ are stored as zero, .* pass 'bf16"
+    ) as caught:
+        AdamW(parameters(), ecc=name)
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdamW(parameters(), ecc="bf16+8")
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_parameters_of_the_short_float_move_by_less_than_its_last_bit(name):
+    """The correction has the bits that the parameter lacks: 40 steps of 1e-4 from 1.0, which the float alone rounds away."""
+    p = torch.nn.Parameter(torch.ones(8, dtype=CODECS[name].short))
+    optimizer = SGD([p], lr=1e-4, momentum=0.0, param_ecc=name)
+    run(optimizer, [p], [[torch.ones_like(p)] for _ in range(40)])
+    stored = {"param": p.detach(), **{k: v for k, v in optimizer.state[p].items() if k.startswith("param#")}}
+    value = CODECS[name]().read(stored, "param", torch.float32)
+    assert p.dtype == CODECS[name].short and float((value - 0.996).abs().max()) < 40 * 2.0**-17
+    assert float((p.detach().float() - value).abs().max()) <= 2.0**-9
 
 
 @ALL

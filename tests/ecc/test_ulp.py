@@ -4,52 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ecc.patterns import INF, MAX, any_float32, every_bf16_with_residues, patterns, same_bits
 
 from hb_ecc.ulp import join24, join32, split24, split32
 
-INF, MAX = float("inf"), torch.finfo(torch.float32).max
 SMALLEST_NORMAL = 2.0**-126
 
-
-def patterns(bits):
-    return torch.as_tensor(bits).to(torch.int32).view(torch.float32)
-
-
-def every_bf16_with_residues() -> torch.Tensor:
-    """All 65,536 upper halves, each with the lower halves at which a rounding may change, and random ones."""
-    edges = [
-        0,
-        1,
-        0x7F,
-        0x80,
-        0x81,
-        0xFF,
-        0x100,
-        0x7F7F,
-        0x7F80,
-        0x7FFF,
-        0x8000,
-        0x8001,
-        0x807F,
-        0x8080,
-        0xFF7F,
-        0xFF80,
-        0xFFFF,
-    ]
-    drawn = torch.randint(0, 2**16, (16,), generator=torch.Generator().manual_seed(0)).tolist()
-    upper = torch.arange(2**16, dtype=torch.int64) - 2**15
-    return patterns(((upper[:, None] << 16) + torch.tensor(edges + drawn)).ravel())
-
-
-def any_float32() -> torch.Tensor:
-    return patterns(torch.randint(-(2**31), 2**31, (2_000_000,), generator=torch.Generator().manual_seed(1)))
-
-
 SAMPLES = pytest.mark.parametrize("x", [every_bf16_with_residues(), any_float32()], ids=["every-bf16", "random"])
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
 @SAMPLES

@@ -1,4 +1,8 @@
-"""Storage codecs for optimizer state and parameters for hbcore: ``bf16+8`` and ``bf16+16``."""
+"""Storage codecs for hbcore.
+
+For optimizer state (``ecc=``) and parameters (``param_ecc=``): ``bf16+8``, ``bf16+16``, ``fp16+8`` and ``fp16+16``, of three or
+four bytes an element. For state alone: ``int8`` and ``uint8``, of 1.125 bytes.
+"""
 
 __all__ = ["__version__"]
 
