@@ -58,7 +58,7 @@ def test_a_new_step_compiles_nothing_and_waits_for_nothing():
     keys = KEYS.cuda()
     for numel in (2048, 2049):
         normal(keys, numel, 1, 1)
-    before = launching._compiled.cache_info().misses
+    before = launching._launcher.cache_info().misses
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -67,7 +67,7 @@ def test_a_new_step_compiles_nothing_and_waits_for_nothing():
                 normal(keys, numel, step, step % 5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert launching._compiled.cache_info().misses == before
+    assert launching._launcher.cache_info().misses == before
 
 
 def test_a_matrix_rule_draws_and_rounds_as_on_the_cpu():

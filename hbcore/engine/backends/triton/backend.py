@@ -18,6 +18,7 @@ from hbcore.engine.backends.triton.launch_tables import Launch, Tables
 from hbcore.engine.graph.program import Program, Reduction
 from hbcore.engine.graph.scalar_inputs import capturing
 from hbcore.errors import CompileError
+from hbcore.rules.direct_launch import launcher_of
 from hbcore.rules.transform import Domain
 
 CHUNK = 2_048
@@ -100,8 +101,8 @@ class TritonExecutable:
         for name in self.program.phases[phase].sums:
             if name in batch.model:
                 self.tables.model[self.layout.reductions.index(name)] = batch.model[name]
-        launches = self._launches.get(phase) or self._bind(phase)
-        with current(self.tables.device):
+        with current(self.tables.device):  # also where a kernel is loaded
+            launches = self._launches.get(phase) or self._bind(phase)
             for launch in launches:
                 launch()
         for r in self.program.phases[phase].reduces:
@@ -135,11 +136,13 @@ class TritonExecutable:
         assert self.tables is not None
         self._launches[phase] = []
         for launch in self.tables.launches:
-            arguments = self._arguments(launch)
-            if not self.interpreted:
-                arguments = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+            arguments, grid = self._arguments(launch), (launch.chunks.shape[0], 1, 1)
             kernel = self._variants[launch.aligned, phase]
-            self._launches[phase].append(partial(kernel[launch.chunks.shape[0], 1, 1], *arguments))
+            if self.interpreted:
+                self._launches[phase].append(partial(kernel[grid], *arguments))
+                continue
+            addresses = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+            self._launches[phase].append(partial(launcher_of(kernel, self.tables.device.index), grid, addresses))
         return self._launches[phase]
 
     def _compiled(self, phase: int, launch: Launch) -> Any:
