@@ -20,7 +20,7 @@ from hbcore.engine.entry_forms import fixed
 from hbcore.engine.graph.scalar_inputs import Amp, capturing
 from hbcore.engine.new_group import completed
 from hbcore.engine.options import Settings, resolve
-from hbcore.engine.param_codec import narrow, note, settle
+from hbcore.engine.param_codec import narrow
 from hbcore.engine.params import check_params
 from hbcore.engine.planning.sparse_plan import check, plan_for
 from hbcore.engine.report import Report
@@ -85,7 +85,6 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         self.core.building = True
         torch.optim.Optimizer.__init__(self, checked, defaults)
         self.core.building = False
-        narrow(self.core, [p for group in self.core.groups for p in group["params"]])
 
     @property
     def param_groups(self) -> list[Group]:
@@ -179,14 +178,12 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
             if not core.state and dry_step.is_dry(core):
                 dry_step.allocate(core)
                 return loss
-            settle(core)
             if core.plan is None:
                 core.plan = plan_for(core)
             core.modes.reset(training=True)
             stepped = core.plan.step(Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
         finally:
             core.pairs.made = {}
-        note(core)
         core.seen = core.state.revision.count
         if core.settings.consume_grad and not capturing():
             for p in stepped:
@@ -235,8 +232,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         added["hbcore"] = save.record_of(core, len(groups) - 1, live=True).dump()
         if any(map(weight_modes.has_modes, core.chain.every(added))):
             added[save.MODE] = core.modes.training
-        if not core.building:
-            narrow(core, added["params"])
+        narrow(core, added["params"])
         core.invalidate()
 
     @torch.no_grad()
