@@ -8,8 +8,9 @@ import pytest
 import torch
 from core.kit import normal
 
-from hb_psgd import factor_rules, kron
-from hb_psgd.factor_rules import RULES, Factor, Settings, all_fitted, fitted
+from hb_psgd import fitting, kron
+from hb_psgd.factor_rules import RULES, Factor, Settings, fitted
+from hb_psgd.fitting import all_fitted, collected
 from hb_psgd.rule import PreconditionByKron
 from hbcore.api import Context
 from hbcore.rules.products import IEEE
@@ -29,24 +30,34 @@ def stack(rows, n, seed, dense=True, pair=False):
     return Factor(q, share, normal(rows, seed=seed + 3).abs(), first, second if pair else normal(rows, seed=seed).abs(), start)
 
 
+def begin(factor):
+    return factor._replace(q=kron.begin([factor.q], factor.share)[0])
+
+
 @pytest.mark.parametrize("together", [1, 60, 250, 2**25])
 @pytest.mark.parametrize("rule", RULES)
 def test_factors_of_several_stacks_are_fitted_as_each_alone(monkeypatch, rule, together):
-    monkeypatch.setattr(factor_rules, "TOGETHER", together)
+    monkeypatch.setattr(fitting, "TOGETHER", together)
     pair = rule in ("eq", "qep")
     factors = [
         stack(3, 5, 1, pair=pair), stack(2, 4, 2, pair=pair), stack(7, 5, 3, pair=pair), stack(4, 5, 4, dense=False, pair=pair),
         stack(1, 4, 5, pair=pair), stack(2, 5, 6, dense=False, pair=pair),
     ]  # fmt: skip
-    for factor, (q, bound) in zip(factors, all_fitted(RULES[rule], factors, SETTINGS), strict=True):
-        alone, risen = fitted(RULES[rule], factor, SETTINGS)
-        assert q.shape == factor.q.shape
+    given = list(factors)
+    portions = all_fitted(RULES[rule], given, SETTINGS)
+    made, bounds, old = (collected(portions, get) for get in (lambda p: p.new, lambda p: p.bound, lambda p: p.old))
+    assert not given and set(made) == set(range(len(factors)))
+    for k, factor in enumerate(factors):
+        q, bound = made[k], bounds[k]
+        begun = begin(factor)
+        alone, risen = fitted(RULES[rule], begun, SETTINGS)
+        assert q.shape == factor.q.shape and torch.equal(old[k], begun.q)
         assert torch.allclose(q, alone, rtol=1e-10, atol=1e-12)
         assert torch.allclose(bound, risen, rtol=1e-12)
 
 
 def test_no_portion_is_larger_than_its_bound_and_all_rows_are_in_one():
-    portions = list(factor_rules._portions([(0, 5), (1, 1), (4, 9)], 4))
+    portions = list(fitting._portions([(0, 5), (1, 1), (4, 9)], 4))
     assert [sum(part.stop - part.start for _, part in portion) for portion in portions] == [4, 4, 4, 3]
     rows = [(k, row) for portion in portions for k, part in portion for row in range(part.start, part.stop)]
     assert rows == [(k, row) for k, count in ((0, 5), (1, 1), (4, 9)) for row in range(count)]
@@ -56,8 +67,8 @@ def test_no_portion_is_larger_than_its_bound_and_all_rows_are_in_one():
 def test_a_learning_rate_of_zero_leaves_a_symmetric_factor(rule):
     for dense in (True, False):
         factor = stack(3, 5, 1, dense, pair=rule in ("eq", "qep"))
-        q, bound = fitted(RULES[rule], factor, SETTINGS._replace(lr=0.0))
-        assert torch.allclose(q, kron.begin([factor.q], factor.share)[0], rtol=1e-12)
+        q, bound = fitted(RULES[rule], begin(factor), SETTINGS._replace(lr=0.0))
+        assert torch.allclose(q, begin(factor).q, rtol=1e-12)
         assert bool((bound > 0).all())
 
 

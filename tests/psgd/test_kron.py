@@ -7,7 +7,8 @@ import torch
 from core.kit import normal
 
 from hb_psgd import kron
-from hb_psgd.kron import begin, gram, memory_layout, multiply, precondition, second_moments, settled, whitening_scale
+from hb_psgd.fitting import Portion, settle
+from hb_psgd.kron import begin, gram, memory_layout, multiply, precondition, second_moments, whitening_scale
 from hbcore.errors import OptionError
 from hbcore.rules.products import IEEE
 
@@ -106,13 +107,17 @@ def test_three_quarters_of_a_symmetric_matrix_are_enough(monkeypatch, n):
 
 
 class TestSettled:
-    """settled."""
+    """hb_psgd.fitting.settle."""
 
     BOUND = torch.arange(B, dtype=torch.float64)
 
     def settle(self, old, new, bounds=None):
         bounds = [self.BOUND] * len(new) if bounds is None else bounds
-        return settled(old, new, [self.BOUND - 9] * len(new), bounds)
+        portions = [
+            Portion([(k, slice(0, B))], *(x.clone() for x in each)) for k, each in enumerate(zip(old, new, bounds, strict=True))
+        ]
+        risen = settle(portions, [range(len(new))], [self.BOUND - 9] * len(new))
+        return [portion.new for portion in portions], risen
 
     def test_largest_elements_become_equal_and_the_preconditioner_stays(self):
         x, factors = normal(B, 4, 3, 5), factors_for((4, 3, 5), (True, False, True))

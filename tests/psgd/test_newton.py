@@ -11,7 +11,8 @@ from reference.psgd_newton import newton, newton_kron
 
 from hb_psgd import kron
 from hb_psgd.common import DebiasedAverage
-from hb_psgd.factor_rules import RULES, Factor, Settings, all_fitted
+from hb_psgd.factor_rules import RULES, Factor, Settings
+from hb_psgd.fitting import all_fitted, collected, settle
 from hb_psgd.kron import second_moments, whitening_scale
 from hb_psgd.newton import newton_scale
 from hb_psgd.norms import PROBES
@@ -56,8 +57,10 @@ def fitted(rule, g, v, factors, bounds, *, lr, beta, probe, iterations=2, whiten
     ):
         like = q.new_empty(len(q), PROBES if q.ndim == 3 else 0, q.shape[-1])
         some.append(Factor(q, zero, bound, first, second, probe(like) if q.ndim == 3 else like))
-    made = all_fitted(RULES[rule], some, Settings(lr, beta, iterations, IEEE))
-    return kron.settled(factors, [q for q, _ in made], bounds, [bound for _, bound in made])
+    portions = all_fitted(RULES[rule], some, Settings(lr, beta, iterations, IEEE))
+    risen = settle(portions, [range(len(factors))], bounds)
+    made = collected(portions, lambda portion: portion.new)
+    return [made[k] for k in range(len(factors))], risen
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
@@ -168,7 +168,7 @@ class Arguments:
         some = {name: stored[name][rows] for name in segment.kept(stored)}
         out = segment.run(self.stack, u, some, self._turn.row, self.nonfinite)
         for name, value in some.items():
-            _put(stored[name], rows, value)
+            _put([(stored[name], value)], rows)
         return out, Written(self._state)
 
     def shapes(self) -> dict[str, Tensor]:
@@ -185,13 +185,19 @@ class Arguments:
         # Results that are views of this stack's memory are copied first: it is overwritten below. Rows are copies already.
         memory = _memory((*stack.inputs.values(), *stack.stored.values())) if rows is None else set()
         kept = [(name, self._apart(value, stack.stored.get(name), memory)) for name, value in self._settled_by(new)]
+        written: list[tuple[Tensor, Tensor]] = []
         if update is not None:
-            _put(stack.inputs["update"], rows, self._apart(update, stack.inputs["update"], memory))
+            written.append((stack.inputs["update"], self._apart(update, stack.inputs["update"], memory)))
         for name, value in kept:
             if name in self._turn.carried:
                 carried[name] = float(value)
-            else:
-                self._write(name, value)
+                continue
+            for target, stored in self._encoded(name, value):
+                if stored is value:
+                    written.append((target, stored))
+                else:
+                    _put([(target, stored)], rows)  # now, so that no two copies are held
+        _put(written, rows)
         return carried
 
     @staticmethod
@@ -210,7 +216,8 @@ class Arguments:
         stack.outdate(self.part.places)
         return [(name, value) for name, value in new.items() if name not in stack.derived]
 
-    def _write(self, name: str, value: Tensor) -> None:
+    def _encoded(self, name: str, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What a slot is stored in, and what goes there."""
         stack, turn = self.part.stack, self._turn
         if name not in stack.slots:
             raise RuleError(unknown_slot(turn.rule, name, stack.slots, "returned"))
@@ -219,8 +226,7 @@ class Arguments:
         if codec.rounds and (spec.stochastic or slot.dtype is not None) and not slot.derived:
             noise = self._drawing.rounding(name, (*self._rows(), *slot.shape), turn.step)
         for part, kept in codec.write(self._stored, name, value, noise).items():
-            new = kept if self._skip is None else torch.where(self._skip, self._stored[part], kept)
-            _put(stack.stored[part], self.part.rows, new)
+            yield stack.stored[part], kept if self._skip is None else torch.where(self._skip, self._stored[part], kept)
 
     def _drawing_of(self, part: Part) -> Drawing:
         """What draws for the rows."""
@@ -264,10 +270,15 @@ def _memory(tensors: Iterable[Tensor]) -> set[int]:
     return {t.untyped_storage().data_ptr() for t in tensors}
 
 
-def _put(target: Tensor, rows: Tensor | None, value: Tensor) -> None:
-    if value is target:
-        return
-    if rows is None:
-        torch._foreach_copy_([target], [value])  # reads and writes whole words where copy_, between dtypes, does not
-    else:
-        target[rows] = value.to(target.dtype)
+def _put(written: Iterable[tuple[Tensor, Tensor]], rows: Tensor | None) -> None:
+    """Write values to tensors, or to some of their rows: what has the same dtypes at once."""
+    alike: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for target, value in written:
+        if rows is not None:
+            target[rows] = value.to(target.dtype)
+        elif value is not target:
+            targets, values = alike.setdefault((target.dtype, value.dtype), ([], []))
+            targets.append(target)
+            values.append(value)
+    for targets, values in alike.values():
+        torch._foreach_copy_(targets, values)  # reads and writes whole words where copy_, between dtypes, does not

@@ -32,24 +32,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from hb_psgd.kron import Number, along, begin, gram, multiply, per_block, second_moments, symmetric
+from hb_psgd.kron import Number, along, gram, has_kernels, multiply, per_block, second_moments, symmetric
 from hb_psgd.norms import norm_bound, procrustes
 from hbcore.api import Products, bases
 
-TOGETHER = 2**25
-"""How many elements of factors are fitted at once: what a GPU needs to be busy. A few times as many are needed in between."""
-
 
 class Evidence(NamedTuple):
-    """What moves a factor ``[B, n, n]`` or ``[B, n]``: like it, or for ``second`` multiples of the identity, ``[B]``."""
+    """What moves a factor ``[B, n, n]`` or ``[B, n]``: like it, or for ``second`` the same multiple of the identity."""
 
     first: Tensor
-    second: Tensor
+    second: Tensor | float
 
 
 class Settings(NamedTuple):
@@ -75,7 +72,7 @@ class Factor(NamedTuple):
         q: ``[B, n, n]`` or ``[B, n]``.
         share: ``[B]``, the multiple of the identity that ``q`` starts as in this step; 0 in blocks that have started.
         bound: its running bound, ``[B]``.
-        first, second: its evidence.
+        first, second: its evidence; ``second`` may also be ``[B]``, a multiple of the identity for each block.
         start: normal numbers ``[B, k, n]`` from which the norm's bound starts; empty for a diagonal.
     """
 
@@ -83,7 +80,7 @@ class Factor(NamedTuple):
     share: Tensor
     bound: Tensor
     first: Tensor
-    second: Tensor
+    second: Tensor | float
     start: Tensor
 
 
@@ -100,13 +97,17 @@ class FactorRule:
             factors of Q and a function that multiplies by P.
         newton: the same for a dampened Hessian-vector product and its vector, which P is to make alike.
         move: ``move(factor, step, settings)``, the new factor; ``step`` is ``[B]``.
+        halves: how many parts of a step a diagonal factor takes, one after the other.
         reads_noise: whether ``evidence`` reads v.
+        reads_factors: whether ``evidence`` and ``newton`` read the factors themselves, beside multiplying by P.
     """
 
     evidence: Gather
     newton: Gather
     move: Move
+    halves: int = 1
     reads_noise: bool = False
+    reads_factors: bool = False
 
 
 def whiteness(
@@ -114,9 +115,10 @@ def whiteness(
 ) -> Iterator[Evidence]:
     """Of the rules that compare :math:`Pg` with white noise."""
     pg = precondition(g)
+    several = sum(q.ndim == 3 for q in factors) > 1
+    x = products.prepared(pg) if several else pg
     for i, q in enumerate(factors):
-        level = pg[0].numel() / q.shape[-1]
-        yield Evidence(second_moments(pg, i, q.ndim == 3, products), pg.new_full((len(pg),), level))
+        yield Evidence(second_moments(x if q.ndim == 3 else pg, i, q.ndim == 3, products), pg[0].numel() / q.shape[-1])
 
 
 def whiteness_by_factor(
@@ -178,25 +180,30 @@ def by_procrustes(factor: Factor, step: Tensor, settings: Settings) -> Tensor:
 
 def from_the_left(factor: Factor, step: Tensor, settings: Settings) -> Tensor:
     r""":math:`Q - s (T_1 - T_2) Q`."""
-    return _moved(factor, factor.q, step, settings.products.matmul)
+    return _moved(factor, 1.0, step, settings.products.matmul)
 
 
 def from_the_right(factor: Factor, step: Tensor, settings: Settings) -> Tensor:
     r"""QEQ: :math:`Q - s\, Q (T_1 - T_2)`."""
-    return _moved(factor, factor.q, step, lambda t, q: settings.products.matmul(q, t))
+    return _moved(factor, 1.0, step, lambda t, q: settings.products.matmul(q, t))
 
 
 def from_both_sides(factor: Factor, step: Tensor, settings: Settings) -> Tensor:
     """QUAD: half of it from each side, which keeps a symmetric factor symmetric and positive."""
+    if factor.q.ndim == 2:
+        return _moved_diagonal(factor, step, 2)
+    first, second = factor.first, factor.second
+    q = _moved(factor, 0.5, step, settings.products.matmul)
+    if _is_multiple(second) and has_kernels(q, first):
+        from hb_psgd import fitting_kernel  # Triton is slow to import, and not everywhere
+
+        return fitting_kernel.moved(settings.products.matmul(q, first), q, step, second, 0.5, mirrored=True)
     half = 0.5 * step
-    q = _moved(factor, factor.q, half, settings.products.matmul)
-    if q.ndim == 2:
-        return _moved(factor, q, half, torch.mul)
     by, keep = per_block(-half, q), torch.ones_like(half)
-    if factor.second.ndim > 1:
-        t = factor.first - factor.second
+    if not _is_multiple(second):
+        t = first - second
     else:
-        t, keep = factor.first, 1 + half * factor.second
+        t, keep = first, 1 + half * second
 
     def part(rows: slice, columns: slice) -> Tensor:
         moved = settings.products.matmul(q[:, rows], t[:, :, columns]).mul_(by)
@@ -207,84 +214,58 @@ def from_both_sides(factor: Factor, step: Tensor, settings: Settings) -> Tensor:
 
 def triangular(factor: Factor, step: Tensor, settings: Settings) -> Tensor:
     """EQ: by the upper triangle alone."""
-    return _moved(factor, factor.q, step, lambda t, q: settings.products.matmul(t.triu(), q))
+    return _moved(factor, 1.0, step, lambda t, q: settings.products.matmul(t.triu(), q))
 
 
-def _moved(factor: Factor, q: Tensor, step: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """``q`` less ``step`` times its product with the evidence's difference; a diagonal's is elementwise."""
-    first, second = factor.first, factor.second
-    product = torch.mul if q.ndim == 2 else product
-    if second.ndim > 1:
-        return product(first - second, q).mul_(per_block(-step, q)).add_(q)
-    return product(first, q).mul_(per_block(-step, q)).addcmul_(q, per_block(1 + step * second, q))
+def _moved(factor: Factor, part: float, step: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The factor less ``part`` of ``step`` times its product with the evidence's difference; a diagonal's is elementwise."""
+    q, first, second = factor.q, factor.first, factor.second
+    if q.ndim == 2:
+        return _moved_diagonal(factor, step, 1)
+    if not _is_multiple(second):
+        return product(first - second, q).mul_(per_block(-part * step, q)).add_(q)
+    made = product(first, q)
+    if has_kernels(made, q):
+        from hb_psgd import fitting_kernel
+
+        return fitting_kernel.moved(made, q, step, second, part)
+    step = part * step
+    return made.mul_(per_block(-step, q)).addcmul_(q, per_block(1 + step * second, q))
+
+
+def _moved_diagonal(factor: Factor, step: Tensor, halves: int) -> Tensor:
+    """A diagonal after so many equal parts of a step, each :math:`1 - \\tfrac{s}{k} (T_1 - T_2)` times what was before."""
+    second = factor.second
+    difference = factor.first - (per_block(second, factor.first) if _is_multiple(second) else second)
+    by = torch.rsub(difference.mul_(per_block(step, difference)), 1, alpha=1 / halves)
+    return (by if halves == 1 else by.square_()).mul_(factor.q)
+
+
+def _is_multiple(second: Tensor | float) -> TypeGuard[Tensor]:
+    """Whether the second part of an evidence is a multiple of the identity for each block, ``[B]``."""
+    return isinstance(second, Tensor) and second.ndim == 1
 
 
 RULES: Mapping[str, FactorRule] = {
     "pro": FactorRule(whiteness, likeness, by_procrustes),
-    "quad": FactorRule(whiteness, likeness, from_both_sides),
-    "eq": FactorRule(inverse_pair, inverse_pair, triangular, reads_noise=True),
+    "quad": FactorRule(whiteness, likeness, from_both_sides, halves=2),
+    "eq": FactorRule(inverse_pair, inverse_pair, triangular, reads_noise=True, reads_factors=True),
     "qeq": FactorRule(whiteness, likeness, from_the_right),
-    "qep": FactorRule(whiteness_by_factor, likeness_by_factor, from_the_left),
+    "qep": FactorRule(whiteness_by_factor, likeness_by_factor, from_the_left, reads_factors=True),
 }
 """The rules by their names, the values of the option ``precond_rule``."""
 
 
 def fitted(rule: FactorRule, factor: Factor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The factor after one step of ``rule``, and its new bound."""
-    factor = factor._replace(q=begin([factor.q], factor.share)[0])
+    """The factor, which has begun, after one step of ``rule``, and its new bound."""
     norm = _norm(factor, settings.iterations)
-    bound = torch.maximum(settings.beta * factor.bound + (1 - settings.beta) * norm, norm)
+    bound = torch.maximum(torch.lerp(norm, factor.bound, float(settings.beta)), norm)
     return rule.move(factor, settings.lr / bound, settings), bound
 
 
 def _norm(factor: Factor, iterations: int) -> Tensor:
     """A bound of the norm of the evidence's sum, ``[B]``."""
-    multiple = factor.second.ndim == 1
-    total = factor.first if multiple else factor.first + factor.second
+    first, second = factor.first, factor.second
+    total = first if _is_multiple(second) else first + second
     norm = total.amax(-1) if total.ndim == 2 else norm_bound(total, factor.start, iterations)
-    return norm + factor.second if multiple else norm
-
-
-def all_fitted(rule: FactorRule, factors: Sequence[Factor], settings: Settings) -> list[tuple[Tensor, Tensor]]:
-    """:func:`fitted` for several stacks: factors of one size and dtype at once, up to :data:`TOGETHER` elements."""
-    made: list[list[tuple[Tensor, Tensor]]] = [[] for _ in factors]
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for k, factor in enumerate(factors):
-        alike.setdefault((factor.q.shape[1:], factor.q.dtype, factor.second.ndim), []).append(k)
-    for same in alike.values():
-        most = max(1, TOGETHER // max(1, factors[same[0]].q[0].numel()))
-        for portion in _portions([(k, len(factors[k].q)) for k in same], most):
-            q, bound = fitted(rule, _joined([_rows(factors[k], part) for k, part in portion]), settings)
-            done = 0
-            for k, part in portion:
-                rows = slice(done, done := done + part.stop - part.start)
-                made[k].append((q[rows], bound[rows]))
-    return [some[0] if len(some) == 1 else (torch.cat([q for q, _ in some]), torch.cat([b for _, b in some])) for some in made]
-
-
-def _portions(stacks: Sequence[tuple[int, int]], most: int) -> Iterator[list[tuple[int, slice]]]:
-    """Rows of stacks ``(k, count)`` in order, in portions of equal length, at most ``most``, as slices of each stack."""
-    total = sum(count for _, count in stacks)
-    length = -(-total // -(-total // most)) if total else 1
-    portion, room = list[tuple[int, slice]](), length
-    for k, count in stacks:
-        first = 0
-        while first < count:
-            last = min(count, first + room)
-            portion.append((k, slice(first, last)))
-            room -= last - first
-            first = last
-            if not room:
-                yield portion
-                portion, room = [], length
-    if portion:
-        yield portion
-
-
-def _rows(factor: Factor, part: slice) -> Factor:
-    return Factor(*(t[part] for t in factor))
-
-
-def _joined(factors: Sequence[Factor]) -> Factor:
-    """The rows of several stacks as one."""
-    return factors[0] if len(factors) == 1 else Factor(*(torch.cat(parts) for parts in zip(*factors, strict=True)))
+    return norm + second if _is_multiple(second) else norm

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hb_psgd.norms import largest
-from hbcore.api import OptionError, Products, bases
+from hbcore.api import Operand, OptionError, Products, bases, launching
 
 Number: TypeAlias = "Tensor | float"
 
@@ -157,17 +157,22 @@ def symmetric(like: Tensor, part: Callable[[slice, slice], Tensor]) -> Tensor:
     return out
 
 
-def second_moments(x: Tensor, i: int, dense: bool, products: Products) -> Tensor:
-    r""":math:`\sum x_{\dots a \dots} x_{\dots b \dots}` over all dimensions but i, ``[B, n_i, n_i]``, or its diagonal."""
-    n = x.shape[i + 1]
+def second_moments(x: Operand, i: int, dense: bool, products: Products) -> Tensor:
+    r""":math:`\sum x_{\dots a \dots} x_{\dots b \dots}` over all dimensions but i, ``[B, n_i, n_i]``, or its diagonal.
+
+    ``x`` is a stack, perhaps prepared by ``products``.
+    """
+    count, n = x.shape[0], x.shape[i + 1]
     if not dense:
+        x = x if isinstance(x, Tensor) else x.whole
         others = [d for d in range(1, x.ndim) if d != i + 1]
         return x.square().sum(others) if others else x.square()
-    if i == x.ndim - 2:
-        rows = x.reshape(len(x), -1, n).mT  # a view
-    else:
-        rows = x.movedim(i + 1, 1).reshape(len(x), n, -1)  # a view too for the first dimension
-    return products.squared(rows)
+    if i == len(x.shape) - 2:
+        return products.squared(x.reshape(count, -1, n).mT)
+    if i == 0:
+        return products.squared(x.reshape(count, n, -1))
+    x = x if isinstance(x, Tensor) else x.whole
+    return products.squared(x.movedim(i + 1, 1).reshape(count, n, -1))
 
 
 def along(numbers: Tensor, i: int, like: Tensor) -> Tensor:
@@ -180,37 +185,62 @@ def per_block(numbers: Tensor, like: Tensor) -> Tensor:
     return numbers.view(-1, *[1] * (like.ndim - 1))
 
 
-def settled(
-    old: Sequence[Tensor], new: Sequence[Tensor], old_bounds: Sequence[Tensor], new_bounds: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Fitted factors and their bounds, ready to be stored: balanced, and the old ones in blocks where a product overflowed.
+def balance(sizes: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """What fitted factors are multiplied by before they are stored, and in which blocks they are fit to be.
 
     Balanced factors of a block have the same largest element; they are scaled by numbers whose product is 1, so that P does
     not change. Without it one may grow as another shrinks, until both leave the range of their dtype. Zeros are kept.
+
+    Args:
+        sizes: the largest magnitudes of the factors, ``[d, B]``.
+        bounds: their new bounds, the same.
+
+    Returns:
+        ``[d, B]``, and ``[B]`` booleans: False where a product overflowed in one of the block's factors.
     """
-    sizes = torch.stack([largest(q) for q in new])
-    good = (sizes.isfinite() & torch.stack(list(new_bounds)).isfinite()).all(0)
-    logs = sizes.clamp(min=torch.finfo(sizes.dtype).tiny).log()
-    shares = (logs.mean(0) - logs).exp()
-    factors = [
-        torch.where(per_block(good, q), q * per_block(share, q), before)
-        for before, q, share in zip(old, new, shares, strict=True)
-    ]
-    return factors, [torch.where(good, bound, before) for before, bound in zip(old_bounds, new_bounds, strict=True)]
+    good = torch.maximum(sizes, bounds.abs()).amax(0) < float("inf")  # both pass NaN on
+    logs = sizes.clamp(min=torch.finfo(sizes.dtype).tiny).log_()
+    return (logs.mean(0) - logs).exp_(), good
+
+
+def dampened(g: Tensor, noise: Tensor, dampening: Number, relative: float) -> Tensor:
+    r""":math:`g + (\mathrm{dampening} + \mathrm{relative}\, |g|)\, v` for stacks ``g`` and the noise ``v``."""
+    if has_kernels(g, noise):
+        from hb_psgd import fitting_kernel  # Triton is slow to import, and not everywhere
+
+        return fitting_kernel.dampened(g, noise, float(dampening), relative)
+    return g.abs().mul_(relative).add_(dampening).mul_(noise).add_(g)
+
+
+def has_kernels(*tensors: Tensor) -> bool:
+    """Whether generated kernels take these: contiguous float32 on a GPU, not empty."""
+    fit = all(t.is_cuda and t.dtype == torch.float32 and t.numel() and t.is_contiguous() for t in tensors)
+    return fit and launching.has_triton()
 
 
 def whitening_scale(x: Tensor, dampening: Number) -> Tensor:
-    r"""The s whose :math:`s^2 x` has elements of about size 1, ``[B]`` in float64; 0 where x is 0 or not finite.
+    r"""The s whose :math:`s^2 x` has elements of about size 1, ``[B]``; 0 where x is 0 or not finite.
 
     .. math:: s = \left(\mathrm{mean}(x^4) + \mathrm{dampening}^4\right)^{-1/8}
 
     The source's first guess of a preconditioner's scale; dampening keeps :math:`s^2` below its inverse.
     """
-    d, size = float(dampening), largest(x)
+    return whitening_scales([x], dampening)
+
+
+def whitening_scales(xs: Sequence[Tensor], dampening: Number) -> Tensor:
+    """:func:`whitening_scale` for the blocks of several stacks of one dtype, one after the other: float32 by kernels, float64
+    otherwise."""
+    if has_kernels(*xs):
+        from hb_psgd import fitting_kernel
+
+        return fitting_kernel.whitening_scales([*xs], float(dampening))
+    d, size = float(dampening), torch.cat([largest(x) for x in xs])
     known = (size > 0) & size.isfinite()
     # The fourth powers of 1e-10 and 1e10 are outside float32's range: those of ratios to the larger of x and d are not.
     most = torch.where(known, size, 1.0).clamp(min=d)
-    squares = (x / per_block(most, x)).square_().flatten(1)
-    fourth = torch.linalg.vector_norm(squares, dim=-1).double().square() / squares.shape[-1]
+    counts = [len(x) for x in xs]
+    squares = [(x / per_block(by, x)).square_().flatten(1) for x, by in zip(xs, torch.split(most, counts), strict=True)]
+    fourth = torch.cat([torch.linalg.vector_norm(x, dim=-1).double().square() / x.shape[-1] for x in squares])
     most = most.double()
     return torch.where(known, most.rsqrt() * (fourth + (d / most) ** 4) ** (-1 / 8), 0.0)

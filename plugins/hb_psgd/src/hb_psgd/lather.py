@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hb_psgd import kron
+from hb_psgd.held import slots_of
 from hb_psgd.psgd import FACTORS, KronOptimizer
-from hb_psgd.rule import KronFactors, slots_of
+from hb_psgd.rule import KronFactors
 from hbcore.api import Context, HyperparameterError, Route, ScaleByAdam, Slot, State, Transform, bases
 
 
@@ -48,7 +49,7 @@ class AdamInEigenbasis(KronFactors):
         return {**self.inner.slots(param), **own, **square}
 
     def prime(self, u: Tensor, s: State, c: Context) -> dict[str, Tensor]:
-        held, begun = self.started(u, s, c)
+        [(held, begun)] = self.started([(u, s, c)])
         [fresh] = self.refreshed([(u, held, c)])
         columns = {f"B_{i}": bases.eigenbasis(kron.gram(q, c.products)) for i, q in enumerate(fresh.q) if q.ndim == 3}
         return {**begun, **slots_of(fresh), **columns}

@@ -11,6 +11,8 @@ Sources: Li 2015, Preconditioned Stochastic Gradient Descent (arXiv:1512.04202);
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,10 +32,14 @@ def newton_scale(h: Tensor, v: Tensor, dampening: Number) -> Tensor:
     return scale
 
 
-def first_scale(x: Tensor, pair: tuple[Tensor, Tensor] | None, dampening: Number) -> Tensor:
-    """:func:`newton_scale` where there is a product that is finite and not 0; elsewhere the scale that whitens ``x``."""
-    whitening = kron.whitening_scale(x, dampening)
-    if pair is None:
+def first_scales(xs: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor] | None], dampening: Number) -> Tensor:
+    """For the blocks of several stacks, one after the other: :func:`newton_scale` where there is a product that is finite and
+    not 0; elsewhere the scale that whitens ``x``."""
+    whitening = kron.whitening_scales(xs, dampening)
+    if all(pair is None for pair in pairs):
         return whitening
-    curved = newton_scale(*pair, dampening)
-    return torch.where(curved > 0, curved, whitening)
+    curved = [
+        x.new_zeros(len(x)) if pair is None else newton_scale(*pair, dampening) for x, pair in zip(xs, pairs, strict=True)
+    ]
+    scale = torch.cat(curved)
+    return torch.where(scale > 0, scale, whitening)

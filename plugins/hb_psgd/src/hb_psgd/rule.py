@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,39 +12,12 @@ from torch import Tensor
 from hb_psgd import kron
 from hb_psgd.checks import Q_DTYPES, check_flags, check_settings
 from hb_psgd.common import EPS, Probability, curvature_of, pair_of, refresh_rate
-from hb_psgd.factor_rules import RULES, Factor, Settings, all_fitted
-from hb_psgd.newton import first_scale
+from hb_psgd.factor_rules import RULES, Factor, Settings
+from hb_psgd.fitting import all_fitted, collected, settle
+from hb_psgd.held import Held, slots_of
+from hb_psgd.newton import first_scales
 from hb_psgd.norms import PROBES
 from hbcore.api import Block, Context, Curvature, Domain, Slot, State, Transform, grid_view, hyper, matrix_view, zeros
-
-
-class Held(NamedTuple):
-    """The factors of a stack, as they are stored.
-
-    Attributes:
-        q: of Q, for each dimension.
-        p: of P, for each dimension; None where none is kept.
-        bounds: the running bounds, each ``[B]``.
-        share: ``[B]``, the multiple of the identity that is to be added to ``q``: in blocks that start in this step. None for
-            0 everywhere.
-    """
-
-    q: list[Tensor]
-    p: list[Tensor | None]
-    bounds: list[Tensor]
-    share: Tensor | None = None
-
-    def begun(self) -> Held:
-        """The factors with what starts in this step: copies, which are not kept longer than they are needed."""
-        if self.share is None:
-            return self
-        square = self.share.square()
-        p = [None if p is None else kron.begin([p], square)[0] for p in self.p]
-        return Held(kron.begin(self.q, self.share), p, self.bounds)
-
-    def precondition(self, x: Tensor, c: Context, out: Tensor | None = None) -> Tensor:
-        """:math:`P x`; perhaps in the memory ``out``."""
-        return kron.precondition(x, self.q, c.products, self.p, out)
 
 
 @dataclass(frozen=True)
@@ -177,32 +150,43 @@ class KronFactors(Transform):
         q, bounds = [s[f"Q_{i}"] for i in dims], [s[f"L_{i}"] for i in dims]
         return Held(q, [s.get(f"P_{i}") for i in dims], bounds)
 
-    def started(self, x: Tensor, s: State, c: Context) -> tuple[Held, dict[str, Tensor]]:
-        """The factors before this step's refresh, some of which may start from ``x``, and their scale's slot."""
-        held, step = self.held(s, x.ndim - 1), int(c.step)
-        if not c.refresh and step & (step - 1):  # a scale costs as much as an update, and hardly any block waits for one
-            return held, {}
-        waiting = s["init_scale"] == 0
-        scale = torch.where(waiting, self.first_scale(x, s, pair_of(self, c)).to(x.dtype), s["init_scale"])
-        share = torch.where(waiting, scale ** (1 / len(held.q)), 0.0)
-        return held._replace(share=share), {"init_scale": scale}
+    def started(self, stacks: Sequence[tuple[Tensor, State, Context]]) -> list[tuple[Held, dict[str, Tensor]]]:
+        """For each stack ``(x, s, c)`` the factors before this step's refresh, some of which may start from ``x``, and their
+        scale's slot."""
+        held, c = [self.held(s, x.ndim - 1) for x, s, _ in stacks], stacks[0][2]
+        if not c.refresh and int(c.step) & (int(c.step) - 1):
+            return [(h, {}) for h in held]  # a scale costs as much as an update, and hardly any block waits for one
+        made: list[tuple[Held, dict[str, Tensor]]] = [(h, {}) for h in held]
+        for dtype in {x.dtype: None for x, _, _ in stacks}:
+            mine = [k for k, (x, _, _) in enumerate(stacks) if x.dtype == dtype]
+            before = torch.cat([stacks[k][1]["init_scale"] for k in mine])
+            waiting = before == 0
+            scale = torch.where(waiting, self.first_scales([stacks[k] for k in mine]).to(dtype), before)
+            whole = scale * waiting
+            shares = {d: whole ** (1 / d) for d in {len(held[k].q): None for k in mine}}
+            whole.square_()
+            counts = [len(stacks[k][0]) for k in mine]
+            rows = [slice(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True)]
+            for k, part in zip(mine, rows, strict=True):
+                begun = held[k]._replace(share=shares[len(held[k].q)][part], whole=whole[part])
+                made[k] = begun, {"init_scale": scale[part]}
+        return made
 
-    def first_scale(self, x: Tensor, s: State, pair: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The scale of Q for blocks that start with ``x`` or a ``pair``, ``[B]``; 0 where they say nothing about it."""
+    def first_scales(self, stacks: Sequence[tuple[Tensor, State, Context]]) -> Tensor:
+        """The scale of Q for the blocks of stacks of one dtype that start, one after the other; 0 where nothing is known."""
         if self.precond_init_scale is not None:
-            return torch.full_like(s["init_scale"], self.precond_init_scale)
-        scale = self.precond_init_scale_scale * first_scale(x, pair, self.dampening)
+            return torch.cat([torch.full_like(s["init_scale"], self.precond_init_scale) for _, s, _ in stacks])
+        pairs = [pair_of(self, c) for _, _, c in stacks]
+        scale = self.precond_init_scale_scale * first_scales([x for x, _, _ in stacks], pairs, self.dampening)
         power = self.precond_init_scale_power
         return scale if power is None else torch.where(scale > 0, scale**power, 0.0)
 
     def advanced(self, stacks: Sequence[tuple[Tensor, State, Context]]) -> Iterator[tuple[Held, Held, dict[str, Tensor]]]:
         """For each stack: its factors before this step's refresh and after it, and their slots as far as they change."""
-        targets, kept = list[tuple[Tensor, Held, Context]](), list[dict[str, Tensor]]()
-        for u, s, c in stacks:
-            target, averages = self.averaged(u, s, c)
-            held, begun = self.started(target, s, c)
-            targets.append((target, held, c))
-            kept.append(averages | begun)
+        averages = [self.averaged(u, s, c) for u, s, c in stacks]
+        begun = self.started([(x, s, c) for (x, _), (_, s, c) in zip(averages, stacks, strict=True)])
+        targets = [(x, held, c) for (x, _), (held, _), (_, _, c) in zip(averages, begun, stacks, strict=True)]
+        kept = [mean | scale for (_, mean), (_, scale) in zip(averages, begun, strict=True)]
         due = stacks[0][2].refresh
         fresh = self.refreshed(targets) if due else (held.begun() for _, held, _ in targets)
         for (_, before, _), new, after in zip(targets, kept, fresh, strict=True):
@@ -212,33 +196,33 @@ class KronFactors(Transform):
         """The factors of several stacks ``(x, held, c)`` after a refresh; all factors of one size are fitted at once."""
         products = stacks[0][2].products
         settings = Settings(self.precond_lr, self.lower_bound_beta, self.precond_update_power_iterations, products)
-        made = iter(all_fitted(RULES[self.precond_rule], [f for stack in stacks for f in self._factors(*stack)], settings))
-        for _, held, c in stacks:
-            new, held = [next(made) for _ in held.q], held.begun()
-            q, bounds = kron.settled(held.q, [n[0] for n in new], held.bounds, [n[1] for n in new])
-            yield Held(q, self.grams(q, c), bounds)
+        factors = [f for stack in stacks for f in self._factors(*stack)]
+        ends = list(accumulate(len(held.q) for _, held, _ in stacks))
+        numbers = [range(end - len(held.q), end) for end, (_, held, _) in zip(ends, stacks, strict=True)]
+        before = [bound for _, held, _ in stacks for bound in held.bounds]
+        portions = all_fitted(RULES[self.precond_rule], factors, settings)
+        bounds = settle(portions, numbers, before)
+        q = collected(portions, lambda portion: portion.new)
+        del portions
+        for mine, (_, _, c) in zip(numbers, stacks, strict=True):
+            own = [q.pop(k) for k in mine]
+            yield Held(own, self.grams(own, c), [bounds[k] for k in mine])
 
     def _factors(self, x: Tensor, held: Held, c: Context) -> Iterator[Factor]:
         """What a stack's factors are fitted with."""
         rule, pair, noise = RULES[self.precond_rule], pair_of(self, c), c.probe(x)
         g, v = (x, noise) if pair is None else pair
-        noisy = g.abs().mul_(EPS).add_(self.dampening).mul_(noise).add_(g)
+        noisy = kron.dampened(g, noise, self.dampening, EPS)
         if pair is None and not rule.reads_noise:
             v = noisy  # nobody reads it, and memory is short here
         del noise
-        gather, begun = rule.evidence if pair is None else rule.newton, held.begun()
+        gather, begun = rule.evidence if pair is None else rule.newton, held.begun() if rule.reads_factors else held
         share = torch.zeros_like(held.bounds[0]) if held.share is None else held.share
-        evidence = gather(noisy, v, begun.q, lambda g: begun.precondition(g, c), c.products)
+        evidence = gather(noisy, v, begun.q, lambda g: begun.precondition_begun(g, c), c.products)
         for q, bound, (first, second) in zip(held.q, held.bounds, evidence, strict=True):
             like = q.new_empty(len(q), PROBES if q.ndim == 3 else 0, q.shape[-1])
             start = c.probe(like) if q.ndim == 3 else like
             yield Factor(q, share, bound, first, second, start)
-
-
-def slots_of(held: Held) -> dict[str, Tensor]:
-    """The factors by the names of their slots."""
-    slots = {f"{letter}_{i}": t for letter, some in (("Q", held.q), ("L", held.bounds)) for i, t in enumerate(some)}
-    return slots | {f"P_{i}": p for i, p in enumerate(held.p) if p is not None}
 
 
 @dataclass(frozen=True)
