@@ -15,6 +15,7 @@ from hb_psgd.lra_passes import Change, rewrite
 
 pytest.importorskip("triton")
 kernel = pytest.importorskip("hb_psgd.lra_kernel", exc_type=ImportError)
+lra_moments = pytest.importorskip("hb_psgd.lra_moments", exc_type=ImportError)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="needs Triton's interpreter, or a GPU"
 )
 
-RANKS = [1, 10, 27]
+RANKS = [1, 10, 27, 40]
 
 
 def matrix(n, r, seed=0):
@@ -72,7 +73,45 @@ def test_moments_are_those_of_torch(n, r, monkeypatch):
     u, v, x, y = matrix(n, r), matrix(n, r, seed=1), vector(n, seed=2), vector(n, seed=3)
     pairs = [(u, u), (v, v), (v, u), (u, x), (v, x), (u, y), (v, y)]
     for ours, (a, b) in zip(kernel.moments(u, v, x, y), pairs, strict=True):
-        assert close(ours, a.double().mT @ b.double(), n, a.abs().double().mT @ b.abs().double())
+        assert close(ours, a.double().mT @ b.double(), n + 3, a.abs().double().mT @ b.abs().double())  # 22 bits of each factor
+
+
+@pytest.mark.parametrize("parts", [True, False])
+@pytest.mark.parametrize("r", [1, 7, 8, 31])
+def test_all_columns_are_multiplied_with_each_other(r, parts):
+    u, v, x, y = matrix(300, r), matrix(300, r, seed=1), vector(300, seed=2), vector(300, seed=3)
+    w = torch.cat((u, v, x[:, None], y[:, None]), 1).double()
+    made = lra_moments.grams(u, v, x, y, 3, parts)
+    assert close(made, w.mT @ w, 303, w.abs().mT @ w.abs()) and torch.equal(made, made.mT)
+
+
+def test_two_parts_of_ten_bits_are_as_good_as_twenty_two():
+    """With high parts alone a product would be off by 2^-11: this is what the second one is for."""
+    u = 1 + matrix(64, 1).abs()
+    exact = float(u.double().square().sum())
+    made = float(lra_moments.grams(u, u, u[:, 0].contiguous(), u[:, 0].contiguous(), 1, True)[0, 0])
+    assert abs(made - exact) < 2**-20 * exact
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, 0x7F800000])
+def test_what_is_not_finite_shows_in_the_moments(bits):
+    u, v, x, y = matrix(40, 3), matrix(40, 3, seed=1), vector(40, seed=2), vector(40, seed=3)
+    u[7, 1] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    made = lra_moments.grams(u, v, x, y, 1, True)
+    assert not made[1].isfinite().any() and made[0, 0].isfinite()
+
+
+@pytest.mark.parametrize("n", [1, 300, 1025])
+@pytest.mark.parametrize("r", RANKS)
+def test_a_vector_and_its_products_in_one_pass(n, r, monkeypatch):
+    monkeypatch.setattr(kernel, "PROGRAMS", 3)
+    a, x, c, d = matrix(n, r), vector(n, seed=1), vector(r, seed=2), vector(n, seed=3)
+    y, back = kernel.through(x, a, c, d)
+    exact = (d * x).double() + a.double() @ c.double()
+    assert close(y, exact, r + 2, (d * x).abs().double() + a.abs().double() @ c.abs().double())
+    assert close(back, a.double().mT @ y.double(), n, a.abs().double().mT @ y.abs().double())
+    other_y, other_back = lra_passes.through(x.cpu().double(), a.cpu().double(), c.cpu().double(), d.cpu().double())
+    assert relative(y, other_y.to(DEVICE)) < 1e-6 and relative(back, other_back.to(DEVICE)) < 1e-5
 
 
 @pytest.mark.parametrize(("turns", "moves"), [(True, True), (True, False), (False, True)])

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from hb_psgd.lra_passes import Change, Moments, ends, inner, moments, pair, plus
+from hb_psgd.lra_passes import Change, Moments, ends, inner, moments, pair, plus, through
 
 Number: TypeAlias = "Tensor | float"
 
@@ -57,12 +57,12 @@ class Fit(NamedTuple):
 def precondition(
     x: Tensor, u: Tensor, v: Tensor, d: Tensor, total: Callable[[Tensor], Tensor], out: Tensor | None = None
 ) -> Tensor:
-    r""":math:`P x = \mathrm{diag}(d) (I + V U^T)(I + U V^T)\,\mathrm{diag}(d)\, x`; reads U and V twice.
+    r""":math:`P x = \mathrm{diag}(d) (I + V U^T)(I + U V^T)\,\mathrm{diag}(d)\, x`; reads V twice and U once.
 
     It is written to ``out`` if given, which may be x's own memory.
     """
-    x = plus(x, u, total(inner(v, x, d)), first=d)
-    return plus(x, v, total(inner(u, x)), last=d, out=out)
+    x, back = through(x, u, total(inner(v, x, d)), d)
+    return plus(x, v, total(back), last=d, out=out)
 
 
 def begun(d: Tensor, x: Tensor, dampening: Number, numel: Number, sums: Sums, factor: Number, power: float | None) -> Tensor:
@@ -150,14 +150,15 @@ def fit(
     far = fits & scale.isfinite() & ((scale > FAR) | (scale < 1 / FAR))
     steps = torch.where(fits & ~far, lr / risen, 0.0)
 
-    factor = e.gap.mul_(-steps[0]).add_(1)
+    one, by = torch.where(far, scale, torch.ones_like(scale)), -steps[0]  # steps are 0 where it is far
+    factor = torch.addcmul(one.to(d.dtype), e.gap, by.to(d.dtype))
     kept = torch.where(fits, (risen * size**2).clamp(max=torch.finfo(bounds.dtype).max).to(bounds.dtype), before)
     kept = torch.stack((kept[0], kept[1], bounds[2]) if on_u else (kept[0], bounds[1], kept[1]))
     kept = torch.where(far, 0.0, kept)
     moved = ((e.first, e.second), (-steps[1] * s.weights[0], steps[1] * s.weights[1]))
     new_u = Change(s.turn_u, *(moved if on_u else ()))
     new_v = Change(s.turn_v, *(() if on_u else moved))
-    return Fit(d * torch.where(far, scale.to(d.dtype), factor), kept, new_u, new_v)
+    return Fit(factor.mul_(d), kept, new_u, new_v)
 
 
 class _Solved(NamedTuple):

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hb_psgd import lra_moments
 from hbcore.api import launching
 
 LINE = 1024
@@ -65,6 +66,25 @@ def plus_kernel(  # type: ignore[no-untyped-def]
     if LAST:
         value *= tl.load(d + rows, mask=rows < numel, other=0.0)
     tl.store(out + rows, value, mask=rows < numel)
+
+
+@triton.jit
+def through_kernel(  # type: ignore[no-untyped-def]
+    x, a, c, d, out, sums, numel, share, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr
+):
+    """``out = d x + A c``, and in ``sums[program]`` the program's share of :math:`A^T \\mathrm{out}`, from one look at A."""
+    total = tl.zeros((PAD,), dtype=tl.float32)
+    columns = tl.arange(0, PAD)
+    weights = tl.load(c + columns, mask=columns < R, other=0.0)
+    start = tl.program_id(0) * share
+    for at in range(0, share, ROWS):
+        rows = start + at + tl.arange(0, ROWS)
+        tile = tile_of(a, start + at, numel, R, PAD, ROWS)
+        value = tl.load(x + rows, mask=rows < numel, other=0.0) * tl.load(d + rows, mask=rows < numel, other=0.0)
+        value += tl.sum(tile * weights[None, :], 1)
+        tl.store(out + rows, value, mask=rows < numel)
+        total += tl.sum(tile * value[:, None], 0)
+    tl.store(sums + tl.program_id(0) * PAD + columns, total)
 
 
 @triton.jit
@@ -202,6 +222,16 @@ def plus(x: Tensor, a: Tensor, c: Tensor, first: Tensor | None, last: Tensor | N
     return out
 
 
+def through(x: Tensor, a: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`hb_psgd.lra_passes.through`."""
+    r, pad, rows = _sizes(a)
+    programs, share = _shares(len(a), rows)
+    out, sums = torch.empty_like(x), a.new_empty(programs, pad)
+    tensors, constants = (x, a, c.contiguous(), d, out, sums), (r, pad, rows)
+    launching.run(through_kernel, (programs, 1, 1), tensors, sizes=(len(a), share), constants=constants)
+    return out, sums.sum(0)[:r]
+
+
 def pair(
     t: Tensor, probe: Tensor, d: Tensor, dampening: float, relative: float
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
@@ -230,6 +260,10 @@ def ends(u: Tensor, v: Tensor, x: Tensor, y: Tensor, on_u: bool, of_u: Tensor, o
 def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
     """U^T U, V^T V, V^T U, U^T x, V^T x, U^T y and V^T y, summed over the programs in float64."""
     r, pad, rows = _sizes(u)
+    if r <= lra_moments.WIDEST:
+        whole = lra_moments.grams(u, v, x, y, THIN_PROGRAMS if r < 16 else PROGRAMS)
+        uu, vv, vu = whole[:r, :r], whole[r : 2 * r, r : 2 * r], whole[r : 2 * r, :r]
+        return [uu, vv, vu, whole[:r, 2 * r], whole[r : 2 * r, 2 * r], whole[:r, 2 * r + 1], whole[r : 2 * r, 2 * r + 1]]
     rows = min(rows, THIN)
     programs, share = _shares(len(u), rows, THIN_PROGRAMS)
     grams, vectors = u.new_empty(programs, 3, pad, pad), u.new_empty(programs, 4, pad)

@@ -73,6 +73,16 @@ def plus(
     return lra_kernel.plus(x, a, c, first, last, out)
 
 
+def through(x: Tensor, a: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """:math:`y = d x + A c`, as :func:`plus` has it, and :math:`A^T y`."""
+    if not _has_kernels(a):
+        y = plus(x, a, c, first=d)
+        return y, inner(a, y)
+    from hb_psgd import lra_kernel
+
+    return lra_kernel.through(x, a, c, d)
+
+
 def pair(
     t: Tensor, probe: Tensor, d: Tensor, dampening: float, relative: float
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
