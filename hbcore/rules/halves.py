@@ -96,5 +96,7 @@ def has_kernels(x: Tensor) -> bool:
 
 def in_memory_order(x: Tensor) -> tuple[Tensor, bool]:
     """``x`` or its transpose, contiguous, and whether it is the transpose."""
-    turned = not x.is_contiguous() and x.mT.is_contiguous()
-    return (x.mT if turned else x.contiguous()), turned
+    if x.is_contiguous():
+        return x, False
+    turned = x.mT
+    return (turned, True) if turned.is_contiguous() else (x.contiguous(), False)
