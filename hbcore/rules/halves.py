@@ -2,6 +2,9 @@ r"""float32 matrices in two float16 parts, :math:`x = (x_1 + x_2) / s`; see :mod
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,10 +56,8 @@ def halves(x: Tensor, order: str, dim: int) -> tuple[Tensor, Tensor]:
     if not has_kernels(x):
         made, scales = parts(x, order, dim)
         return made, scales.flatten()
-    from hbcore.rules import products_kernel
-
     x, turned = in_memory_order(x)
-    (made, _), (scales, _) = products_kernel.parts(x, x, (order, order), (3 - dim if turned else dim,) * 2, EXPONENTS)
+    (made, _), (scales, _) = kernels().parts(x, x, (order, order), (3 - dim if turned else dim,) * 2, EXPONENTS)
     return made.mT if turned else made, scales
 
 
@@ -64,10 +65,8 @@ def both_halves(a: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tens
     """:func:`halves` of the factors of a product, low beside high and high upon low, in one pass."""
     if not (has_kernels(a) and b.numel()):
         return halves(a, "lh", 2), halves(b, "hl", 1)
-    from hbcore.rules import products_kernel
-
     (a, turned_a), (b, turned_b) = in_memory_order(a), in_memory_order(b)
-    (x, y), (s, r) = products_kernel.parts(a, b, ("lh", "hl"), (1 if turned_a else 2, 2 if turned_b else 1), EXPONENTS)
+    (x, y), (s, r) = kernels().parts(a, b, ("lh", "hl"), (1 if turned_a else 2, 2 if turned_b else 1), EXPONENTS)
     return (x.mT if turned_a else x, s), (y.mT if turned_b else y, r)
 
 
@@ -94,7 +93,17 @@ def has_kernels(x: Tensor) -> bool:
     return x.is_cuda and x.numel() > 0 and len(x) < MOST and has_triton()
 
 
+@lru_cache(maxsize=1)
+def kernels() -> Any:
+    """:mod:`hbcore.rules.products_kernel`. Triton is slow to import, and not everywhere."""  # asked at each product
+    from hbcore.rules import products_kernel
+
+    return products_kernel
+
+
 def in_memory_order(x: Tensor) -> tuple[Tensor, bool]:
     """``x`` or its transpose, contiguous, and whether it is the transpose."""
-    turned = not x.is_contiguous() and x.mT.is_contiguous()
-    return (x.mT if turned else x.contiguous()), turned
+    if x.is_contiguous():
+        return x, False
+    turned = x.mT
+    return (turned, True) if turned.is_contiguous() else (x.contiguous(), False)

@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from hbcore.rules.halves import EXPONENTS, Halved, both_halves, halves, has_kernels, in_memory_order
+from hbcore.rules.halves import EXPONENTS, Halved, both_halves, halves, has_kernels, in_memory_order, kernels
 
 PRECISIONS = ("ieee", "split", "tf32")
 """What ``matmul_precision`` may be."""
@@ -224,6 +224,5 @@ def _unscaled(total: Tensor, s: Tensor, r: Tensor, out: Tensor | None) -> Tensor
     """A product ``[B, m, n]`` divided by the scales of its factors, in place or written to ``out``."""
     if not has_kernels(total):
         return torch.mul(total, (1 / (s.double() * r.double()))[:, None, None], out=total if out is None else out)
-    from hbcore.rules import products_kernel
-
-    return products_kernel.unscale(total, s, r, total if out is None else out)
+    divided: Tensor = kernels().unscale(total, s, r, total if out is None else out)
+    return divided

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -116,26 +119,59 @@ def parts(
         orders, dims: of each.
         exponents: see :data:`hbcore.rules.halves.EXPONENTS`.
     """
-    both = (a,) if a is b else (a, b)
-    outs, runs, lows, numels = [], [], [], []
-    for x, order, dim in zip(both, orders, dims, strict=False):
-        count, rows, columns = x.shape
+    plan = _plan(a.shape, None if a is b else b.shape, orders, dims, exponents)
+    outs = [torch.empty(shape, dtype=torch.float16, device=a.device) for shape in plan.shapes]
+    scales = torch.empty(plan.items + plan.gap, dtype=torch.float32, device=a.device)
+    largest = torch.empty(plan.items, PIECES, dtype=torch.int32, device=a.device)
+    run(largest_kernel, (PIECES, plan.items, 1), (a, b, largest), (), plan.lengths, (PIECES, BLOCK), num_warps=8)
+    tensors = (a, b, outs[0], outs[-1], largest, scales)
+    run(split_kernel, plan.grid, tensors, (), plan.sizes, plan.constants, num_warps=8)
+    return (outs[0], outs[-1]), (scales[: len(a)], scales[-len(a) :])
+
+
+class Plan(NamedTuple):
+    """What :func:`parts` launches for stacks of some shapes.
+
+    Attributes:
+        shapes: of the parts of each stack.
+        items: how many matrices there are in all.
+        gap: how many numbers are between the scales of both.
+        lengths, sizes, constants: of the kernels' arguments.
+        grid: of the kernel that splits.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    items: int
+    gap: int
+    lengths: tuple[int, ...]
+    sizes: tuple[int, ...]
+    constants: tuple[int, ...]
+    grid: tuple[int, int, int]
+
+
+@lru_cache(maxsize=512)
+def _plan(
+    a: torch.Size, b: torch.Size | None, orders: tuple[str, str], dims: tuple[int, int], exponents: tuple[int, int, int]
+) -> Plan:
+    """For one stack, or two; a step asks for the same each time, and needs its host for launching."""
+    shapes, runs, lows, numels = [], [], [], []
+    for (count, rows, columns), order, dim in zip((a,) if b is None else (a, b), orders, dims, strict=False):
         copies = len(order)
-        shape = (count, rows * copies, columns) if dim == 1 else (count, rows, columns * copies)
-        outs.append(torch.empty(shape, dtype=torch.float16, device=x.device))
+        shapes.append((count, rows * copies, columns) if dim == 1 else (count, rows, columns * copies))
         runs.append(columns if dim == 2 else rows * columns)
         lows.append(sum(1 << i for i, which in enumerate(order) if which == "l"))
         numels.append(rows * columns)
-    items, gap = count * len(both), -count % ALIGNED
-    scales = torch.empty(items + gap, dtype=torch.float32, device=a.device)
-    largest = torch.empty(items, PIECES, dtype=torch.int32, device=a.device)
-    lengths = (numels[0], pieces(numels[0], PIECES), numels[-1], pieces(numels[-1], PIECES), count)
-    run(largest_kernel, (PIECES, items, 1), (a, b, largest), (), lengths, (PIECES, BLOCK), num_warps=8)
-    sizes = (numels[0], runs[0], numels[-1], runs[-1], count, gap)
-    constants = (PIECES, copies, lows[0], lows[-1], *exponents, BLOCK)
-    tensors = (a, b, outs[0], outs[-1], largest, scales)
-    run(split_kernel, (pieces(max(numels), BLOCK), items, 1), tensors, (), sizes, constants, num_warps=8)
-    return (outs[0], outs[-1]), (scales[:count], scales[-count:])
+    count = a[0]
+    items, gap = count * len(shapes), -count % ALIGNED
+    return Plan(
+        shapes=tuple(shapes),
+        items=items,
+        gap=gap,
+        lengths=(numels[0], pieces(numels[0], PIECES), numels[-1], pieces(numels[-1], PIECES), count),
+        sizes=(numels[0], runs[0], numels[-1], runs[-1], count, gap),
+        constants=(PIECES, len(orders[0]), lows[0], lows[-1], *exponents, BLOCK),
+        grid=(pieces(max(numels), BLOCK), items, 1),
+    )
 
 
 def unscale(total: Tensor, one_scale: Tensor, other_scale: Tensor, out: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class Arguments:
         self._skip: Tensor | None = None
         self.nonfinite: Tensor | None = None
         self._inner: dict[tuple[Place, torch.dtype], InnerSegment | None] = {}
+        self._placed: tuple[Transform, Transform, Place | None] | None = None
         self._context = Context(
             **self._absent,
             products=turn.tools.products(stack.key.device),
@@ -150,8 +151,10 @@ class Arguments:
         """What runs ``inner`` on ``u``; None if it runs as it is written."""
         if s is not self._state or u.shape != (len(self.part.places), *self.stack.key.shape) or not u.is_contiguous():
             return None
-        turn = self._turn
-        place = place_of(turn.rule, inner)
+        turn, placed = self._turn, self._placed
+        if placed is None or placed[0] is not turn.rule or placed[1] is not inner:  # a rule is the same object for many steps
+            placed = self._placed = (turn.rule, inner, place_of(turn.rule, inner))
+        place = placed[2]
         if place is None:
             return None
         key = (place, u.dtype)
