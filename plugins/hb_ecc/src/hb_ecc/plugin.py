@@ -34,11 +34,11 @@ def hb_codecs(api: object) -> list[CodecSpec]:
         CodecSpec(
             name="int8",
             target="hb_ecc.blockwise:Int8",
-            summary="8-bit codes and a float32 scale for 32 elements: 1.125 bytes; nothing but zero is stored as zero",
+            summary="8-bit codes and a scale for 32 elements: 1.06 bytes; nothing but zero is stored as zero",
         ),
         CodecSpec(
             name="uint8",
             target="hb_ecc.blockwise:UInt8",
-            summary="int8 for state that is never negative, twice as fine; 'int8' stores such state so by itself",
+            summary="int8 for state that is never negative, twice as fine: 1.125 bytes; 'int8' stores such state so by itself",
         ),
     ]
