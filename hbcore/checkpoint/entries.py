@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from hbcore import registry
-from hbcore.checkpoint import recode
+from hbcore.checkpoint import recode, weights
 from hbcore.checkpoint.migrations import Migration, path
-from hbcore.checkpoint.schema import KEPT, Record
+from hbcore.checkpoint.schema import Record
 from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like, spread_rows
 from hbcore.engine.core import OptimizerCore
+from hbcore.engine.corrections import Loaded
 from hbcore.errors import CheckpointError, HbcoreError, StateWarning
 from hbcore.rules.numerics import compute_dtype
 from hbcore.state.codec import Cast, StateCodec, cast_codec
@@ -49,7 +50,9 @@ class Reader:
         self.core, self.g, self.record, self.theirs, self.strict = core, g, record, theirs, strict
         self.own = frozenset(record.own if record is not None and composite else ())
         self.saved = record.rules if record else {}
-        installed = core.chain.versions(core.groups[g])
+        self.corrections: dict[Tensor, Loaded] = {}
+        self._entry: Mapping[str, Any] = {}
+        installed = {n: v for n, v in core.chain.versions(core.groups[g]).items() if n != weights.RULE}
         known = registry.migrations() if any(self.saved.get(n, v) != v for n, v in installed.items()) else []
         self.migrations: dict[str, list[Migration]] = {
             name: path(name, self.saved.get(name, version), version, known, g) for name, version in installed.items()
@@ -81,11 +84,11 @@ class Reader:
         entry = {k: v for k, v in (entry or {}).items() if v is not None}  # torch.optim.SGD's momentum before its first step
         if not entry:
             return {}
-        loaded: dict[str, Any] = {}
-        kept = {name for name in entry if isinstance(name, str) and name.startswith(KEPT)}
-        used = {"step", *kept, *self.own}
+        self._entry, used = entry, {"step", *self.own}
+        kept = weights.kept(self.core, param, entry, used)
+        loaded: dict[str, Any] = {**weights.read(self, i, entry, used)}
         step = self._step(i, entry)
-        slots = self.core.chain.expected(group, param)
+        slots = [slot for slot in self.core.chain.expected(group, param) if slot.rule != weights.RULE]
         for rule in dict.fromkeys(slot.rule for slot in slots):
             mine = [slot for slot in slots if slot.rule == rule]
             values = self._rule(i, rule, mine, entry, step, used)
@@ -93,7 +96,7 @@ class Reader:
         for name, value in entry.items():
             if name in self.own and name not in loaded:
                 loaded[name] = self._owned(param, value)
-            elif name in kept and isinstance(value, Tensor) and value.shape == param.shape:
+            elif name in kept:
                 part = local(param.detach())
                 loaded[name] = torch.empty_like(part, dtype=value.dtype, requires_grad=False).copy_(local(value))
             elif name not in used:
@@ -114,7 +117,7 @@ class Reader:
             there = [part for part in parts if part in entry]
             used.update(there)
             if len(there) == len(parts):
-                stored[slot.name] = {part: self._tensor(i, slot, part, dtype, entry[part]) for part, dtype in parts.items()}
+                stored[slot.name] = {part: self.tensor(i, slot, part, dtype, entry[part]) for part, dtype in parts.items()}
             elif not steps and (there or rule in self.saved or stored) and self.strict:
                 missing = next(part for part in parts if part not in entry)
                 raise CheckpointError(f"{self._who(i)} has no {missing!r} in the checkpoint, which {rule!r} needs.")
@@ -127,8 +130,10 @@ class Reader:
         return loaded
 
     def _codec_of(self, slot: Logical) -> StateCodec:
-        """The codec that a slot was saved with; exact slots are stored the same way under every codec."""
-        return self.codec if slot.codec is self.core.settings.codec else slot.codec
+        """The codec that a slot was saved with. Exact slots are stored the same way under every codec, once they are exact."""
+        parts = self.codec.parts(slot.name, torch.float32)
+        inexact = len(parts) > 1 and all(part in self._entry for part in parts)
+        return self.codec if inexact or slot.codec is self.core.settings.codec else slot.codec
 
     def _saved_parts(self, slot: Logical, param: Tensor) -> dict[str, torch.dtype]:
         return self._codec_of(slot).parts(slot.name, compute_dtype(param.dtype))
@@ -218,7 +223,7 @@ class Reader:
             raise CheckpointError(f"{self._who(i)} has step {value!r:.60} in the checkpoint; expected a count.")
         return step
 
-    def _tensor(self, i: int, slot: Logical, part: str, dtype: torch.dtype, value: Any) -> Tensor:
+    def tensor(self, i: int, slot: Logical, part: str, dtype: torch.dtype, value: Any) -> Tensor:
         """A saved tensor, ``dtype`` as its codec stores it, moved to the parameter's device, memory order and sharding."""
         param: Tensor = self.core.groups[self.g]["params"][i]
         if not isinstance(value, Tensor):
