@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from hbcore._version import __version__
 
 if TYPE_CHECKING:
+    from hbcore.casting import cast_model
     from hbcore.checkpoint.export import export
+    from hbcore.checkpoint.full_state import full_state, load_full_state
     from hbcore.errors import (
         AmbiguousNameError,
         CheckpointError,
@@ -68,13 +70,16 @@ __all__ = [
     "UnknownOptimizerError",
     "__version__",
     "block",
+    "cast_model",
     "create",
     "export",
+    "full_state",
     "get",
     "graft",
     "hook_into_backward",
     "info",
     "list_optimizers",
+    "load_full_state",
     "unblock",
 ]
 
@@ -84,8 +89,11 @@ _LAZY |= dict.fromkeys(_REGISTRY, "hbcore.registry") | {
     "Optimizer": "hbcore.optimizer",
     "Parallel": "hbcore.rules.parallel",
     "SplitOpt": "hbcore.wrappers.split",
+    "cast_model": "hbcore.casting",
     "export": "hbcore.checkpoint.export",
+    "full_state": "hbcore.checkpoint.full_state",
     "graft": "hbcore.rules.parallel",
+    "load_full_state": "hbcore.checkpoint.full_state",
     "hook_into_backward": "hbcore.wrappers.gradient_release",
 }
 

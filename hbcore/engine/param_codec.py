@@ -71,26 +71,30 @@ def _refuse(codec: StateCodec, wide: Iterable[Tensor]) -> None:
         raise OptionError(
             f"param_ecc={codec.name!r} changes the parameters' dtype, which FSDP fixes; it does not support sharded parameters."
         )
-    held = [p for p in wide if _accumulator_is_held(p)]
-    if held:
-        gc.collect()  # the graph of a loss that nobody has any more may be waiting in a cycle
-        held = [p for p in held if _accumulator_is_held(p)]
-    if held:
+    held = next((p for p in wide if is_held(p)), None)
+    if held is not None:
         raise OptionError(
-            f"param_ecc={codec.name!r} changes the parameters' dtype, and with it what accumulates their gradients; of "
-            f"{len(held)} parameters, one of shape {tuple(held[0].shape)}, somebody holds that, whose gradients would not be "
-            "averaged any more. Make the optimizer first, then wrap the model in DistributedDataParallel; if it is not "
-            "wrapped, delete losses and outputs that were computed before."
+            f"param_ecc={codec.name!r} changes the parameters' dtype, and with it what accumulates their gradients, which "
+            f"somebody holds of a parameter of shape {tuple(held.shape)}: under DistributedDataParallel, gradients would not "
+            "be averaged any more. Make the optimizer first, then wrap the model; if it is not wrapped, delete losses and "
+            "outputs that were computed before."
         )
 
 
-def _accumulator_is_held(p: Tensor) -> bool:
-    """Whether somebody else keeps the node of the graph that accumulates the gradient of ``p``; torch makes one on demand.
+def is_held(p: Tensor) -> bool:
+    """Whether somebody keeps the node of the graph that accumulates the gradient of ``p``; torch makes one on demand.
 
-    DistributedDataParallel does, whose hook on the node averages gradients; so does every graph that ends in ``p``.
+    DistributedDataParallel does, whose hook on the node averages gradients; so does every graph that ends in ``p``. Such a node
+    is lost if the dtype of ``p`` changes.
     """
-    if not p.requires_grad or not p.is_leaf:
+    if not p.requires_grad or not p.is_leaf or not _outlives(p):
         return False
+    gc.collect()  # the graph of a loss that nobody has any more may be waiting in a cycle
+    return _outlives(p)
+
+
+def _outlives(p: Tensor) -> bool:
+    """Whether the node that accumulates the gradient of ``p`` is there after everybody here has let go of it."""
     with torch.enable_grad():
         _node_of(p).metadata["hbcore"] = True
         node = _node_of(p)
@@ -246,10 +250,13 @@ def put_full(core: OptimizerCore, p: Tensor, full: Tensor) -> None:
     core.corrections.note_one(p)
 
 
-def full_of(core: OptimizerCore, p: Tensor) -> Tensor | None:
-    """The float32 weights of a parameter, in the parameter's memory order; None if nothing is kept beside it."""
+def full_of(core: OptimizerCore, p: Tensor, waiting: bool = False) -> Tensor | None:
+    """The float32 weights of a parameter, in the parameter's memory order; None if nothing is kept beside it.
+
+    With ``waiting``, also of one whose correction is a checkpoint's and has yet to meet its weights.
+    """
     codec, parts = core.settings.param_codec, beside(core.state.get(p, {}))
-    if codec is None or not parts or p.dtype != narrow_dtype(codec) or p in core.corrections.waiting:
+    if codec is None or not parts or p.dtype != narrow_dtype(codec) or (p in core.corrections.waiting and not waiting):
         return None
     return codec.read({"param": local(p.detach()), **parts}, "param", torch.float32)
 
