@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         UnknownCodecError,
         UnknownOptimizerError,
     )
+    from hbcore.footprint import memory
     from hbcore.optimizer import Optimizer
     from hbcore.registry import block, create, get, info, list_optimizers, unblock
     from hbcore.rules.parallel import Parallel, graft
@@ -80,6 +81,7 @@ __all__ = [
     "info",
     "list_optimizers",
     "load_full_state",
+    "memory",
     "unblock",
 ]
 
@@ -94,6 +96,7 @@ _LAZY |= dict.fromkeys(_REGISTRY, "hbcore.registry") | {
     "full_state": "hbcore.checkpoint.full_state",
     "graft": "hbcore.rules.parallel",
     "load_full_state": "hbcore.checkpoint.full_state",
+    "memory": "hbcore.footprint",
     "hook_into_backward": "hbcore.wrappers.gradient_release",
 }
 

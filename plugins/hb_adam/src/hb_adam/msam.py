@@ -26,9 +26,10 @@ class MomentumSAM(Transform):
 
     The norm is taken over the updates of all parameters together. The parameter holds :math:`p` in training and
     :math:`w = p + e` in evaluation. The state is :math:`e`, not :math:`w`: it is zero before the first step, and stays valid
-    for a parameter that skips steps and while :math:`\rho` changes. It is computed as :math:`w - p`, so that rounding :math:`p`
-    costs :math:`w` nothing; rounding :math:`e` would move :math:`w` in every step, so no codec stores it. The paper restores :math:`w` from the momentum and its
-    norm and saves one tensor; but that norm is the whole model's, which a single parameter does not have.
+    for a parameter that skips steps and while :math:`\rho` changes. It is computed as :math:`w - p`, so that rounding
+    :math:`p` costs :math:`w` nothing; rounding :math:`e` would move :math:`w` in every step, so no codec stores it. The paper
+    restores :math:`w` from the momentum and its norm and saves one tensor; but that norm is the whole model's, which a single
+    parameter does not have.
 
     Args:
         lr, warmup_steps: the learning rate and ``N``.
