@@ -68,14 +68,15 @@ def load_full_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: M
     Returns:
         What ``model.load_state_dict`` returns.
     """
+    cores = [*_cores(optimizer)]
+    for core in cores:
+        settle(core, final=False)
     result = model.load_state_dict(state, strict=strict)
     names = {t: name for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, nn.Parameter)}
-    for core in _cores(optimizer):
-        settle(core, final=False)
+    for core in cores:
         for p in (p for group in core.groups for p in group["params"]):
             given = state.get(names.get(p, ""))
-            wide = isinstance(given, Tensor) and given.dtype in (torch.float32, torch.float64)
-            if isinstance(given, Tensor) and wide and full_of(core, p, waiting=True) is not None:
+            if isinstance(given, Tensor) and given.dtype in (torch.float32, torch.float64):
                 core.corrections.waiting.pop(p, None)
                 put_full(core, p, given)
     return result

@@ -82,7 +82,7 @@ def put(core: OptimizerCore, content: Content) -> None:
     for key in core.state.own():
         del core.state[key]
     core.state.update(content.own)
-    core.corrections.waiting = content.corrections
+    core.corrections.await_weights(content.corrections)
     note(core)
     settle(core, final=False)
 

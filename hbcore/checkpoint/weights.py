@@ -36,7 +36,7 @@ def sum_of(core: OptimizerCore, p: Tensor, entry: Mapping[str, Any]) -> dict[str
     """The entry that says which weights the corrections in a parameter's entry belong to; empty if there are none."""
     if not any(str(name).startswith(PREFIX) for name in entry):
         return {}
-    if p in core.corrections.waiting:
+    if core.corrections.waits(p):
         found = core.corrections.waiting[p].sum
     else:
         found = fingerprint(p)

@@ -43,7 +43,7 @@ class Corrections:
         versions: torch's counts of the writes to them, by then.
         revision: the state's count of writes for which ``params`` is the list; None if it has to be made.
         stale: after how many steps in a row somebody wrote to a parameter.
-        waiting: what a checkpoint brought, and was not yet compared with the weights.
+        waiting: what a checkpoint brought, until the next step: its weights may be loaded before that, once or again.
     """
 
     def __init__(self) -> None:
@@ -53,6 +53,7 @@ class Corrections:
         self.stale = 0
         self.waiting: dict[Tensor, Loaded] = {}
         self._places: dict[Tensor, int] = {}
+        self._met: dict[Tensor, int] = {}
 
     def current(self, dtype: torch.dtype) -> bool:
         """Whether nobody wrote to a parameter, and all have ``dtype``."""
@@ -78,6 +79,19 @@ class Corrections:
     def knows(self, param: Tensor) -> bool:
         """Whether nobody wrote to a parameter that is one of them."""
         return param not in self._places or self.versions[self._places[param]] == param._version
+
+    def await_weights(self, loaded: dict[Tensor, Loaded]) -> None:
+        """Take what a checkpoint brought, in place of what an earlier one did."""
+        self.waiting, self._met = loaded, {}
+
+    def met(self, param: Tensor) -> None:
+        """What a checkpoint brought for a parameter belongs to what it holds, and was put to use."""
+        self._met[param] = param._version
+        self.note_one(param)
+
+    def waits(self, param: Tensor) -> bool:
+        """Whether a checkpoint's correction of a parameter has not met the weights that it holds now."""
+        return param in self.waiting and self._met.get(param) != param._version
 
     def forgive(self, before: list[int]) -> None:
         """The parameters were written to since they had the versions ``before``, and hold the same bits again."""

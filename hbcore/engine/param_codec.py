@@ -151,7 +151,7 @@ def _drop_stale(core: OptimizerCore, codec: StateCodec) -> None:
     written = 0
     for p, version in zip(corrections.params, corrections.versions, strict=True):
         parts = beside(core.state.get(p, {}))
-        if not parts or (p.dtype == dtype and p._version == version) or p in corrections.waiting:
+        if not parts or (p.dtype == dtype and p._version == version) or corrections.waits(p):
             continue
         if p.dtype == dtype:
             for t in parts.values():
@@ -160,6 +160,7 @@ def _drop_stale(core: OptimizerCore, codec: StateCodec) -> None:
             continue
         if p._version == version:
             _write(p, codec, parts)
+        corrections.waiting.pop(p, None)
         for name in parts:
             del core.state[p][name]
         core.report.note(
@@ -193,37 +194,39 @@ def _write(p: Tensor, codec: StateCodec, parts: Mapping[str, Tensor]) -> None:
 
 def _receive(core: OptimizerCore, final: bool) -> None:
     """Let what a checkpoint brought act on the weights, where they are those that it was saved with."""
-    corrections = core.corrections
-    others, known = 0, {*_everyone(core)}
-    for p, loaded in list(corrections.waiting.items()):
-        fits = p in known and _belongs(p, loaded)
-        if not fits and not final:
+    corrections, others = core.corrections, 0
+    for p, loaded in corrections.waiting.items():
+        if not corrections.waits(p):
             continue
-        del corrections.waiting[p]
+        rounded, fits = _belongs(p, loaded)
         if fits:
             _join(core, p, loaded)
-        elif p in known:
-            for t in beside(core.state[p]).values():
+            corrections.met(p)
+        elif final:
+            for t in beside(core.state.get(p, {})).values():
                 t.zero_()
-            others += p.dtype == narrow_dtype(loaded.codec)
-            core.report.note("the weights are not those that the checkpoint's param#ecc was saved with, and go on without it")
-        corrections.note_one(p)
+            corrections.note_one(p)
+            core.report.note("weights are not those that the checkpoint's param#ecc was saved with, and go on without it")
+            others += rounded
+    if final:
+        corrections.await_weights({})
     if others:
         warn_at_caller(
             f"{core.name}: {others} parameters hold other weights than those that the checkpoint's param#ecc was saved with; "
-            "they go on without it, rounded to their dtype. Load the model's state dict that was saved along with the "
+            "they go on without it, rounded to its dtype. Load the model's state dict that was saved along with the "
             "optimizer's; full weights go into the model with hbcore.load_full_state.",
             StateWarning,
         )
 
 
-def _belongs(p: Tensor, loaded: Loaded) -> bool:
+def _belongs(p: Tensor, loaded: Loaded) -> tuple[bool, bool]:
+    """Whether the weights are rounded as the codec does it, and whether they are those that a correction was saved with."""
     own = local(p.detach())
     narrowed = own.to(narrow_dtype(loaded.codec))
     if own.dtype != narrowed.dtype and not torch.equal(narrowed.to(own.dtype), own):
-        return False
+        return False, False
     found = None if is_dtensor(p) else fingerprint(narrowed)
-    return found is None or loaded.sum is None or bool(found.cpu() == loaded.sum.cpu())
+    return True, found is None or loaded.sum is None or bool(found.cpu() == loaded.sum.cpu())
 
 
 def _join(core: OptimizerCore, p: Tensor, loaded: Loaded) -> None:
@@ -241,22 +244,19 @@ def _join(core: OptimizerCore, p: Tensor, loaded: Loaded) -> None:
 
 
 def put_full(core: OptimizerCore, p: Tensor, full: Tensor) -> None:
-    """Store float32 weights in a parameter and beside it."""
-    codec = core.settings.param_codec
-    assert codec is not None
-    targets = {"param": local(p.detach()), **beside(core.state[p])}
+    """Store float32 weights in a parameter and beside it; does nothing for a parameter that has nothing beside it."""
+    codec, targets = core.settings.param_codec, {"param": local(p.detach()), **beside(core.state.get(p, {}))}
+    if codec is None or len(targets) == 1 or p.dtype != narrow_dtype(codec):
+        return
     for name, value in codec.write(targets, "param", full.to(targets["param"].device, torch.float32)).items():
         targets[name].copy_(value)
     core.corrections.note_one(p)
 
 
-def full_of(core: OptimizerCore, p: Tensor, waiting: bool = False) -> Tensor | None:
-    """The float32 weights of a parameter, in the parameter's memory order; None if nothing is kept beside it.
-
-    With ``waiting``, also of one whose correction is a checkpoint's and has yet to meet its weights.
-    """
+def full_of(core: OptimizerCore, p: Tensor) -> Tensor | None:
+    """The float32 weights of a parameter, in the parameter's memory order; None if nothing is kept beside it."""
     codec, parts = core.settings.param_codec, beside(core.state.get(p, {}))
-    if codec is None or not parts or p.dtype != narrow_dtype(codec) or (p in core.corrections.waiting and not waiting):
+    if codec is None or not parts or p.dtype != narrow_dtype(codec) or core.corrections.waits(p):
         return None
     return codec.read({"param": local(p.detach()), **parts}, "param", torch.float32)
 
