@@ -20,6 +20,7 @@ from hbcore.testing import Subject
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(param_ecc|max_lr|no names):UserWarning", "ignore:.*param_ecc turned")
 
+
 def some(*quick):
     """Every optimizer, those that are not ``quick`` where all are checked."""
     return [pytest.param(n, marks=() if n in quick else pytest.mark.broad) for n in hbcore.list_optimizers()]
