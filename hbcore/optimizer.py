@@ -18,6 +18,7 @@ from hbcore.engine.core import Group, OptimizerCore
 from hbcore.engine.curvature import evaluate, needed
 from hbcore.engine.entry_forms import fixed
 from hbcore.engine.graph.scalar_inputs import Amp, capturing
+from hbcore.engine.idle_options import begin
 from hbcore.engine.new_group import completed
 from hbcore.engine.options import Settings, resolve
 from hbcore.engine.param_codec import narrow, note, settle
@@ -84,7 +85,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         self.core.building = True
         torch.optim.Optimizer.__init__(self, checked, defaults)
         self.core.building = False
-        narrow(self.core)
+        begin(self.core, options)
 
     @property
     def param_groups(self) -> list[Group]:
