@@ -69,6 +69,8 @@ class Composite(torch.optim.Optimizer):
 
     @state.setter
     def state(self, content: Mapping[Tensor, dict[str, Any]]) -> None:
+        if "_groups" not in vars(self):  # torch's constructor, which begins with none: the children may have theirs already
+            return
         for child in self.children:
             params = (p for group in child.param_groups for p in group["params"])
             child.state = {p: content[p] for p in params if p in content}
