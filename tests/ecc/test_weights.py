@@ -442,3 +442,60 @@ def test_a_composite_keeps_the_state_that_its_children_have():
     run(inner, params, gradients(3, SHAPES))
     wrapped = SAMWrapper(wrapped_optimizer=inner)
     assert [float(wrapped.state[p]["step"]) for p in params] == [3.0] * 3
+
+
+@pytest.mark.parametrize("after", [None, *BITS])
+@pytest.mark.parametrize("name", ["SFAdamW", "MSAMLaProp"])
+def test_evaluation_weights_are_resumed_whoever_has_param_ecc(name, after):
+    model, optimizer = trained(name, param_ecc="bf16+16")
+    training = full(model, optimizer)
+    optimizer.eval()
+    other = Model(seed=2)
+    second = quiet(hbcore.get(name), other.parameters(), param_ecc=after)
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.load_state_dict(model.state_dict())
+    close(full(other, second), full(model, optimizer), EXACT.get(after, 0.0))
+    second.train()
+    for key, value in full(other, second).items():
+        torch.testing.assert_close(value, training[key], rtol=2.0**-15, atol=1e-6)
+    advance(other, second, list(gradients(4, SHAPES))[-1])
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda x: torch.load(saved_whole(x), weights_only=False)], ids=["copy", "pickle"]
+)
+def test_copies_keep_corrections(how):
+    model, optimizer = trained("AdamW", param_ecc="bf16+8")
+    other, second = how((model, optimizer))
+    close(full(other, second), full(model, optimizer), 0.0)
+    for m, o in ((model, optimizer), (other, second)):
+        advance(m, o, list(gradients(4, SHAPES))[-1])
+    close(full(other, second), full(model, optimizer), 0.0)
+
+
+def saved_whole(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize(("name", "slot"), [("AdamW", "param_ema"), ("MSAMLaProp", "perturbation")])
+@pytest.mark.parametrize("options", [{"ecc": "bf16+8"}, {"ecc": "bf16+16"}, {"storage_dtype": "bfloat16"}], ids=str)
+def test_what_an_older_checkpoint_has_encoded_is_decoded_where_it_is_exact_now(name, slot, options):
+    model, optimizer = trained(name, use_ema=True, **options)
+    saved = copy.deepcopy(optimizer.state_dict())
+    wanted = []
+    for entry in saved["state"].values():
+        value = entry[slot]
+        assert value.dtype == torch.float32
+        blank = {
+            part: torch.zeros_like(value, dtype=d) for part, d in optimizer.settings.codec.parts(slot, torch.float32).items()
+        }
+        entry.update(optimizer.settings.codec.write(blank, slot, value))
+        wanted.append(optimizer.settings.codec.read(entry, slot, torch.float32))
+    second = quiet(hbcore.get(name), model.parameters(), use_ema=True, **options)
+    with pytest.warns(StateWarning, match=f"state '{slot}' was saved as"):
+        second.load_state_dict(saved)
+    assert same([second.state[p][slot] for p in model.parameters()], wanted)
+    assert not any(f"{slot}#ecc" in second.state[p] for p in model.parameters())
