@@ -85,7 +85,7 @@ def test_every_option_is_looked_at():
     assert VALUES.keys() | HOW.keys() == OPTIONS.keys() and not VALUES.keys() & HOW.keys()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.broad)], ids=str)
 @pytest.mark.parametrize("name", one_of_each(hbcore.list_optimizers()))
 def test_no_option_is_silently_ignored(name, dtype):
     plain, _ = outcome(name, dtype)
