@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from hbcore._version import __version__
 
 if TYPE_CHECKING:
+    from hbcore.casting import cast_model
     from hbcore.checkpoint.export import export
+    from hbcore.checkpoint.full_state import full_state, load_full_state
     from hbcore.errors import (
         AmbiguousNameError,
         CheckpointError,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
         UnknownCodecError,
         UnknownOptimizerError,
     )
+    from hbcore.footprint import memory
     from hbcore.optimizer import Optimizer
     from hbcore.registry import block, create, get, info, list_optimizers, unblock
     from hbcore.rules.parallel import Parallel, graft
@@ -68,13 +71,17 @@ __all__ = [
     "UnknownOptimizerError",
     "__version__",
     "block",
+    "cast_model",
     "create",
     "export",
+    "full_state",
     "get",
     "graft",
     "hook_into_backward",
     "info",
     "list_optimizers",
+    "load_full_state",
+    "memory",
     "unblock",
 ]
 
@@ -84,8 +91,12 @@ _LAZY |= dict.fromkeys(_REGISTRY, "hbcore.registry") | {
     "Optimizer": "hbcore.optimizer",
     "Parallel": "hbcore.rules.parallel",
     "SplitOpt": "hbcore.wrappers.split",
+    "cast_model": "hbcore.casting",
     "export": "hbcore.checkpoint.export",
+    "full_state": "hbcore.checkpoint.full_state",
     "graft": "hbcore.rules.parallel",
+    "load_full_state": "hbcore.checkpoint.full_state",
+    "memory": "hbcore.footprint",
     "hook_into_backward": "hbcore.wrappers.gradient_release",
 }
 

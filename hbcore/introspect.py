@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,8 @@ from hbcore.engine.backends.triton.codegen import module_source
 from hbcore.engine.graph.trace import trace
 from hbcore.engine.planning.partition import example, partition
 from hbcore.engine.shared_options import OPTIONS
-from hbcore.errors import OptionError
+from hbcore.errors import OptionError, StateWarning
+from hbcore.footprint import memory
 from hbcore.optimizer import Optimizer
 from hbcore.rules import route
 from hbcore.state.expected import expected
@@ -27,11 +29,14 @@ def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]
 
     Bytes per parameter are those of its state for a 32 x 32 float32 matrix, at the class's defaults but for ``options``: not
     every state grows with its parameter. Slots that are derived are among them, since they take memory, though checkpoints have
-    none. Of a class that wraps others they are the first one's.
+    none. ``memory`` has the parameter and its gradient too, see :func:`hbcore.memory`. Of a class that wraps others they are
+    the first one's.
     """
     signature = inspect.signature(cls)
     build: Callable[..., Optimizer | Composite] = cls  # subclasses default everything but the parameters
-    built = build([torch.nn.Parameter(torch.zeros(32, 32, device="cpu"))], **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StateWarning)  # param_ecc narrows nobody's parameter here
+        built = build([torch.nn.Parameter(torch.zeros(32, 32, device="cpu"))], **options)
     optimizer = built.children[0] if isinstance(built, Composite) else built
     own = [n for n, p in signature.parameters.items() if n != "params" and n not in OPTIONS and p.kind is not p.VAR_KEYWORD]
     own += [n for n in OPTIONS if n in getattr(cls, "own", ())]
@@ -43,12 +48,12 @@ def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]
         {
             "name": part,
             "transform": slot.rule,
-            "dtype": str(dtype).removeprefix("torch."),
-            "bytes_per_parameter": dtype.itemsize * slot.part_shape(part).numel() / param.numel(),
+            "dtype": str(stored.dtype).removeprefix("torch."),
+            "bytes_per_parameter": stored.nbytes / param.numel(),
             "derived": slot.derived,
         }
-        for slot in expected(transforms, param, optimizer.settings.codec, derived=True)
-        for part, dtype in slot.parts(param).items()
+        for slot in expected(transforms, param, optimizer.settings.codec, optimizer.settings.param_codec, derived=True)
+        for part, stored in slot.blank(torch.empty_like(param, device="meta")).items()
     ]
     return {
         "name": cls.__name__,
@@ -65,6 +70,7 @@ def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]
         ],
         "slots": slots,
         "bytes_per_parameter": float(sum(s["bytes_per_parameter"] for s in slots)),
+        "memory": dict(memory([torch.nn.Parameter(torch.empty(32, 32, device="meta"))], cls, **options).per_parameter),
         "chain": [t.name for t in transforms],
     }
 
@@ -92,6 +98,7 @@ def outline(cls: type[Any]) -> dict[str, Any]:
         "options": [],
         "slots": [],
         "bytes_per_parameter": 0.0,
+        "memory": {},
         "chain": [],
     }
     if issubclass(cls, SplitOpt) or not issubclass(cls, torch.optim.Optimizer):

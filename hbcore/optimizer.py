@@ -18,15 +18,15 @@ from hbcore.engine.core import Group, OptimizerCore
 from hbcore.engine.curvature import evaluate, needed
 from hbcore.engine.entry_forms import fixed
 from hbcore.engine.graph.scalar_inputs import Amp, capturing
+from hbcore.engine.idle_options import begin
 from hbcore.engine.new_group import completed
 from hbcore.engine.options import Settings, resolve
-from hbcore.engine.param_codec import narrow
+from hbcore.engine.param_codec import narrow, note, settle
 from hbcore.engine.params import check_params
 from hbcore.engine.planning.sparse_plan import check, plan_for
 from hbcore.engine.report import Report
 from hbcore.engine.shared_options import SharedOptions
 from hbcore.engine.step_hooks import observed, step_outside_graphs
-from hbcore.errors import RuleError
 from hbcore.rules.transform import Transform
 from hbcore.state.slots import StateMap, compacted
 
@@ -85,6 +85,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         self.core.building = True
         torch.optim.Optimizer.__init__(self, checked, defaults)
         self.core.building = False
+        begin(self.core, options)
 
     @property
     def param_groups(self) -> list[Group]:
@@ -171,19 +172,18 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
             load.adopt(core)
         loss = None if closure is None else evaluate((core,), closure)
         try:
-            if not core.modes.training:
-                raise RuleError(f"{core.name}.step() with the weights to evaluate with; call optimizer.train() first.")
-            if core.modes.averaging:
-                raise RuleError(f"{core.name}.step() within ema_weights(); step outside.")
+            weight_modes.check(core)
             if not core.state and dry_step.is_dry(core):
                 dry_step.allocate(core)
                 return loss
+            settle(core)
             if core.plan is None:
                 core.plan = plan_for(core)
             core.modes.reset(training=True)
             stepped = core.plan.step(Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
         finally:
             core.pairs.made = {}
+        note(core)
         core.seen = core.state.revision.count
         if core.settings.consume_grad and not capturing():
             for p in stepped:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from hbcore import registry
-from hbcore.checkpoint import recode
+from hbcore.checkpoint import recode, weights
 from hbcore.checkpoint.migrations import Migration, path
-from hbcore.checkpoint.schema import KEPT, Record
+from hbcore.checkpoint.schema import Record
 from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like, spread_part, spread_rows
 from hbcore.engine.core import OptimizerCore
+from hbcore.engine.corrections import Loaded
 from hbcore.errors import CheckpointError, HbcoreError, StateWarning
 from hbcore.rules.numerics import compute_dtype
 from hbcore.state.blocks import block_shape
@@ -51,7 +52,8 @@ class Reader:
         self.core, self.g, self.record, self.theirs, self.strict = core, g, record, theirs, strict
         self.own = frozenset(record.own if record is not None and composite else ())
         self.saved = record.rules if record else {}
-        installed = core.chain.versions(core.groups[g])
+        self.corrections: dict[Tensor, Loaded] = {}
+        installed = {n: v for n, v in core.chain.versions(core.groups[g]).items() if n != weights.RULE}
         known = registry.migrations() if any(self.saved.get(n, v) != v for n, v in installed.items()) else []
         self.migrations: dict[str, list[Migration]] = {
             name: path(name, self.saved.get(name, version), version, known, g) for name, version in installed.items()
@@ -89,11 +91,11 @@ class Reader:
         entry = {k: v for k, v in (entry or {}).items() if v is not None}  # torch.optim.SGD's momentum before its first step
         if not entry:
             return {}
-        loaded: dict[str, Any] = {}
-        kept = {name for name in entry if isinstance(name, str) and name.startswith(KEPT)}
-        used = {"step", *kept, *self.own}
+        used = {"step", *self.own}
+        kept = weights.kept(self.core, param, entry, used)
+        loaded: dict[str, Any] = {**weights.read(self, i, entry, used)}
         step = self._step(i, entry)
-        slots = self.core.chain.expected(group, param)
+        slots = [slot for slot in self.core.chain.expected(group, param) if slot.rule != weights.RULE]
         for rule in dict.fromkeys(slot.rule for slot in slots):
             mine = [slot for slot in slots if slot.rule == rule]
             values = self._rule(i, rule, mine, entry, step, used)
@@ -101,7 +103,7 @@ class Reader:
         for name, value in entry.items():
             if name in self.own and name not in loaded:
                 loaded[name] = self._owned(param, value)
-            elif name in kept and isinstance(value, Tensor) and value.shape == param.shape:
+            elif name in kept:
                 part = local(param.detach())
                 loaded[name] = torch.empty_like(part, dtype=value.dtype, requires_grad=False).copy_(local(value))
             elif name not in used:
@@ -123,7 +125,7 @@ class Reader:
             there = [part for part in parts if part in entry]
             used.update(there)
             if len(there) == len(parts):
-                stored[slot.name] = {part: self._tensor(i, slot, codec, part, entry[part]) for part in parts}
+                stored[slot.name] = {part: self.tensor(i, slot, codec, part, entry[part]) for part in parts}
             elif not steps and (there or rule in self.saved or stored) and self.strict:
                 missing = next(part for part in parts if part not in entry)
                 raise CheckpointError(f"{self._who(i)} has no {missing!r} in the checkpoint, which {rule!r} needs.")
@@ -136,10 +138,13 @@ class Reader:
         return loaded
 
     def _codec_of(self, slot: Logical, entry: Mapping[str, Any]) -> StateCodec:
-        """The codec that a slot was saved with. Exact slots are stored the same way under every codec; a blockwise codec stored
-        plainly what has no blocks, and there is nothing per block then."""
+        """The codec that a slot was saved with. Exact slots are stored the same way under every codec, once they are exact; a
+        blockwise codec stored plainly what has no blocks, and there is nothing per block then."""
         if slot.kind is None:
             return slot.codec
+        parts = self.codec.parts(slot.name, torch.float32)
+        if slot.kind.exact and len(parts) > 1 and all(part in entry for part in parts):
+            return self.codec
         codec = codec_of(slot.name, slot.kind, self.codec)
         return codec if all(part in entry for part in per_block_of(codec, slot.name)) else Cast()
 
@@ -228,7 +233,7 @@ class Reader:
             raise CheckpointError(f"{self._who(i)} has step {value!r:.60} in the checkpoint; expected a count.")
         return step
 
-    def _tensor(self, i: int, slot: Logical, codec: StateCodec, part: str, value: Any) -> Tensor:
+    def tensor(self, i: int, slot: Logical, codec: StateCodec, part: str, value: Any) -> Tensor:
         """A saved tensor as ``codec`` stored it, moved to the parameter's device, memory order and sharding."""
         param: Tensor = self.core.groups[self.g]["params"][i]
         dtype = codec.parts(slot.name, compute_dtype(param.dtype))[part]

@@ -21,6 +21,9 @@ FORMATS = ("torch",)
 def export(optimizer: Optimizer, format: str = "torch") -> dict[str, Any]:
     """A state dict that other libraries' optimizers can load: every codec decoded, hbcore's own entries left out.
 
+    Weights are the model's, and not in it. Under ``param_ecc``, save :func:`hbcore.full_state` along with it:
+    ``model.state_dict()`` has bfloat16.
+
     Where torch.optim has the same rule (AdamW, SGD), its optimizer can resume from it. ``torch.optim.AdamW(...)`` divides by
     ``sqrt(v) + eps``, so hbcore's takes the same steps with ``division_backend="eps_add"``.
 

@@ -18,16 +18,22 @@ from hbcore.checkpoint import save, schema
 from hbcore.checkpoint.entries import Reader
 from hbcore.distributed.placement import is_dtensor, local
 from hbcore.engine.core import OptimizerCore
+from hbcore.engine.corrections import Loaded
+from hbcore.engine.param_codec import note, settle
 from hbcore.errors import CheckpointError, HyperparameterError
 
 
 class Content(NamedTuple):
-    """Validated checkpoint content for an optimizer: group entries, records, each parameter's state, and the user's own."""
+    """Validated checkpoint content for an optimizer: group entries, records, each parameter's state, and the user's own.
+
+    ``corrections`` are those of ``param_ecc`` that have yet to find their weights.
+    """
 
     groups: list[dict[str, Any]]
     records: list[schema.Record | None]
     state: dict[Tensor, dict[str, Any]]
     own: dict[Any, Any]
+    corrections: dict[Tensor, Loaded]
 
 
 @contextmanager
@@ -76,6 +82,9 @@ def put(core: OptimizerCore, content: Content) -> None:
     for key in core.state.own():
         del core.state[key]
     core.state.update(content.own)
+    core.corrections.await_weights(content.corrections)
+    note(core)
+    settle(core, final=False)
 
 
 def _place(core: OptimizerCore, state: dict[Tensor, dict[str, Any]]) -> None:
@@ -130,7 +139,9 @@ def read(core: OptimizerCore, state_dict: Mapping[str, Any], strict: bool, compo
         if not isinstance(theirs, Mapping) or not isinstance(theirs.get("params"), (list, tuple)):
             raise CheckpointError(f"{name}: param group {g} of the checkpoint has no list of 'params'.")
     known = {key for theirs in saved for key in theirs["params"]}
+    settle(core, final=False)
     groups, records, state = [], [], {}
+    corrections: dict[Tensor, Loaded] = {}
     for g, (theirs, ours) in enumerate(zip(saved, core.groups, strict=True)):
         records.append(schema.read(theirs.get(schema.KEY), g))
         groups.append(_numbers(core, theirs, ours, g))
@@ -139,12 +150,13 @@ def read(core: OptimizerCore, state_dict: Mapping[str, Any], strict: bool, compo
             entry = None if key is None else state_dict["state"].get(key)
             frozen = records[-1] is not None and key in [theirs["params"][k] for k in records[-1].frozen]
             loaded = {} if entry is None and frozen else reader.read(i, entry)
+            corrections.update(reader.corrections)
             if loaded:
                 state[ours["params"][i]] = loaded
     own = {k: v for k, v in state_dict["state"].items() if not isinstance(k, int) and k not in known}
     if strict and (strangers := [k for k in state_dict["state"] if k not in known and k not in own]):
         raise CheckpointError(f"{name}: the checkpoint has state for {strangers[:5]}, which is in none of its param groups.")
-    return Content(groups, records, state, copy.deepcopy(own))
+    return Content(groups, records, state, copy.deepcopy(own), corrections)
 
 
 def _match(core: OptimizerCore, theirs: Mapping[str, Any], ours: Mapping[str, Any], g: int, strict: bool) -> list[Any]:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbcore.checkpoint import schema
+from hbcore.checkpoint import schema, weights
 from hbcore.distributed.exchange import broadcast, owners
 from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like, spread_part, spread_rows
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.entry_forms import fixed
+from hbcore.engine.param_codec import settle
 from hbcore.state.expected import Logical
 from hbcore.state.slots import compact
 
@@ -43,6 +44,7 @@ def record_of(core: OptimizerCore, g: int, live: bool = False, own: Iterable[str
         {core.name: core.options} if live and core.options else {},
         tuple(i for i, p in enumerate(params) if not (p.requires_grad or core.state.get(p))),
         tuple(sorted(own)),
+        settings.param_codec.name if settings.param_codec is not None else "",
     )
 
 
@@ -78,6 +80,7 @@ def with_hooks(optimizer: torch.optim.Optimizer, make: Callable[[], dict[str, An
 def state_dict(core: OptimizerCore) -> dict[str, Any]:
     """See :meth:`hbcore.optimizer.Optimizer.state_dict`."""
     refresh_records(core)
+    settle(core, final=False)
     groups: list[dict[str, Any]] = []
     state: dict[Any, dict[str, Any]] = {}
     owned = owners(p for group in core.groups for p in group["params"])
@@ -88,6 +91,7 @@ def state_dict(core: OptimizerCore) -> dict[str, Any]:
         own: set[str] = set()
         for i, p in enumerate(group["params"], start=start):
             entry = whole_entry(core, group, p, owned)
+            entry.update(weights.sum_of(core, p, entry))
             more = {k: v for k, v in core.state.get(p, {}).items() if k not in entry}
             own |= {name for name in more if isinstance(name, str)}
             if entry := {**entry, **more, **_kept(core, p)}:

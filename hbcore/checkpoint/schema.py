@@ -32,6 +32,7 @@ class Record:
         training: for rules with two sets of weights, whether the parameters held the training weights.
         frozen: the indices, in the group, of parameters that were not trained and have no state.
         own: the names of state that no rule uses: of a composite optimizer, or of the user.
+        param_codec: the name of the codec that stores parameters; empty if none does.
         options: in a live group, the optimizer's name -> the options that its constructor was given.
     """
 
@@ -43,6 +44,7 @@ class Record:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     frozen: tuple[int, ...] = ()
     own: tuple[str, ...] = ()
+    param_codec: str = ""
 
     def dump(self) -> str:
         """Serialize to the JSON string."""
@@ -51,7 +53,7 @@ class Record:
 
     def around(self) -> tuple[str, str]:
         """What comes before and after the progress, in which alone most of hundreds of groups differ."""
-        content = {k: v for k, v in vars(self).items() if v or k not in ("options", "frozen", "own")}
+        content = {k: v for k, v in vars(self).items() if v or k not in ("options", "frozen", "own", "param_codec")}
         before, key, after = encoded({"format": FORMAT, **content, "progress": {}}).partition('"progress": ')
         return before + key, after.removeprefix("{}")
 
@@ -80,6 +82,7 @@ def read(text: Any, group: int) -> Record | None:
             {str(k): dict(v) for k, v in data.get("options", {}).items()},
             tuple(map(int, data.get("frozen", ()))),
             tuple(map(str, data.get("own", ()))),
+            str(data.get("param_codec", "")),
         )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"param group {group}: its {KEY!r} entry is not hbcore's ({error}); got {text!r:.120}.") from None

@@ -13,11 +13,17 @@ from hbcore.cli import text
 from hbcore.errors import OptionError, UnknownCodecError, UnknownOptimizerError
 from hbcore.registry import blocks
 
+STORAGE = ("ecc", "param_ecc", "storage_dtype")
+"""The arguments that are options of an optimizer."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("name", metavar="NAME", help="an optimizer, alias or codec: 'AdamW', 'hb_adam:AdamW', 'bf16+8'")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--ecc", metavar="CODEC", help="show the state that an optimizer has with this codec: 'bf16+8'")
+    parser.add_argument("--param-ecc", metavar="CODEC", help="the same, with parameters stored by this codec")
+    parser.add_argument("--storage-dtype", metavar="DTYPE", help="the same, with state in this dtype: 'bfloat16'")
     parser.add_argument("--kernel", action="store_true", help="print the Triton kernels generated for float32 parameters")
 
 
@@ -26,14 +32,15 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         RegistryError: the name is unknown or ambiguous, or its plugin is broken.
-        OptionError: ``--kernel`` for a class that hbcore generates no kernel for.
+        OptionError: ``--kernel`` for a class that hbcore generates no kernel for, or a codec for what has no state of its own.
         ModuleNotFoundError: torch is not installed.
     """
     if args.kernel:
         sources = _kernels(args.name)
         print(json.dumps({"name": args.name, "kernels": sources}, indent=2) if args.json else "\n\n".join(sources))
         return 0
-    facts = _facts(args.name)
+    given = {name: getattr(args, name) for name in STORAGE if getattr(args, name) is not None}
+    facts = _facts(args.name, given)
     if args.json:
         print(json.dumps(facts, indent=2, default=repr))
     else:
@@ -51,16 +58,23 @@ def _kernels(name: str) -> list[str]:
     return introspect.kernels(cls)
 
 
-def _facts(name: str) -> dict[str, Any]:
-    if block := blocks.find(name):
+def _facts(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    block = blocks.find(name)
+    codec = _codec(name) if block is None else None
+    if given and (block or codec):
+        raise OptionError(f"--{next(iter(given)).replace('_', '-')}: {name!r} is no single optimizer; name one")
+    if block:
         return _block_facts(block)
-    if (codec := _codec(name)) is not None:
+    if codec is not None:
         return codec
     info = registry.info(name)
     cls = registry.resolve(name)  # not get(): showing an alias must not warn about its use
     from hbcore import introspect  # after the registry: an unknown name fails without waiting for torch
 
-    facts: dict[str, Any] = dict(introspect.describe(cls) if introspect.is_described(cls) else introspect.outline(cls))
+    described = introspect.is_described(cls)
+    if given and not described:
+        raise OptionError(f"--{next(iter(given)).replace('_', '-')}: {name!r} is not built on hbcore's engine")
+    facts: dict[str, Any] = dict(introspect.describe(cls, **given) if described else introspect.outline(cls))
     facts |= {
         "name": info.name,
         "signature": f"{cls.__name__}{inspect.signature(cls)}",
@@ -172,6 +186,8 @@ def _sections(facts: dict[str, Any], columns: int | None) -> Iterator[Iterator[t
     yield _titled("options", ((o["name"], f"= {o['default']!r}", o["doc"]) for o in facts["options"]), columns)
     title = f"state ({facts['bytes_per_parameter']:g} bytes per parameter)"
     yield _titled(title, map(_slot, facts["slots"]), columns)
+    sizes = ((name, f"{size:g} B", "") for name, size in facts.get("memory", {}).items() if size)
+    yield _titled("memory per parameter, of a 32 x 32 float32 matrix", sizes, columns)
 
 
 def _titled(title: str, rows: Any, columns: int | None) -> Iterator[text.Line]:

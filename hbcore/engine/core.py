@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from hbcore.engine.chain_spec import ChainSpec
+from hbcore.engine.corrections import Corrections
 from hbcore.engine.graph.scalar_inputs import Amp
 from hbcore.engine.group_scalars import GroupScalars
 from hbcore.engine.options import Settings
@@ -109,6 +110,11 @@ class OptimizerCore:
     def pairs(self) -> Pairs:
         """Hessian-vector products, which few optimizers have."""
         return Pairs()
+
+    @cached_property
+    def corrections(self) -> Corrections:
+        """Whether what ``param_ecc`` keeps beside parameters belongs to them; :mod:`hbcore.engine.param_codec` keeps it so."""
+        return Corrections()
 
     @property
     def settings(self) -> Settings:

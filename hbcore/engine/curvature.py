@@ -32,6 +32,7 @@ from hbcore.distributed.placement import Shards, local, shards_of
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.double_backward import DoubleBackward
 from hbcore.engine.group_scalars import advanced
+from hbcore.engine.param_codec import restoring
 from hbcore.errors import FallbackWarning, OptionError
 from hbcore.rules import route
 from hbcore.rules.curvature import Curvature
@@ -165,22 +166,23 @@ class Evaluation:
         vectors, first, after = self._drawn(), [p.grad for p in self._everyone], RandomState(self._everyone)
         parts, pairs = [local(p.detach()) for p in stepping], dict[Tensor, tuple[Tensor, Tensor]]()
         own, delta = [part.clone() for part in parts], step_size(stepping)
-        try:
-            for p, part in zip(stepping, parts, strict=True):
-                part.add_((vectors[p] * delta.to(part.device)).to(part.dtype))
-            before.restore()
-            with torch.enable_grad():
-                self._closure()
-            gradients = dict(zip(self._everyone, first, strict=True))
-            for p, part, start in zip(stepping, parts, own, strict=True):
-                size, change = delta.to(part.device), None if p.grad is None else _difference(p.grad, gradients[p])
-                pairs[p] = _difference(part, start) / size, _or_zeros(change, part) / size
-        finally:
-            for part, start in zip(parts, own, strict=True):
-                part.copy_(start)
-            for p, gradient in zip(self._everyone, first, strict=True):
-                p.grad = gradient
-            after.restore()
+        with restoring(self._cores):
+            try:
+                for p, part in zip(stepping, parts, strict=True):
+                    part.add_((vectors[p] * delta.to(part.device)).to(part.dtype))
+                before.restore()
+                with torch.enable_grad():
+                    self._closure()
+                gradients = dict(zip(self._everyone, first, strict=True))
+                for p, part, start in zip(stepping, parts, own, strict=True):
+                    size, change = delta.to(part.device), None if p.grad is None else _difference(p.grad, gradients[p])
+                    pairs[p] = _difference(part, start) / size, _or_zeros(change, part) / size
+            finally:
+                for part, start in zip(parts, own, strict=True):
+                    part.copy_(start)
+                for p, gradient in zip(self._everyone, first, strict=True):
+                    p.grad = gradient
+                after.restore()
         return pairs
 
     def _check(self, failure: str) -> None:

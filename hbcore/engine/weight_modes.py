@@ -12,13 +12,26 @@ from torch import Tensor
 from hbcore.distributed.placement import local
 from hbcore.engine.chain_spec import seen
 from hbcore.engine.core import OptimizerCore
+from hbcore.engine.param_codec import beside, note, settle
 from hbcore.errors import OptionError, RuleError
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.stages import ParameterEMA
 from hbcore.rules.transform import Transform
-from hbcore.state.codec import narrowed
+from hbcore.state.codec import StateCodec, narrowed
 from hbcore.state.codec_choice import codec_of, fitting
 from hbcore.state.expected import by_rows
+
+
+def check(core: OptimizerCore) -> None:
+    """Look whether the parameters hold the weights to train with.
+
+    Raises:
+        RuleError: they hold others.
+    """
+    if not core.modes.training:
+        raise RuleError(f"{core.name}.step() with the weights to evaluate with; call optimizer.train() first.")
+    if core.modes.averaging:
+        raise RuleError(f"{core.name}.step() within ema_weights(); step outside.")
 
 
 def switch(core: OptimizerCore, training: bool) -> None:
@@ -32,6 +45,7 @@ def switch(core: OptimizerCore, training: bool) -> None:
     if training == modes.training:
         return
     core.skipping.settle()
+    settle(core)
     kept: dict[Tensor, dict[str, Tensor]] = {}
     for p, chain in _with_two_sets(core):
         now = _weights(core, p)
@@ -39,6 +53,7 @@ def switch(core: OptimizerCore, training: bool) -> None:
         for t in chain:
             _write(_tensors(core, p), _kept(core, p, t, training, now) or _other(core, p, t, now, training))
     modes.training, modes.kept = training, kept
+    note(core)
 
 
 @contextmanager
@@ -53,6 +68,7 @@ def averaged(core: OptimizerCore) -> Iterator[None]:
     if core.modes.averaging:
         raise RuleError("the parameters hold their averages already; leave ema_weights() first.")
     core.skipping.settle()
+    settle(core)
     before: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for group in core.groups:
@@ -60,18 +76,21 @@ def averaged(core: OptimizerCore) -> Iterator[None]:
                 state: Mapping[str, Any] = core.state.get(p, {})
                 if "param_ema" in state and float(state.get("step", 0)) > 0:
                     [ema] = [t for t in core.chain.bound(group, p) if isinstance(t, ParameterEMA)]
-                    part = local(p.detach())
-                    stored = {name: local(value) for name, value in state.items() if isinstance(value, Tensor)}
-                    value = core.settings.codec.read(stored, "param_ema", compute_dtype(p.dtype))
-                    before.append((part, part.clone()))
-                    part.copy_(ema.average({"param_ema": value}, state["step"].double().cpu()))
+                    own, tensors = _weights(core, p), _tensors(core, p)
+                    slot = ema.slots(seen(p))["param_ema"]
+                    value = codec_of("param_ema", slot, core.settings.codec).read(tensors, "param_ema", compute_dtype(p.dtype))
+                    average = ema.average({"param_ema": value}, state["step"].double().cpu())
+                    before += [(t, t.clone()) for t in own.values()]
+                    _write(tensors, _stored(core, own, average))
     core.modes.averaging = True
+    note(core)
     try:
         yield
     finally:
         core.modes.averaging = False
-        for part, own in before:
-            part.copy_(own)
+        for part, kept in before:
+            part.copy_(kept)
+        note(core)
 
 
 def has_modes(t: Transform) -> bool:
@@ -100,8 +119,7 @@ def _kept(core: OptimizerCore, p: Tensor, t: Transform, training: bool, now: Map
 
 def _weights(core: OptimizerCore, p: Tensor) -> dict[str, Tensor]:
     """This rank's part of a parameter, and what ``param_ecc`` keeps beside it."""
-    beside = {name: local(t) for name, t in core.state[p].items() if str(name).startswith("param#")}
-    return {"param": local(p.detach()), **beside}
+    return {"param": local(p.detach()), **beside(core.state[p])}
 
 
 def _tensors(core: OptimizerCore, p: Tensor) -> dict[str, Tensor]:
@@ -118,14 +136,25 @@ def _write(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 def _other(core: OptimizerCore, p: Tensor, t: Transform, weights: Mapping[str, Tensor], training: bool) -> dict[str, Tensor]:
     """What ``t.swap`` makes of ``weights``, and of the rule's slots if they change, as stored. Writes nothing."""
     codec, dtype = fitting(core.settings.codec, p.shape, by_rows(p)), compute_dtype(p.dtype)
-    packed = core.settings.param_codec if len(weights) > 1 else None
+    packed = _codec(core, weights)
     tensors = {**_tensors(core, p), **weights}
     slots = t.slots(seen(p))
     values = {name: codec_of(name, slot, codec).read(tensors, name, dtype) for name, slot in slots.items()}
     param = packed.read(tensors, "param", dtype) if packed is not None else tensors["param"].to(dtype)
     swapped, new = t.swap(param, values, training)
-    plain = {"param": narrowed(swapped, tensors["param"].dtype, None)}
-    made = plain if packed is None else packed.write(tensors, "param", swapped)
+    made = _stored(core, weights, swapped)
     for name, value in new.items():
         made.update(codec_of(name, slots[name], codec).write(tensors, name, value))
     return made
+
+
+def _codec(core: OptimizerCore, weights: Mapping[str, Tensor]) -> StateCodec | None:
+    """What stores the parameter that these are the weights of, where that is more than one tensor."""
+    return core.settings.param_codec if len(weights) > 1 else None
+
+
+def _stored(core: OptimizerCore, weights: Mapping[str, Tensor], value: Tensor) -> dict[str, Tensor]:
+    """New weights as a parameter stores them, whose ``weights`` are those that they replace."""
+    packed = _codec(core, weights)
+    plain = {"param": narrowed(value, weights["param"].dtype, None)}
+    return plain if packed is None else packed.write(weights, "param", value)

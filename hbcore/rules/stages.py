@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hbcore.rules.domain import ORDER as ORDER
 from hbcore.rules.numerics import ema
-from hbcore.rules.transform import Context, Domain, Slot, State, Transform, hyper, zeros
+from hbcore.rules.transform import Context, Domain, Slot, State, Transform, hyper
 
 
 def arrange(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
@@ -111,7 +111,7 @@ class ParameterEMA(Transform):
     stage = "parameter_ema"
 
     def slots(self, param: Tensor) -> dict[str, Slot]:
-        return {"param_ema": zeros(param)}
+        return {"param_ema": Slot(param.shape, exact=True)}  # it moves by a thousandth of what it is, at most
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         return u, {"param_ema": ema(s["param_ema"], u, 1 - self.ema_decay)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from typing_extensions import Self
 from hbcore.checkpoint import load, save
 from hbcore.engine.core import Group
 from hbcore.engine.curvature import evaluate, needed
+from hbcore.engine.param_codec import restoring
 from hbcore.engine.report import Report
 from hbcore.engine.skipping import nonfinite
 from hbcore.engine.step_hooks import step_outside_graphs
@@ -68,6 +69,8 @@ class Composite(torch.optim.Optimizer):
 
     @state.setter
     def state(self, content: Mapping[Tensor, dict[str, Any]]) -> None:
+        if "_groups" not in vars(self):  # torch's constructor, which begins with none: the children may have theirs already
+            return
         for child in self.children:
             params = (p for group in child.param_groups for p in group["params"])
             child.state = {p: content[p] for p in params if p in content}
@@ -116,6 +119,10 @@ class Composite(torch.optim.Optimizer):
         finally:  # a child may also step by itself
             for core in skipping:
                 core.skipping.elsewhere = None
+
+    def restoring(self) -> AbstractContextManager[None]:
+        """For a block that moves parameters and puts the same bits back: ``param_ecc`` would drop corrections otherwise."""
+        return restoring([child.core for child in self.children])
 
     def train(self, mode: bool = True) -> Self:
         """See :meth:`hbcore.optimizer.Optimizer.train`; applies to all children."""

@@ -16,6 +16,7 @@ from hbcore.engine.core import OptimizerCore
 from hbcore.engine.curvature import needed
 from hbcore.engine.graph.scalar_inputs import NO_AMP
 from hbcore.engine.group_scalars import GroupScalars
+from hbcore.engine.param_codec import settle
 from hbcore.engine.planning.sparse_plan import plan_for
 from hbcore.errors import OptionError, ParameterError, RuleError
 from hbcore.optimizer import Optimizer
@@ -102,8 +103,11 @@ class Hooked:
             self.core = ParameterCore(whole, self.group, self.index)
             self.core.plan = plan_for(self.core)
         assert self.core.plan is not None
+        if whole.corrections.waiting or not whole.corrections.knows(param):
+            settle(whole)
         self.core.group_scalars[:], self.core.exposed = [dict(whole.scalars_of(self.group))], whole.exposed
         self.core.plan.step(NO_AMP)
+        whole.corrections.note_one(param)
         whole.modes.reset(training=True)
         if whole.settings.consume_grad:
             param.grad = None

@@ -31,6 +31,7 @@ def describe(cls: type) -> dict[str, Any]:
         "options": [{"name": "caution", "default": False, "doc": "mask disagreeing updates"}],
         "slots": [{"name": "exp_avg", "transform": "adam", "dtype": "float32", "bytes_per_parameter": 4.0}],
         "bytes_per_parameter": 4.0,
+        "memory": {"state": 4.0},
         "chain": ["adam", "decay", "lr"],
     }
 

@@ -150,3 +150,28 @@ def test_a_table_gives_its_last_cell_what_is_left_and_then_lines_of_its_own() ->
     ]
     assert lines(rows, 30) == ["  name         = 1", "      a few words of text that", "      go on", "  longer_name  = 2"]
     assert lines([], 30) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "state", "total"),
+    [
+        ([], 8.0, 16.0),
+        (["--ecc", "bf16+8"], 6.0, 14.0),
+        (["--param-ecc", "bf16+16"], 10.0, 14.0),
+        (["--ecc", "bf16+8", "--param-ecc", "bf16+8"], 7.0, 11.0),
+        (["--storage-dtype", "bfloat16"], 4.0, 12.0),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_the_bytes_are_those_of_the_codecs_that_are_asked_for(capsys, given, state, total):
+    assert main(["show", "AdamW", *given, "--json"]) == 0
+    found = capsys.readouterr()
+    facts = json.loads(found.out)
+    assert (facts["bytes_per_parameter"], facts["memory"]["state"], facts["memory"]["total"]) == (state, state, total)
+    assert found.err == ""
+
+
+@pytest.mark.parametrize("name", ["bf16+8", "SplitOpt"])
+def test_what_has_no_state_of_its_own_has_no_codec(capsys, name):
+    assert main(["show", name, "--ecc", "bf16+8"]) != 0
+    assert "--ecc: " in capsys.readouterr().err

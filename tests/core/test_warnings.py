@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 import warnings
 from collections.abc import Callable
 
@@ -50,6 +52,69 @@ def narrows_parameters() -> None:
     AdamW(params(), param_ecc="bf16+8")
 
 
+def narrows_by_name() -> None:
+    hbcore.create("AdamW", params(), param_ecc="bf16+8")
+
+
+def narrows_a_group() -> None:
+    AdamW(params(torch.bfloat16), param_ecc="bf16+8").add_param_group({"params": params()})
+
+
+def narrows_for_several() -> None:
+    hbcore.SplitOpt(params(), [{"optimizer": "SGD", "param_ecc": "bf16+8"}])
+
+
+def narrows_within() -> None:
+    hbcore.get("SAMWrapper")(params(), AdamW, param_ecc="bf16+8")
+
+
+def narrows_on_a_device() -> None:
+    with torch.device("cpu"):
+        AdamW(params(), param_ecc="bf16+8")
+
+
+@torch.no_grad()
+def narrows_behind_a_decorator() -> None:
+    AdamW(params(), param_ecc="bf16+8")
+
+
+def narrows_partially() -> None:
+    functools.partial(AdamW, param_ecc="bf16+8")(params())
+
+
+def narrows_in_a_plugin() -> None:
+    """A class in another module, with a constructor of its own."""
+    plugin = types.ModuleType("somebodys_plugin")
+    code = (
+        "from hb_adam import AdamW\n"
+        "class Theirs(AdamW):\n"
+        "    def __init__(self, params):\n"
+        "        super().__init__(params, param_ecc='bf16+8')\n"
+    )
+    exec(compile(code, "somebodys_plugin.py", "exec"), vars(plugin))
+    plugin.Theirs(params())
+
+
+def leaves_parameters_alone() -> None:
+    AdamW(params(torch.float16), param_ecc="bf16+8")
+
+
+def drops_corrections() -> None:
+    p = params()
+    optimizer = AdamW(p, param_ecc="bf16+8", compile="eager")
+    for _ in range(3):
+        stepped(optimizer)
+        with torch.no_grad():
+            p[0].fill_(1.0)
+
+
+def finds_other_weights() -> None:
+    saved = stepped(AdamW(params(), param_ecc="bf16+8", compile="eager")).state_dict()
+    other = AdamW(params(), param_ecc="bf16+8", compile="eager")
+    other.load_state_dict(saved)
+    stepped(other)
+
+
 def translates_an_option() -> None:
     AdamW(params(), fused=True)
 
@@ -72,6 +137,17 @@ CASES: list[tuple[Callable[[], None], type[Warning]]] = [
     (converts_state, StateWarning),
     (leaves_state_out, StateWarning),
     (narrows_parameters, StateWarning),
+    (narrows_by_name, StateWarning),
+    (narrows_a_group, StateWarning),
+    (narrows_for_several, StateWarning),
+    (narrows_within, StateWarning),
+    (narrows_on_a_device, StateWarning),
+    (narrows_behind_a_decorator, StateWarning),
+    (narrows_partially, StateWarning),
+    (narrows_in_a_plugin, StateWarning),
+    (leaves_parameters_alone, StateWarning),
+    (drops_corrections, StateWarning),
+    (finds_other_weights, StateWarning),
     (translates_an_option, FutureWarning),
     (creates_by_name, UserWarning),
     (lacks_max_lr, UserWarning),

@@ -272,6 +272,29 @@ def load(rank: int, folder: str, name: str | type[Any], options: dict[str, Any],
     return whole(model)
 
 
+def param_ecc_under_ddp(rank: int, first: str) -> tuple[str, list[Tensor]]:
+    """Two models alike, of which ``param_ecc`` narrows one: what refused it, if its wrapper came first; or its gradients.
+
+    Each rank's gradients are of its own batch, and the average is the same on both.
+    """
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    optimizer: Any = None
+    if first == "optimizer":
+        optimizer = hbcore.get("SGD")(model.parameters(), lr=0.5, param_ecc="bf16+8", compile="eager")
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    if first == "wrapper":
+        try:
+            hbcore.get("SGD")(model.parameters(), lr=0.5, param_ecc="bf16+8")
+        except hbcore.OptionError as error:
+            return str(error), [p.detach() for p in model.parameters()]
+        return "", []
+    wrapped(torch.full((1, 4), 8.0 * (rank + 1), dtype=torch.bfloat16)).sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    optimizer.step()
+    return "", [*gradients, *hbcore.full_state(model, optimizer).values()]
+
+
 def ddp(rank: int, name: str | type[Any], options: dict[str, Any]) -> bytes:
     """Train a DDP model, each rank on data of its own; return the parameters' bits."""
     torch.manual_seed(0)

@@ -92,3 +92,15 @@ def test_ranks_of_ddp_stay_equal_bit_for_bit(case):
     name, options = CASES[case]
     first, second = on_ranks(2, jobs.ddp, name, options)
     assert first == second
+
+
+def test_param_ecc_before_the_wrapper_averages_gradients():
+    one, other = on_ranks(2, jobs.param_ecc_under_ddp, "optimizer")
+    assert one[1][0].flatten().tolist() == [12.0] * 8 and one[1][1].tolist() == [1.0] * 2
+    assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+
+
+def test_param_ecc_after_the_wrapper_is_refused_and_nothing_is_narrowed():
+    for said, params in on_ranks(2, jobs.param_ecc_under_ddp, "wrapper"):
+        assert "Make the optimizer first, then wrap the model" in said
+        assert {p.dtype for p in params} == {torch.float32}

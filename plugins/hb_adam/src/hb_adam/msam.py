@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbcore.api import Context, Domain, Optimizer, ScaleByLaProp, Slot, State, Transform, hyper, zeros
+from hbcore.api import Context, Domain, Optimizer, ScaleByLaProp, Slot, State, Transform, hyper
 
 SMALLEST = 1e-12
 """Lower bound of the norm that the momentum is divided by, so that a momentum of zeros perturbs nothing."""
@@ -25,10 +25,11 @@ class MomentumSAM(Transform):
         \gamma_t = \mathrm{lr} \min(1, t / (N + 1))
 
     The norm is taken over the updates of all parameters together. The parameter holds :math:`p` in training and
-    :math:`w = p + e` in evaluation. The state is :math:`e`, not :math:`w`: it is zero before the first step, loses little when
-    stored with few bits, and stays valid for a parameter that skips steps and while :math:`\rho` changes. It is computed as
-    :math:`w - p`, so that rounding :math:`p` costs :math:`w` nothing. The paper restores :math:`w` from the momentum and its
-    norm and saves one tensor; but that norm is the whole model's, which a single parameter does not have.
+    :math:`w = p + e` in evaluation. The state is :math:`e`, not :math:`w`: it is zero before the first step, and stays valid
+    for a parameter that skips steps and while :math:`\rho` changes. It is computed as :math:`w - p`, so that rounding
+    :math:`p` costs :math:`w` nothing; rounding :math:`e` would move :math:`w` in every step, so no codec stores it. The paper
+    restores :math:`w` from the momentum and its norm and saves one tensor; but that norm is the whole model's, which a single
+    parameter does not have.
 
     Args:
         lr, warmup_steps: the learning rate and ``N``.
@@ -50,7 +51,7 @@ class MomentumSAM(Transform):
     owns_apply = True
 
     def slots(self, param: Tensor) -> dict[str, Slot]:
-        return {"perturbation": zeros(param)}
+        return {"perturbation": Slot(param.shape, exact=True)}
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         rate = self.lr * (c.step / (self.warmup_steps + 1)).clamp(max=1)

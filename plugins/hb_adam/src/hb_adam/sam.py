@@ -80,7 +80,7 @@ class SAMWrapper(Composite):
             raise OptionError("SAMWrapper.step needs a closure that clears the gradients, computes the loss and its gradients.")
         with torch.enable_grad():
             loss = closure()
-        with self._perturbed(), torch.enable_grad():
+        with self.restoring(), self._perturbed(), torch.enable_grad():
             closure()
         super().step()
         return loss
