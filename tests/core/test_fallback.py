@@ -114,7 +114,7 @@ def test_a_compilation_that_fails_later_leaves_no_step_half_done(monkeypatch):
 
 def test_with_no_backend_left_the_reason_is_raised_and_nothing_moves(monkeypatch):
     class Broken:
-        name = "inductor"
+        name = "cpp"
 
         def compile(self, *args):
             raise CompileError("it is broken")

@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hbcore.api import Domain, Slot
 from hbcore.engine.backends.eager import EagerExecutable
+from hbcore.engine.backends.cpp.backend import CppBackend
 from hbcore.engine.backends.inductor import InductorBackend, InductorExecutable
 from hbcore.engine.backends.triton.backend import TritonBackend
 from hbcore.engine.stacks.inner_segment import InnerSegment
@@ -212,15 +213,16 @@ def failing(when):
 
 
 @pytest.mark.parametrize("when", ["all", "inner"])
-@pytest.mark.parametrize("backend", [TritonBackend, InductorBackend], ids=lambda b: b.name)
+@pytest.mark.parametrize("backend", [TritonBackend, CppBackend, InductorBackend], ids=lambda b: b.name)
 def test_where_it_does_not_compile_the_next_backend_runs_and_one_warning_says_so(monkeypatch, backend, when):
-    for each in (TritonBackend, InductorBackend):
+    for each in (TritonBackend, CppBackend, InductorBackend):
         monkeypatch.setattr(each, "compile", failing(when))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         ours = train(*trainer(compile=backend.name))
     texts = [str(w.message) for w in said if w.category is FallbackWarning]
-    pairs = [("triton", "inductor"), ("inductor", "eager")][backend is InductorBackend :]
+    pairs = [("triton", "cpp"), ("cpp", "inductor"), ("inductor", "eager")]
+    pairs = pairs[[failed for failed, _ in pairs].index(backend.name) :]
     assert len(texts) == len(pairs)
     for text, (failed, following) in zip(texts, pairs, strict=True):
         assert text.startswith(f"{failed} does not run here: it is broken. {following} runs instead")

@@ -1,9 +1,9 @@
 """Compile generated C++ to a shared library, once: it stays in hbcore's private cache folder.
 
-A library's name has two hashes. One is of everything that it was made from: the source, the flags, the compiler and the
-processor, because ``-march=native`` code must not run on another machine that shares the folder. The other is of its own content,
-and is checked before it is loaded. A library is moved to its name when it is complete, so processes that compile the same source
-at once do not meet.
+A library's name has two hashes. One is of everything that it was made from: the source, the flags, the compiler, and the
+processor, because code for one machine's instructions must not run on another that shares the folder. The other is of its own
+content, and is checked before it is loaded. A library is moved to its name when it is complete, so processes that compile the
+same source at once do not meet.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class _Failed(CompileError):
 def _digest(source: str, compiler: str, flags: Sequence[str]) -> str:
     """The hash of what a library is made from, as it is on this machine."""
     status = os.stat(compiler)
-    made_from = [source, os.path.realpath(compiler), str(status.st_size), str(status.st_mtime_ns), *FLAGS, *flags, *_processor()]
+    version = (os.path.realpath(compiler), str(status.st_size), str(status.st_mtime_ns))
+    made_from = (source, *version, *FLAGS, *flags, *_processor())
     return hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
 
 
@@ -128,5 +129,3 @@ def _loaded(path: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise CompileError(f"{path} cannot be loaded ({error})") from error
-
-

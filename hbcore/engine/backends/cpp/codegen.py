@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from hbcore.engine.backends.cpp.layout import Layout
+from hbcore.engine.backends.cpp.layout import TableLayout
 from hbcore.engine.backends.cpp.loops import Tiles, indented, joined
 from hbcore.engine.backends.cpp.ops import TYPES, cast, expression
 from hbcore.engine.backends.cpp.prelude import PRELUDE
@@ -57,7 +57,7 @@ def module_source(program: Program, chain: str, version: str) -> str:
     Raises:
         CompileError: an operation is not supported; the message names it.
     """
-    layout = Layout.of(program)
+    layout = TableLayout.of(program)
     functions = [PhaseWriter(program, layout, i).write() for i in range(len(program.phases))]
     return HEADER.format(version=version, chain=" ".join(chain.split())) + PRELUDE + "".join(functions)
 
@@ -65,7 +65,7 @@ def module_source(program: Program, chain: str, version: str) -> str:
 class PhaseWriter:
     """Writes the function of one phase."""
 
-    def __init__(self, program: Program, layout: Layout, index: int) -> None:
+    def __init__(self, program: Program, layout: TableLayout, index: int) -> None:
         self.program, self.layout, self.index = program, layout, index
         self.phase: Phase = program.phases[index]
         self.compute = compute_dtype(program.dtypes["param"])

@@ -9,12 +9,12 @@ from hbcore.state.blocks import BLOCK
 
 
 @dataclass(frozen=True)
-class Layout:
+class TableLayout:
     """Columns of the table, and the indices of reductions.
 
     ``table`` has a row per tensor: a pointer per column, then the element count, the first chunk, the number of chunks, the
-    part's offset in the whole tensor, and the whole tensor's element count. ``moving`` holds what may change between steps, each
-    for all tensors: gradient pointers, rows of scalars, then the keys of each noise input.
+    part's offset in the whole tensor, and the whole tensor's element count. ``moving`` holds what may change between steps,
+    each for all tensors: gradient pointers, rows of scalars, then the keys of each noise input.
 
     Attributes:
         columns: stored tensors, in the table's order.
@@ -31,7 +31,7 @@ class Layout:
     blocks: frozenset[str]
 
     @classmethod
-    def of(cls, program: Program) -> Layout:
+    def of(cls, program: Program) -> TableLayout:
         """The layout shared by all phases of ``program``."""
         noise = tuple(name for name in program.dtypes if name.startswith(NOISE))
         columns = tuple(name for name in program.dtypes if name != "grad" and name not in noise)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from hbcore.engine.backends.cpp.layout import Layout
+from hbcore.engine.backends.cpp.layout import TableLayout
 from hbcore.engine.backends.cpp.ops import BITS, TYPES, calls, cast, expression
 from hbcore.engine.graph.program import DRAW, NOISE, Phase
 from hbcore.errors import CompileError
@@ -81,7 +81,7 @@ class Tiles:
     def __init__(
         self,
         phase: Phase,
-        layout: Layout,
+        layout: TableLayout,
         dtypes: Mapping[str, torch.dtype],
         identifiers: Mapping[str, str],
         names: dict[fx.Node, str],
@@ -126,7 +126,7 @@ class Tiles:
         of = {n: loop for loop in self.loops for n in loop.nodes}
         kept = {a for n, loop in of.items() for a in n.all_input_nodes if a in of and of[a] is not loop}
         kept |= {n for n in self._stored() if n in of and of[n] is not self.loops[-1]}
-        kept |= {n.args[0] for n in of if n.target is torch.ops.hbcore.block_amax.default}
+        kept |= {a for n in of if n.target is torch.ops.hbcore.block_amax.default for a in n.all_input_nodes}
         return {n for n in kept if n.meta["kind"] == "element"}
 
     def _stored(self) -> list[fx.Node]:

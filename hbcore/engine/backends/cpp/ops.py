@@ -204,7 +204,7 @@ OPERATIONS: dict[Any, Callable[[Call], str]] = {
     aten.square.default: lambda c: f"{c.arg(0)} * {c.arg(0)}", aten.sign.default: _own("sign"),
     aten.sgn.default: _own("sign"), aten.round.default: _rounding("rint"), aten.floor.default: _rounding("floor"),
     aten.ceil.default: _rounding("ceil"), aten.trunc.default: _rounding("trunc"),
-    aten.copysign.Tensor: _function("copysign", 2), aten.relu.default: lambda c: f"maximum({c.arg(0)}, {literal(0, c.dtype)})",
+    aten.copysign.Tensor: _function("copysign", 2), aten.relu.default: lambda c: f"{c.arg(0)} < 0 ? {literal(0, c.dtype)} : {c.arg(0)}",
     aten.maximum.default: _own("maximum", 2), aten.minimum.default: _own("minimum", 2),
     aten.clamp.default: _clamp, aten.clamp.Tensor: _clamp, aten.clamp_min.default: _own("maximum", 2),
     aten.clamp_min.Tensor: _own("maximum", 2), aten.clamp_max.default: _own("minimum", 2),

@@ -1,7 +1,7 @@
 """What every generated C++ source begins with: types, and functions that give torch's results. No header is included.
 
 Everything here is free of branches, so that loops of it vectorise. bfloat16 and float16 numbers are held as their bits; the
-generator converts them to float32 and back as torch does. The polynomials are for float32; in float64 the C library's are called.
+generator converts them to float32 and back as torch does.
 """
 
 PRELUDE = """
