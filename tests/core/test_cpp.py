@@ -1,7 +1,7 @@
 """The C++ backend against eager torch: whole trainings, with every option that changes what is computed.
 
-The truth is the eager backend in float64, from the same start and with the same gradients, within 1e-6 of each tensor's norm. What
-the codecs store must be eager float32's bits, but where a square root comes before: torch's on a CPU is not always the nearest.
+The truth is the eager backend in float64, from the same start and with the same gradients, within 1e-6 of each tensor's norm.
+What the codecs store must be eager float32's bits, but behind a square root: torch's on a CPU is not always the nearest.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from core.rules import rule
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hbcore.api import Domain, Slot
-from hbcore.engine.backends.eager import EagerExecutable
 from hbcore.engine.backends.cpp.backend import CppBackend
+from hbcore.engine.backends.eager import EagerExecutable
 from hbcore.engine.backends.inductor import InductorBackend, InductorExecutable
 from hbcore.engine.backends.triton.backend import TritonBackend
 from hbcore.engine.stacks.inner_segment import InnerSegment

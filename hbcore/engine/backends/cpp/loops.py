@@ -108,12 +108,12 @@ class Tiles:
         for i, r in enumerate(self.phase.reduces):
             start, _ = joined(r.how, "", "")
             lines.append(f"{self._accumulated(i)} acc{i}[{self.tile}];")
-            lines.append(f"for (int j = 0; j < {self.tile}; ++j) acc{i}[j] = {start};")
+            lines.append(f"for (int64_t j = 0; j < {self.tile}; ++j) acc{i}[j] = {start};")
         lines += [f"for (int64_t tile = 0; tile < n; tile += {self.tile}) {{", *indented(self._tile()), "}"]
         for i, r in enumerate(self.phase.reduces):
             start, join = joined(r.how, f"total{i}", f"acc{i}[j]")
             lines.append(f"{self._accumulated(i)} total{i} = {start};")
-            lines.append(f"for (int j = 0; j < {self.tile}; ++j) total{i} = {join};")
+            lines.append(f"for (int64_t j = 0; j < {self.tile}; ++j) total{i} = {join};")
             lines.append(f"partials[{self.layout.reductions.index(r.name)} * n_chunks + chunk] = total{i};")
         return lines
 
@@ -139,7 +139,7 @@ class Tiles:
         count = str(self.tile)
         lines = []
         if not self.blocked:
-            lines.append(f"const int m = n - tile < {self.tile} ? int(n - tile) : {self.tile};")
+            lines.append(f"const int64_t m = n - tile < {self.tile} ? n - tile : {self.tile};")
             count = "m"
         for node, name in self.inputs.items():
             if node.meta["kind"] == "block":
@@ -216,7 +216,7 @@ class Tiles:
 
 def loop(count: str, body: Sequence[str]) -> list[str]:
     """A loop over the elements of a tile."""
-    return [SIMD, f"for (int j = 0; j < {count}; ++j) {{", *indented(body), "}"]
+    return [SIMD, f"for (int64_t j = 0; j < {count}; ++j) {{", *indented(body), "}"]
 
 
 def indented(lines: Iterable[str]) -> list[str]:

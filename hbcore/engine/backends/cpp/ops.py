@@ -37,6 +37,8 @@ def cast(expression: str, have: torch.dtype, want: torch.dtype) -> str:
         return cast(f"from_{BITS[have]}({expression})", torch.float32, want)
     if want in BITS:
         return f"to_{BITS[want]}({cast(expression, have, torch.float32)})"
+    if have == torch.bool:  # a choice stays a vector's mask; a conversion passes through bytes and is ten times slower
+        return f"({expression} ? {TYPES[want]}(1) : {TYPES[want]}(0))"
     return f"({expression} != 0)" if want == torch.bool else f"{TYPES[want]}({expression})"
 
 

@@ -51,7 +51,7 @@ INLINE half to_half(float x) {
 
 template <class T> INLINE T maximum(T x, T y) { return (x > y) | (x != x) ? x : y; }
 template <class T> INLINE T minimum(T x, T y) { return (x < y) | (x != x) ? x : y; }
-template <class T> INLINE T sign(T x) { return T(T(x > 0) - T(x < 0)); }
+template <class T> INLINE T sign(T x) { return T((x > 0 ? T(1) : T(0)) - (x < 0 ? T(1) : T(0))); }
 template <class T> INLINE T absolute(T x) { return T(x < 0 ? -x : x); }
 INLINE float absolute(float x) { return __builtin_fabsf(x); }
 INLINE double absolute(double x) { return __builtin_fabs(x); }
@@ -70,6 +70,7 @@ template <class T> INLINE T block_amax(const T* x) {
 // The first two words of Philox-4x32-10, as in hbcore/rules/noise.py.
 INLINE void philox(uint64_t key, uint64_t index, uint32_t& high, uint32_t& low) {
     uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32), c0 = uint32_t(index), c1 = uint32_t(index >> 32), c2 = 0, c3 = 0;
+    #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
         const uint64_t a = uint64_t(c0) * 0xD2511F53u, b = uint64_t(c2) * 0xCD9E8D57u;
         c0 = uint32_t(b >> 32) ^ c1 ^ k0;
