@@ -187,7 +187,7 @@ CALLS = {
     aten.log.default: _function("log"), aten.log2.default: _function("log2"), aten.log1p.default: _function("log1p"),
     aten.log10.default: _function("log10"), aten.tanh.default: _function("tanh"), aten.erf.default: _function("erf"),
     aten.sin.default: _function("sin"), aten.cos.default: _function("cos"), aten.atan.default: _function("atan"),
-    aten.atan2.default: _function("atan2", 2), aten.pow.Tensor_Scalar: _power, aten.pow.Tensor_Tensor: _power,
+    aten.atan2.default: _own("atan2", 2), aten.pow.Tensor_Scalar: _power, aten.pow.Tensor_Tensor: _power,
     aten.sigmoid.default: lambda c: f"1 / (1 + {library('exp', c, f'-{c.arg(0)}')})",
 }  # fmt: skip
 """Operations that call the C library. A loop with such a call is not vectorised, so it gets nothing else to do."""
@@ -259,5 +259,6 @@ def expression(node: fx.Node, names: Mapping[fx.Node, str], compute: torch.dtype
 
 def calls(node: fx.Node) -> bool:
     """Whether a node calls the C library."""
-    power = node.target in (aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor) and short_power(node.args[1])
-    return node.target in CALLS and not power
+    if node.target in (aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor):
+        return not short_power(node.args[1])
+    return node.target in CALLS and not (node.target is aten.atan2.default and node.meta["dtype"] != torch.float64)
