@@ -18,6 +18,7 @@ from hbcore.engine.graph.phases import split
 from hbcore.engine.graph.program import Phase, Program, module_of
 from hbcore.engine.graph.trace import Recorder
 from hbcore.errors import CompileError
+from hbcore.rules.transform import Domain
 
 aten = torch.ops.aten
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, -2.5, math.inf, -math.inf, math.nan, 1e-45, 6e-8, 1e-5, 3e-39, 65504.0, 65519.0,
@@ -218,3 +219,36 @@ def test_blocks_have_their_largest_value_and_spread_it(poison):
         largest = x.abs().view(-1, 32).amax(1)
         assert equal(scale, largest.to(torch.bfloat16))
         assert equal(share, (x.view(-1, 32) / (largest + before.float())[:, None]).view(-1))
+
+
+def test_a_part_of_a_sharded_tensor_knows_the_wholes_size_and_draws_its_bits():
+    drawn, rounding = "noise.#rule.0", "noise.slot"
+    recorder = Recorder(7)
+    x = recorder.placeholder("param", torch.empty(7, device="meta"), "element")
+    bits = recorder.placeholder(drawn, torch.empty(7, dtype=torch.int64, device="meta"), "element")
+    low = recorder.placeholder(rounding, torch.empty(7, dtype=torch.int32, device="meta"), "element")
+    numel = recorder.placeholder("numel", torch.ones((), dtype=torch.float64), "scalar")
+    with recorder:
+        total = recorder.reduce(x, "sum", Domain.TENSOR, "rule")
+        results = {"bits": bits + 0, "low": low + 0, "param": x * numel + total}
+    results = {name: recorder.node(value) for name, value in results.items()}
+    dtypes = {"param": torch.float32, "grad": torch.float32, drawn: torch.int64, rounding: torch.int32}
+    dtypes |= {"bits": torch.int64, "low": torch.int32}
+    program = split(recorder.graph, results, dtypes, (), (), "parts")
+    sizes, starts = (300, 5, 40000), [0, 2**32 - 2, 123]
+    made = []
+    for backend in (CppBackend, EagerBackend):
+        columns = {"param": [normal(n, seed=n).float() for n in sizes], "grad": [torch.zeros(n) for n in sizes]}
+        columns |= {name: [torch.zeros(n, dtype=dtypes[name]) for n in sizes] for name in ("bits", "low")}
+        batch = Batch(columns, [0] * 3, [[0.0]], keys={drawn: [1, 2**62 + 5, 3], rounding: [4, 5, 6]})
+        batch.numels, batch.starts = [1000.0, 2.0**33, 5e4], starts
+        executable = backend().compile(program, batch)
+        executable.prepare(batch)
+        for k in range(len(program.phases)):
+            executable.run(k, batch)
+            for r in program.phases[k].reduces:  # as if another rank had contributed
+                batch.sums[r.name] = [2 * s for s in batch.sums[r.name]]
+        made.append(batch.tensors)
+    ours, theirs = made
+    assert all(torch.equal(a, b) for name in ("bits", "low") for a, b in zip(ours[name], theirs[name], strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(ours["param"], theirs["param"], strict=True))

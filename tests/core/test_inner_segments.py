@@ -47,7 +47,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     ("backend", "name"),
-    combined(["eager", "inductor", "triton"], OPTIONS, compiled=[("inductor", "usual"), ("inductor", "packed")]),
+    combined(["eager", "cpp", "inductor", "triton"], OPTIONS, compiled=[("inductor", "usual"), ("inductor", "packed")]),
 )
 def test_it_gives_the_numbers_of_the_rule_as_it_is_written(runs, backend, name):
     options, near, near_slots = OPTIONS[name]
@@ -60,7 +60,7 @@ def test_it_gives_the_numbers_of_the_rule_as_it_is_written(runs, backend, name):
     assert near_slots is None or distance(kept(*ours), kept(*theirs)) < near_slots
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "triton", "cpp", "inductor"])
 def test_numbers_that_change_and_rows_that_come_and_go_compile_nothing(runs, backend):
     optimizer, params = train(*trainer(compile=backend))
     report = optimizer.report
@@ -135,7 +135,7 @@ def test_it_is_found_wherever_the_rule_has_it(runs, where):
     assert same(kept(*ours), kept(*train(*trainer(written, part, compile="eager"))))
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "triton", "cpp", "inductor"])
 def test_nothing_of_a_step_is_kept_and_slots_stay_where_they_are(backend):
     alive = []
 
