@@ -18,7 +18,7 @@ from hbcore.engine.backends.base import Batch
 from hbcore.engine.backends.cpp.backend import CppBackend
 from hbcore.engine.backends.cpp.build import cpp_compiler
 from hbcore.engine.backends.cpp.codegen import CHUNK
-from hbcore.engine.backends.select import WORTH_COMPILING, candidates
+from hbcore.engine.backends.select import WORTH_GENERATING, candidates
 from hbcore.errors import CompileError, FallbackWarning
 
 pytestmark = [
@@ -187,7 +187,11 @@ def test_a_step_with_a_number_that_is_not_finite_is_skipped(value):
     ],
 )
 def test_it_is_tried_first_on_cpus_and_elsewhere_only_if_asked_for(choice, device, names):
-    assert [b.name for b in candidates(choice, torch.device(device), WORTH_COMPILING)] == names
+    assert [b.name for b in candidates(choice, torch.device(device), WORTH_GENERATING)] == names
+
+
+def test_a_small_model_compiles_nothing_by_itself():
+    assert [b.name for b in candidates("auto", torch.device("cpu"), WORTH_GENERATING - 1)] == ["eager"]
 
 
 def test_without_a_compiler_only_the_one_that_was_asked_for_says_so(monkeypatch, tmp_path):

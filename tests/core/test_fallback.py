@@ -120,7 +120,7 @@ def test_with_no_backend_left_the_reason_is_raised_and_nothing_moves(monkeypatch
             raise CompileError("it is broken")
 
     monkeypatch.setattr(fallback, "BACKENDS", (Broken,))
-    monkeypatch.setattr(fallback, "WORTH_COMPILING", 1)
+    monkeypatch.setattr(fallback, "WORTH_GENERATING", 1)
     params = parameters()
     before = [p.detach().clone() for p in params]
     optimizer = AdamW(params)
