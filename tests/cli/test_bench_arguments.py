@@ -29,7 +29,7 @@ def parse(*words: str) -> argparse.Namespace:
         (["AdamW", "AdamW"], "used twice"),
         (["AdamW", "--core", "9999"], r"--core 9999: this process may use the cores \d"),
         (["AdamW", "--core", "-1"], "--core -1: this process may use"),
-        (["AdamW", "--compile", "foo"], r"AdamW \[foo\]: AdamW: compile='foo' is not one of auto, triton, inductor, eager"),
+        (["AdamW", "--compile", "foo"], r"AdamW \[foo\]: AdamW: compile='foo' is not one of auto, triton, cpp, inductor"),
         (["torch.optim:Adagrad", "--compile", "eager"], "torch.optim:Adagrad has no option 'compile'"),
         (["AdamW", "--optimizer-args", "lr=-1"], r"AdamW: AdamW, parameter group 0: lr=-1 is outside"),
         (["AdamW", "--optimizer-args", "nope=1"], "AdamW: AdamW has no option 'nope'"),

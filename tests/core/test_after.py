@@ -65,7 +65,7 @@ def test_a_rule_after_any_optimizer_sees_both_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", one_of_each(["AdamW", "HyperBallAdamW", "MSAMLaProp", "SFAdamW", "Muon"]))
-@pytest.mark.parametrize("backend", ["inductor", "triton"])
+@pytest.mark.parametrize("backend", ["inductor", "cpp", "triton"])
 def test_backends_agree_on_rules_after_the_step(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "inductor" and name != "HyperBallAdamW":
         monkeypatch.setattr(torch, "compile", lambda function, **options: function)

@@ -317,7 +317,7 @@ def test_memory_orders_do_not_matter(grad_order, backend):
     assert params[1].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "cpp", "inductor"])
 def test_a_model_may_change_its_memory_order_between_steps(backend):
     shape = (4, 3, 2, 2)
     [p], [q] = parameters([shape]), parameters([shape])
@@ -346,7 +346,7 @@ def test_a_state_tensor_of_another_memory_order_is_read_right():
     assert distance([p], [q]) < 1e-6
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "cpp", "inductor"])
 def test_empty_zero_dimensional_and_single_element_parameters(backend):
     shapes = [(), (1,), (1, 1), (0,), (3, 0)]
     params, whole = parameters(shapes), parameters([(1,)])
@@ -436,7 +436,7 @@ def test_a_copy_may_be_made_before_the_first_step():
     assert not same(model.parameters(), twin.parameters())
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "cpp", "inductor"])
 def test_parameters_and_state_are_freed_with_the_optimizer(backend):
     model = mlp()
     optimizer = AdamW(model.parameters(), compile=backend)

@@ -129,7 +129,7 @@ def test_normal_numbers_are_box_and_mullers() -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, *(pytest.param(d, marks=pytest.mark.broad) for d in (torch.bfloat16, torch.float64))], ids=str
 )
-@pytest.mark.parametrize("backend", ["inductor", "triton"])
+@pytest.mark.parametrize("backend", ["inductor", "cpp", "triton"])
 def test_backends_draw_the_same(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "inductor" and dtype != torch.float32:
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)

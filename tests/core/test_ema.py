@@ -22,7 +22,7 @@ def average(history, decay):
     return [a / (1 - (1 - decay) ** len(history)) for a in total]
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor", "triton"])
+@pytest.mark.parametrize("backend", ["eager", "cpp", "inductor", "triton"])
 @pytest.mark.parametrize("cls", [AdamW, SGD, Muon, SFAdamW])
 def test_the_average_is_the_oracles_and_training_does_not_see_it(cls, backend):
     if backend != "eager" and cls is not AdamW:

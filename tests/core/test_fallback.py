@@ -114,13 +114,13 @@ def test_a_compilation_that_fails_later_leaves_no_step_half_done(monkeypatch):
 
 def test_with_no_backend_left_the_reason_is_raised_and_nothing_moves(monkeypatch):
     class Broken:
-        name = "inductor"
+        name = "cpp"
 
         def compile(self, *args):
             raise CompileError("it is broken")
 
     monkeypatch.setattr(fallback, "BACKENDS", (Broken,))
-    monkeypatch.setattr(fallback, "WORTH_COMPILING", 1)
+    monkeypatch.setattr(fallback, "WORTH_GENERATING", 1)
     params = parameters()
     before = [p.detach().clone() for p in params]
     optimizer = AdamW(params)

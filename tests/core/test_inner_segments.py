@@ -14,6 +14,7 @@ from core.rules import rule
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hbcore.api import Domain, Slot
+from hbcore.engine.backends.cpp.backend import CppBackend
 from hbcore.engine.backends.eager import EagerExecutable
 from hbcore.engine.backends.inductor import InductorBackend, InductorExecutable
 from hbcore.engine.backends.triton.backend import TritonBackend
@@ -46,7 +47,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     ("backend", "name"),
-    combined(["eager", "inductor", "triton"], OPTIONS, compiled=[("inductor", "usual"), ("inductor", "packed")]),
+    combined(["eager", "cpp", "inductor", "triton"], OPTIONS, compiled=[("inductor", "usual"), ("inductor", "packed")]),
 )
 def test_it_gives_the_numbers_of_the_rule_as_it_is_written(runs, backend, name):
     options, near, near_slots = OPTIONS[name]
@@ -59,7 +60,7 @@ def test_it_gives_the_numbers_of_the_rule_as_it_is_written(runs, backend, name):
     assert near_slots is None or distance(kept(*ours), kept(*theirs)) < near_slots
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "triton", "cpp", "inductor"])
 def test_numbers_that_change_and_rows_that_come_and_go_compile_nothing(runs, backend):
     optimizer, params = train(*trainer(compile=backend))
     report = optimizer.report
@@ -134,7 +135,7 @@ def test_it_is_found_wherever_the_rule_has_it(runs, where):
     assert same(kept(*ours), kept(*train(*trainer(written, part, compile="eager"))))
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "triton", "cpp", "inductor"])
 def test_nothing_of_a_step_is_kept_and_slots_stay_where_they_are(backend):
     alive = []
 
@@ -212,15 +213,16 @@ def failing(when):
 
 
 @pytest.mark.parametrize("when", ["all", "inner"])
-@pytest.mark.parametrize("backend", [TritonBackend, InductorBackend], ids=lambda b: b.name)
+@pytest.mark.parametrize("backend", [TritonBackend, CppBackend, InductorBackend], ids=lambda b: b.name)
 def test_where_it_does_not_compile_the_next_backend_runs_and_one_warning_says_so(monkeypatch, backend, when):
-    for each in (TritonBackend, InductorBackend):
+    for each in (TritonBackend, CppBackend, InductorBackend):
         monkeypatch.setattr(each, "compile", failing(when))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         ours = train(*trainer(compile=backend.name))
     texts = [str(w.message) for w in said if w.category is FallbackWarning]
-    pairs = [("triton", "inductor"), ("inductor", "eager")][backend is InductorBackend :]
+    pairs = [("triton", "cpp"), ("cpp", "inductor"), ("inductor", "eager")]
+    pairs = pairs[[failed for failed, _ in pairs].index(backend.name) :]
     assert len(texts) == len(pairs)
     for text, (failed, following) in zip(texts, pairs, strict=True):
         assert text.startswith(f"{failed} does not run here: it is broken. {following} runs instead")

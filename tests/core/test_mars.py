@@ -15,7 +15,7 @@ from hbcore.rules.mars import Mars
 
 STEPS = 12
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
-BACKENDS = ("eager", "triton", "inductor")
+BACKENDS = ("eager", "triton", "cpp", "inductor")
 
 
 class MarsAdam(Optimizer):

@@ -62,7 +62,7 @@ def plainly(rule, start, steps, lr):
 
 @pytest.mark.parametrize(
     ("rule", "backend"),
-    [(OneOld, "eager"), (BothOld, "eager"), (OneOld, "inductor"), (OneOld, "triton"), (BothOld, "triton")],
+    [(OneOld, "eager"), (BothOld, "eager"), (OneOld, "inductor"), (OneOld, "cpp"), (OneOld, "triton"), (BothOld, "triton")],
 )
 def test_an_old_value_that_a_later_pass_reads_is_not_overwritten_before(rule, backend):
     if backend == "triton":

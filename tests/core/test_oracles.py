@@ -119,7 +119,7 @@ def test_low_precision_parameters_take_each_step_in_float32(dtype):
     assert {optimizer.state[p][slot].dtype for p in params for slot in ("exp_avg", "exp_avg_sq")} == {torch.float32}
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "cpp", "inductor"])
 def test_state_is_stored_in_the_dtype_asked_for(backend):
     shapes = (*SHAPES, *SHAPES)
     starts = [p if i < len(SHAPES) else torch.nn.Parameter(p.detach().double()) for i, p in enumerate(parameters(shapes))]

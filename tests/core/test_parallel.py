@@ -48,7 +48,7 @@ def orthogonal(h):
     return Orthogonalize(h.eps, method="exact")
 
 
-@pytest.mark.parametrize(("backend",), combined(["eager", "inductor", "triton"]))
+@pytest.mark.parametrize(("backend",), combined(["eager", "cpp", "inductor", "triton"]))
 def test_graft_has_the_size_of_one_and_the_direction_of_the_other(backend):
     params = parameters(SHAPES, torch.float64)
     start = values(params)

@@ -43,7 +43,7 @@ def trained(cls, steps=5, **options):
     return params, optimizer
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "triton", "cpp", "inductor"])
 @pytest.mark.parametrize("cls", [LDoG, DoG])
 def test_the_paper(cls, backend):
     params, optimizer = trained(cls, compile=backend)

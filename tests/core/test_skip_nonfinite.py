@@ -72,7 +72,7 @@ def test_the_very_first_step_may_be_bad(name):
     assert_same_run(name, {0: math.nan, 1: math.inf}, compile="eager")
 
 
-@pytest.mark.parametrize("backend", ["triton", pytest.param("inductor", marks=pytest.mark.full)])
+@pytest.mark.parametrize("backend", ["triton", "cpp", pytest.param("inductor", marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", ["AdamW", pytest.param("Muon", marks=pytest.mark.broad)])
 def test_on_other_backends(name, backend):
     assert_same_run(name, BAD, compile=backend)

@@ -96,7 +96,7 @@ def test_a_matrix_rule_sees_matrices_and_its_state_is_the_parameters():
 
 @pytest.mark.parametrize(
     ("family", "backend"),
-    combined(FAMILIES, ["eager", "inductor", "triton"], compiled=[("soap-caution", "inductor")]),
+    combined(FAMILIES, ["eager", "cpp", "inductor", "triton"], compiled=[("soap-caution", "inductor")]),
 )
 def test_backends_agree(family, backend, monkeypatch):
     cls, options = FAMILIES[family]
@@ -363,7 +363,7 @@ def test_products_are_exact_whatever_the_model_asked_torch_for():
 
 @pytest.mark.parametrize(
     ("family", "backend"),
-    combined(["muon", "soap-caution", "psgd"], ["eager", "triton", "inductor"]),
+    combined(["muon", "soap-caution", "psgd"], ["eager", "triton", "cpp", "inductor"]),
 )
 def test_stacks_give_their_memory_back_between_steps(monkeypatch, family, backend):
     """As on a GPU: steps do not depend on the memory's content in between, nor on its address afterwards."""

@@ -239,7 +239,7 @@ class Normalized(Rule):
         return scaled / (1 + c.amax(scaled.abs())), {"m": m}
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "cpp", "inductor"])
 def test_a_tensor_rule_runs_in_as_many_phases_as_its_reductions_need(backend):
     program = traced(Normalized)
     assert [[r.how for r in phase.reduces] for phase in program.phases] == [["sum"], ["sum"], ["amax"], []]

@@ -11,10 +11,11 @@ import torch
 import hbcore
 from hbcore.testing import CHECKS, Check, Subject
 
-VARIANTS = {"plain": {}, "ecc": {"ecc": "bf16+8"}}
+VARIANTS = {"plain": {}, "ecc": {"ecc": "bf16+8"}, "cpp": {"compile": "cpp"}}
 COMPRESSED = {"AdamW", "AdEMAMix", "MSAMLaProp", "Muon", "PSGDKron", "SFAdamW", "SOAP"}
 """These, one of each kind of rule, conform in ``make test``, with compressed state in what a codec can be at fault for. In CI
-they do so in everything, and all others with plain state; ``make test-full`` tries these with compressed state too."""
+they do so in everything, and all others with plain state; ``make test-full`` tries these with compressed state too, and all of
+them on the C++ backend."""
 COMPILED = {"AdamW": "ecc", "MSAMLaProp": "plain", "OrthoLaProp": "plain", "SOAP": "ecc"}
 """For these, with this state, ``make test`` compiles: one phase, two with a sum over the model, three, and segments around a
 matrix rule. It runs the graphs of all others as they are, and ``make test-full`` compiles them too."""
@@ -28,7 +29,7 @@ def cases() -> Iterator[Any]:
     for name in hbcore.list_optimizers():
         for variant in VARIANTS:
             for check in CHECKS:
-                if not check.applies(hbcore.info(name).spec.capabilities):
+                if not check.applies(hbcore.info(name).spec.capabilities) or (variant == "cpp" and check.compiles):
                     continue
                 seldom = check.compiles and COMPILED.get(name) != variant
                 marks = _marks(name, variant, check)
@@ -40,6 +41,8 @@ def cases() -> Iterator[Any]:
 
 def _marks(name: str, variant: str, check: Check) -> Any:
     """Which of the runs try this: see :data:`COMPRESSED`."""
+    if variant == "cpp":
+        return pytest.mark.full
     if variant == "plain":
         return () if name in COMPRESSED else pytest.mark.broad
     return pytest.mark.full if name not in COMPRESSED else () if check.stored else pytest.mark.broad

@@ -8,9 +8,6 @@ Tensors are passed flat, in their own memory order, so new shapes need no new gr
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -19,6 +16,7 @@ from torch import Tensor, fx
 
 from hbcore.engine.backends.base import Batch, Executable
 from hbcore.engine.backends.chunking import SMALL, Chunked, Pack, columns_of, numbers
+from hbcore.engine.backends.compiler import compiler_on_path
 from hbcore.engine.graph.program import Phase, Program
 from hbcore.errors import CompileError
 from hbcore.rules.numerics import compute_dtype
@@ -167,12 +165,6 @@ def _options(small: bool) -> dict[str, Any]:
     if "cpp_cache_precompile_headers" in known:  # not in every version of torch
         options["cpp_cache_precompile_headers"] = False
     return options
-
-
-def compiler_on_path() -> bool:
-    """Whether Inductor's C++ compiler is available. Checking first keeps torch.compile from failing halfway."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
-    return any(shutil.which(name) for name in names) or (sys.platform == "darwin" and shutil.which("clang") is not None)
 
 
 def first_line(error: BaseException) -> str:

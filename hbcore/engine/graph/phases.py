@@ -27,8 +27,8 @@ def split(
     scalar_names: Sequence[str],
     numbers: Sequence[str],
     label: str,
-    per_block: frozenset[str],
-    bits: Mapping[str, Bits],
+    per_block: frozenset[str] = frozenset(),
+    bits: Mapping[str, Bits] | None = None,
 ) -> Program:
     """Cut ``graph`` into a :class:`Program`.
 
@@ -70,7 +70,7 @@ def split(
         _host(graph, _live(graph, carries.values()), list(carries.values()), scalar_names) if carries else None,
         _phase(live, finals, {}, summed, hoisted, {})[0] if finals else None,
         per_block,
-        dict(bits),
+        dict(bits or {}),
     )
 
 

@@ -156,6 +156,17 @@ class Program:
         """The number of entries of the stored tensor ``name`` for ``elements`` elements of a parameter."""
         return elements // BLOCK if name in self.per_block else elements
 
+    @cached_property
+    def keyed(self) -> tuple[str, ...]:
+        """The random inputs that have a key of their own: what rules draw, and the first in each word of bits to round with."""
+        random = (name for name in self.dtypes if name.startswith(NOISE))
+        return tuple(name for name in random if name.startswith(DRAW) or self.bits[name].word == name)
+
+    def keys_of(self, phase: Phase) -> list[str]:
+        """Those that ``phase`` draws by."""
+        random = [name for name in phase.tensors if name.startswith(NOISE)]
+        return list(dict.fromkeys(name if name.startswith(DRAW) else self.bits[name].word for name in random))
+
     def carried(self, values: Sequence[float | Tensor]) -> dict[str, float]:
         """The new values of the group's carried numbers, from the current ones in ``values``."""
         if self.carry is None:

@@ -257,7 +257,7 @@ def trace(
             differs = node or twin
             assert differs is not None
             raise TraceError(f"{differs.meta['where']}: the tensor's length became part of the rule; use c.numel.")
-    return split(recorder.graph, results, dtypes, spec.scalar_names, spec.numbers, label, per_block, bits or {})
+    return split(recorder.graph, results, dtypes, spec.scalar_names, spec.numbers, label, per_block, bits)
 
 
 def _described(graph: fx.Graph) -> Iterator[tuple[fx.Node, Any]]:

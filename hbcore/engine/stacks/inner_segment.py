@@ -155,9 +155,9 @@ class InnerSegment:
         return candidates(self._settings.compile, run.batch.tensors["param"][0].device, self._numel)
 
     def _compiled(self, run: Run, backends: list[Backend]) -> Executable:
-        """Compile for a stack. A graph serves all stacks; a generated kernel has a table of addresses for each."""
+        """Compile for a stack. A graph serves all stacks; a generated function has a table of addresses for each."""
         self._backend, executable = compile_first(backends, self.program, run.batch, self._report)
-        if self._backend == "triton":
+        if self._backend in ("triton", "cpp"):
             run.executable = executable
         else:
             self._shared = executable

@@ -68,12 +68,10 @@ class KernelLayout:
     @classmethod
     def of(cls, program: Program) -> KernelLayout:
         """The layout shared by all phases of ``program``."""
-        random = [name for name in program.dtypes if name.startswith(NOISE)]
-        columns = tuple(name for name in program.dtypes if name != "grad" and name not in random)
-        noise = tuple(name for name in random if name.startswith(DRAW) or program.bits[name].word == name)
+        columns = tuple(name for name in program.dtypes if name != "grad" and not name.startswith(NOISE))
         sums = dict.fromkeys(name for p in program.phases for name in (*p.sums, *(r.name for r in p.reduces)))
         reductions = tuple(name for name in sums if name not in program.dtypes)  # the rest are scalar slots
-        return cls(columns, len(program.hoisted), reductions, noise)
+        return cls(columns, len(program.hoisted), reductions, program.keyed)
 
     @property
     def width(self) -> int:
@@ -133,17 +131,12 @@ class PhaseWriter:
             address = "moving + t" if name == "grad" else f"entry + {self.layout.columns.index(name)}"
             lines.append(f"    {self._pointer(name)} = tl.load({address}).to(tl.pointer_type({dtype}))")
             lines.append(f"    if ALIGNED:\n        {self._pointer(name)} = tl.multiple_of({self._pointer(name)}, 16)")
-        if words := self._words():
+        if words := self.program.keys_of(self.phase):
             lines.append(f"    origin = tl.load(entry + {self.layout.width - 1})")
         for name in words:
             key = 2 + self.layout.noise.index(name)
             lines.append(f"    {self._pointer(name)} = tl.load(moving + {key} * n_tensors + t)  # a key, no pointer")
         return lines
-
-    def _words(self) -> list[str]:
-        """The keys of what the phase draws."""
-        random = [name for name in self.phase.tensors if name.startswith(NOISE)]
-        return list(dict.fromkeys(name if name.startswith(DRAW) else self.program.bits[name].word for name in random))
 
     def _scalars(self, inputs: Sequence[fx.Node]) -> list[str]:
         """Load host scalars, earlier reductions and the element count, once per program instance."""
@@ -209,7 +202,7 @@ class PhaseWriter:
             lines.append(f"block = ({first}) // 32 + tl.arange(0, {size} // 32)")
             if masked:
                 lines.append("block_inside = block * 32 < n")
-        for name in self._words():
+        for name in self.program.keys_of(self.phase):
             if not name.startswith(DRAW):
                 lines.append(f"{self._word(name)} = element_words({self._pointer(name)}, origin + {first}, {size} // 4)")
         for node, name in zip(inputs, self.phase.tensors, strict=False):
