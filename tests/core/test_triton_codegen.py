@@ -98,7 +98,6 @@ def machine_code(folder: Path) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hbcore.engine.backends.triton import backend as triton_backend
     from hbcore.engine.backends.triton import cache as triton_cache
     from hbcore.engine.backends.triton.backend import TritonExecutable
 
@@ -115,7 +114,7 @@ def machine_code(folder: Path) -> None:
         phases = []
         for i in range(len(program.phases)):
             kernel = ASTSource(getattr(module, f"phase_{i}"), {**pointers, **numbers}, constants)
-            compiled = triton.compile(kernel, target=GPUTarget("cuda", 90, 32), options={"num_warps": triton_backend.WARPS})
+            compiled = triton.compile(kernel, target=GPUTarget("cuda", 90, 32), options={"num_warps": executable.warps})
             phases.append({kind: compiled.asm[kind] for kind in ("ptx", "ttir")})
         results[name] = {"phases": phases, "source": source}
     (folder / "code.json").write_text(json.dumps(results))

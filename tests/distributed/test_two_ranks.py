@@ -10,10 +10,16 @@ from distributed.ranks import on_ranks
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
+MIXED = {"exp_avg": "int8", "exp_avg_sq": "bf16+8"}
+
 CASES = {
     "AdamW": ("AdamW", {"weight_decay": 0.1}),
     "AdamW-reductions": ("AdamW", {"caution": True, "update_clipping": "l2_clip_", "gradient_clipping": "global_l2norm_clip"}),
     "AdamW-ecc": ("AdamW", {"ecc": "bf16+8", "stochastic_rounding": True}),
+    "AdamW-8bit": ("AdamW", {"ecc": "int8"}),
+    "AdamW-8bit-triton": ("AdamW", {"ecc": MIXED, "stochastic_rounding": True, "compile": "triton"}),
+    "AdamW-8bit-cpp": ("AdamW", {"ecc": MIXED, "stochastic_rounding": True, "compile": "cpp"}),
+    "SOAP-8bit": ("SOAP", {"ecc": "int8"}),
     "SGD": ("SGD", {"mars": True}),
     "Muon": ("Muon", {"ns_dtype": "float32", "update_clipping": "global_rmsnorm_clip"}),
     "SOAP": ("SOAP", {"precondition_frequency": 2}),
@@ -65,8 +71,8 @@ def test_groups_on_two_ranks_follow_one_process(case):
 
 
 RESUMED = (
-    "AdamW-ecc", "SOAP", "SOAP-regions", "SOAP-staggered", "PSGDKron", "PSGDLRA", "PSGDLRA-alone", "SFAdamW",
-    "TwoMatrixRules", "LDoG", "DoG", "rows", "derived", "draws", "draws-ecc",
+    "AdamW-ecc", "AdamW-8bit", "SOAP-8bit", "SOAP", "SOAP-regions", "SOAP-staggered", "PSGDKron", "PSGDLRA", "PSGDLRA-alone",
+    "SFAdamW", "TwoMatrixRules", "LDoG", "DoG", "rows", "derived", "draws", "draws-ecc",
 )  # fmt: skip
 
 
@@ -78,7 +84,10 @@ def test_a_state_dict_on_two_ranks_resumes_exactly(case):
         assert keys > 0
 
 
-@pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDKron", "PSGDLRA", "LDoG", "rows", "derived", "draws"])
+SAVED = ("AdamW", "AdamW-8bit", "Muon", "SOAP", "SOAP-8bit", "PSGDKron", "PSGDLRA", "LDoG", "rows", "derived", "draws")
+
+
+@pytest.mark.parametrize("case", SAVED)
 def test_what_two_ranks_saved_loads_on_one_and_three(case, tmp_path):
     name, options = CASES[case]
     [trained, _] = on_ranks(2, jobs.save, str(tmp_path), name, options, "odd")

@@ -115,7 +115,7 @@ else:
         z = w * y
         z = tl.fma(tl.fma(-z, z, w), 0.5 * y, z)
         z = tl.where(tiny, z * HALF_DOWN, z)
-        return tl.where(z == z, z, tl.where(x >= 0, x, y))  # zero and inf are their own roots
+        return tl.where(z == z, z, tl.maximum(x, -y, propagate_nan=tl.PropagateNan.ALL))  # 0 and inf are their own roots
 
     @triton.jit
     def rough_root(x):  # type: ignore[no-untyped-def]
@@ -126,10 +126,10 @@ else:
 @triton.jit
 def root_code(x, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
     """:func:`hbcore.state.blocks.root_code`."""
-    x = tl.where(x <= LARGEST * LARGEST, x, LARGEST * LARGEST * 1.0)
+    x = tl.minimum(x, LARGEST * LARGEST * 1.0)  # not NaN where one of them is
     digits = (rough_root(x) + 0.5000000596046448) + 12582912.0  # 1.5 * 2^23: a whole number in the lowest digits
     above = digits - 12582912.0
-    return digits.to(tl.int32, bitcast=True) - 0x4B400000 - (x <= above * (above - 1.0)).to(tl.int32)
+    return digits.to(tl.int32, bitcast=True) - 0x4B400000 - (x <= tl.fma(above, above, -above)).to(tl.int32)
 
 
 @triton.jit

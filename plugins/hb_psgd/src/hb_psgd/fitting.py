@@ -13,7 +13,7 @@ from hb_psgd.factor_rules import Factor, FactorRule, Settings, fitted
 from hb_psgd.kron import balance, has_kernels, per_block
 from hb_psgd.norms import largest
 
-TOGETHER = 2**26
+TOGETHER = 2**25
 """How many elements of factors are fitted at once: what a GPU needs to be busy. A few times as many are needed in between."""
 
 
