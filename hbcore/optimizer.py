@@ -48,8 +48,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
     without annotation changes the default of a shared option (``weight_decay = 0.01``). :meth:`normalise` translates fields
     that are not entries of a param group, and :meth:`after_init` runs last. A subclass may write ``__init__`` itself, with
     ``**options: Unpack[Options]``, and call ``super().__init__(params, {"lr": lr, ...}, options)``.
-
-    Entries that a transform declares with ``hyper()`` may change in every step without recompilation; all others are structure.
+    Entries declared with ``hyper()`` may change in every step without recompilation; all others are structure.
 
     Attributes:
         core: the engine's part of the optimizer: groups, state, chain and plan. Not part of the API.
@@ -176,14 +175,16 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
             if not core.state and dry_step.is_dry(core):
                 dry_step.allocate(core)
                 return loss
-            settle(core)
+            if core.settings.param_codec is not None or core.corrections.waiting:
+                settle(core)
             if core.plan is None:
                 core.plan = plan_for(core)
             core.modes.reset(training=True)
             stepped = core.plan.step(Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
         finally:
             core.pairs.made = {}
-        note(core)
+        if core.settings.param_codec is not None:
+            note(core)
         core.seen = core.state.revision.count
         if core.settings.consume_grad and not capturing():
             for p in stepped:
@@ -196,8 +197,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
     def train(self, mode: bool = True) -> Self:
         """Put the weights to train with into the parameters; with ``mode=False`` those to evaluate with. Idempotent.
 
-        Schedule-free rules have two sets; other optimizers have one, and nothing happens. Call it as you call
-        ``model.train()``. Coming back to training restores the weights bit for bit.
+        Schedule-free rules have two sets; others have one, and nothing happens. Coming back restores the weights bit for bit.
         """
         weight_modes.switch(self.core, bool(mode))
         return self

@@ -13,7 +13,8 @@ from hbcore import registry
 from hbcore.checkpoint import recode, weights
 from hbcore.checkpoint.migrations import Migration, path
 from hbcore.checkpoint.schema import Record
-from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out, spread_like, spread_part, spread_rows
+from hbcore.checkpoint.spreading import spread, spread_as, spread_slot
+from hbcore.distributed.placement import is_dtensor, local, shards_of, share_out
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.corrections import Loaded
 from hbcore.errors import CheckpointError, HbcoreError, StateWarning
@@ -194,7 +195,7 @@ class Reader:
             if slot.name not in values:
                 raise CheckpointError(f"{self._who(i)}: the migrations of {rule!r} leave it without {slot.name!r}.")
             written = recode.write(slot.codec, slot.name, values[slot.name].to(dtype), slot.parts(param), who)
-            loaded.update({name: _spread_slot(slot, t, param) for name, t in written.items()})
+            loaded.update({name: spread_slot(slot, t, param) for name, t in written.items()})
         return loaded
 
     def _unexpected(self, i: int, name: Any, value: Any, loaded: dict[str, Any]) -> None:
@@ -268,13 +269,6 @@ class Reader:
         return self.core.name_of(self.g, i)
 
 
-def _spread_slot(slot: Logical, part: Tensor, param: Tensor) -> Tensor:
-    """A slot's stored tensor as the parameter's state has it."""
-    if slot.flat:
-        return spread_rows(part, param, slot.shape[param.ndim :])
-    return part if slot.scalar else spread_part(part, param)
-
-
 def _without_ones(shape: Iterable[int]) -> list[int]:
     return [n for n in shape if n != 1]
 
@@ -285,27 +279,3 @@ def _listed(dtypes: Iterable[torch.dtype]) -> str:
 
 def _locals(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: local(t) for name, t in tensors.items()}
-
-
-def spread(whole: Tensor, param: Tensor) -> Tensor:
-    """A copy of ``whole``, of the parameter's shape, on its device and in its memory order; sharded like it."""
-    shards = shards_of(param)
-    if shards is not None:
-        return share_out(whole.detach().to(local(param).device), shards)
-    here = local(param.detach())
-    if whole.shape != here.shape:  # one number for each block
-        return whole.detach().to(here.device, copy=True, memory_format=torch.contiguous_format)
-    return torch.empty_like(here, dtype=whole.dtype, requires_grad=False).copy_(whole)
-
-
-def spread_as(part: Tensor, like: Tensor, param: Tensor, shape: torch.Size) -> Tensor:
-    """This rank's ``part`` as a DTensor of ``shape``, sharded like ``like``; ``part`` itself if ``like`` is not sharded."""
-    if not is_dtensor(like):
-        return part
-    if like.shape == param.shape == shape:
-        return spread_like(part, param)
-    from torch.distributed.tensor import DTensor
-
-    sharded: Any = like
-    stride = like.stride() if like.shape == shape else torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=stride)

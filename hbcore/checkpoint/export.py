@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hbcore.checkpoint import schema
-from hbcore.checkpoint.entries import spread_as
+from hbcore.checkpoint.spreading import spread_as
 from hbcore.distributed.placement import local
 from hbcore.errors import CheckpointError
 from hbcore.rules.numerics import compute_dtype

@@ -244,6 +244,8 @@ def check_codec(chain: ChainSpec, group: Group) -> None:
         OptionError: it does not store one of them, or is for slots that nobody has.
     """
     codec = chain.settings.codec
+    if not isinstance(codec, PerSlot) and not hasattr(codec, "of"):
+        return
     like = torch.empty(BLOCK, BLOCK, device="meta")
     slots = {name: slot for t in chain.every(group) for name, slot in slots_of(t, like).items()}
     for name, slot in slots.items():

@@ -91,6 +91,10 @@ class Cast:
 class Fixed(Cast):
     """One tensor of ``storage`` dtype, of float64 parameters too: what a slot with a dtype of its own asks for."""
 
+    @property
+    def rounds(self) -> bool:
+        return self.storage == torch.bfloat16
+
     def parts(self, slot: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
         return {slot: self.storage}
 

@@ -114,7 +114,7 @@ def machine_code(folder: Path) -> None:
         phases = []
         for i in range(len(program.phases)):
             kernel = ASTSource(getattr(module, f"phase_{i}"), {**pointers, **numbers}, constants)
-            compiled = triton.compile(kernel, target=GPUTarget("cuda", 90, 32), options={"num_warps": executable.warps})
+            compiled = triton.compile(kernel, target=GPUTarget("cuda", 90, 32), options=executable.options())
             phases.append({kind: compiled.asm[kind] for kind in ("ptx", "ttir")})
         results[name] = {"phases": phases, "source": source}
     (folder / "code.json").write_text(json.dumps(results))

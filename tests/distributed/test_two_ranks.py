@@ -12,6 +12,10 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 MIXED = {"exp_avg": "int8", "exp_avg_sq": "bf16+8"}
 
+LIMITS = {"SOAP": 1e-3}
+"""How far ranks may be off. On some processors a product of a matrix alone rounds otherwise than one of several, and SOAP
+divides what is left where a gradient of low rank has nothing by its own root mean square. A wrong owner is off by 0.1."""
+
 CASES = {
     "AdamW": ("AdamW", {"weight_decay": 0.1}),
     "AdamW-reductions": ("AdamW", {"caution": True, "update_clipping": "l2_clip_", "gradient_clipping": "global_l2norm_clip"}),
@@ -47,7 +51,7 @@ def test_fully_sharded_parameters_follow_one_process(case):
     name, options = CASES[case]
     alone = jobs.follow(0, name, options, "alone")
     for result in on_ranks(2, jobs.follow, name, options, "fsdp"):
-        assert distance([result[k] for k in alone], list(alone.values())) < 1e-6
+        assert distance([result[k] for k in alone], list(alone.values())) < LIMITS.get(name, 1e-6)
 
 
 @pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDLRA"])
@@ -67,7 +71,7 @@ def test_groups_on_two_ranks_follow_one_process(case):
     usual = jobs.follow(0, name, options, "alone")
     assert distance([usual[k] for k in alone], list(alone.values())) > 1e-3
     for result in on_ranks(2, jobs.follow, name, options, "fsdp", "cpu", True):
-        assert distance([result[k] for k in alone], list(alone.values())) < 1e-6
+        assert distance([result[k] for k in alone], list(alone.values())) < LIMITS.get(name, 1e-6)
 
 
 RESUMED = (

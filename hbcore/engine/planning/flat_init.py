@@ -15,7 +15,7 @@ from hbcore.engine.planning.partition import Partition
 from hbcore.engine.planning.segments import Member, Segment
 from hbcore.engine.stacks.bound_rule import BoundRule
 from hbcore.engine.stacks.flat_stack import FlatStack, FlatView, Range
-from hbcore.engine.stacks.stack import StackKey
+from hbcore.engine.stacks.key import StackKey
 from hbcore.errors import ParameterError
 from hbcore.rules.flat import serial_name
 from hbcore.rules.transform import Transform

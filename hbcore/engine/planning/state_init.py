@@ -19,7 +19,8 @@ from hbcore.engine.planning.partition import Partition
 from hbcore.engine.planning.segments import Member, Segment, aligned, is_transient
 from hbcore.engine.stacks.bound_rule import BoundRule
 from hbcore.engine.stacks.flat_stack import FlatView, View
-from hbcore.engine.stacks.stack import ShardedView, Stack, StackKey, StackView
+from hbcore.engine.stacks.key import StackKey
+from hbcore.engine.stacks.stack import ShardedView, Stack, StackView
 from hbcore.errors import ParameterError, RuleError, StateWarning
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Domain, Transform

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hbcore.distributed.placement import Shards, spread_rows
-from hbcore.engine.stacks.stack import ShardedView, Stack, StackKey, StackView
+from hbcore.engine.stacks.key import StackKey
+from hbcore.engine.stacks.stack import ShardedView, Stack, StackView
 from hbcore.rules.contract import slots_of
 from hbcore.rules.flat import serial_name, stretched, with_serial
 from hbcore.rules.numerics import compute_dtype

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hbcore.distributed.exchange import Transfer
 from hbcore.distributed.placement import Shards
-from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.group_scalars import Due
+from hbcore.engine.stacks.key import StackKey
 from hbcore.rules.contract import slots_of
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.row_noise import stream_key
@@ -29,28 +29,6 @@ from hbcore.state.codec_choice import codec_of, fitting, part_shape
 LENT = ("cuda",)
 """Device types on which a stack has memory for its inputs only during a step. torch's allocator keeps what is given back there,
 for the model's own use between steps; a CPU's would come back from the system page by page."""
-
-
-@dataclass(frozen=True)
-class StackKey:
-    """What blocks must share to lie in one stack.
-
-    Blocks of several groups may. A rule is handed rows whose numbers and step are the same, so those that differ when the stack
-    is made have stacks of their own: otherwise each call would have to gather its rows.
-
-    Attributes:
-        index: the rule's place in the chain.
-        numbers: those of the group that the rule read when the stack was made.
-        step: the parameter's step then.
-    """
-
-    spec: SegmentSpec
-    index: int
-    numbers: tuple[float, ...]
-    step: float
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
 
 
 class Stack:

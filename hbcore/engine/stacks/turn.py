@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hbcore.engine.group_scalars import Due
 from hbcore.engine.stacks.bound_rule import BoundRule
-from hbcore.engine.stacks.stack import StackKey
+from hbcore.engine.stacks.key import StackKey
 from hbcore.engine.stacks.tools import Tools
 
 

@@ -41,6 +41,9 @@ BLOCKS_DECODED = 4
 CHUNK_REDUCED = 16_384
 """Elements in a chunk with reductions: each instance of the next phase sums its tensor's partials, so there should be fewer."""
 
+REGISTERS = 128
+"""Registers of a thread at most, so that a multiprocessor holds 16 warps: ptxas takes more where it can."""
+
 TAILS = 8
 """The blocks at the end of a tensor, with masks, are smaller by this factor."""
 
@@ -167,9 +170,14 @@ class TritonExecutable:
         if self.interpreted:
             return kernel
         try:
-            return kernel.warmup(*self._arguments(launch), grid=(1,), num_warps=self.warps, enable_fp_fusion=self.fusion)
+            return kernel.warmup(*self._arguments(launch), grid=(1,), **self.options())
         except Exception as error:  # errors from Triton, LLVM, ptxas or the driver
             raise CompileError(f"Triton failed: {type(error).__name__}: {str(error).strip()[:300]}") from error
+
+    def options(self) -> dict[str, Any]:
+        """What the kernels are compiled with."""
+        limits = {} if torch.version.hip else {"maxnreg": REGISTERS}
+        return {"num_warps": self.warps, "enable_fp_fusion": self.fusion, **limits}
 
     def _arguments(self, launch: Launch) -> tuple[Any, ...]:
         tables = self.tables
