@@ -175,7 +175,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
             if not core.state and dry_step.is_dry(core):
                 dry_step.allocate(core)
                 return loss
-            if core.settings.param_codec is not None or core.corrections.waiting:
+            if core.chain.settings.param_codec is not None or core.corrections.waiting:
                 settle(core)
             if core.plan is None:
                 core.plan = plan_for(core)
@@ -183,7 +183,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
             stepped = core.plan.step(Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
         finally:
             core.pairs.made = {}
-        if core.settings.param_codec is not None:
+        if core.chain.settings.param_codec is not None:
             note(core)
         core.seen = core.state.revision.count
         if core.settings.consume_grad and not capturing():
