@@ -11,7 +11,7 @@ from core.kit import gradients, parameters
 import hbcore
 from hbcore import StateWarning
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = pytest.mark.gpu
 
 SHAPES = ((300, 2048), (50257, 64), (64, 32, 3, 3), (1000,), (7, 33))
 PACKED = {"param_ecc": "bf16+8", "ecc": "bf16+8"}
