@@ -64,7 +64,7 @@ def compiled(program, ptxas, folder):
     from triton.compiler import ASTSource
 
     from hbcore.engine.backends.triton import cache as triton_cache
-    from hbcore.engine.backends.triton.backend import TritonExecutable
+    from hbcore.engine.backends.triton.backend import REGISTERS, TAILS, TritonExecutable
     from hbcore.engine.backends.triton.codegen import module_source
 
     executable = TritonExecutable(program, [], interpreted=False)
@@ -72,17 +72,18 @@ def compiled(program, ptxas, folder):
     types = dict.fromkeys(("table", "chunks", "moving"), "*i64") | dict.fromkeys(("rows", "partials", "model"), "*fp64")
     types |= dict.fromkeys(("n_tensors", "n_chunks"), "i32")
     types |= dict.fromkeys(("CHUNK", "BLOCK", "TAIL", "ALIGNED"), "constexpr")
-    constants = {"CHUNK": executable.chunk, "BLOCK": executable.block, "TAIL": executable.tail, "ALIGNED": True}
-    options = executable.options()
     for i in range(len(program.phases)):
-        source = ASTSource(getattr(module, f"phase_{i}"), types, constants)
-        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-        (folder / "kernel.ptx").write_text(ptx)
-        [target] = re.findall(r"\.target (\w+)", ptx)
-        limit = f"--maxrregcount={options['maxnreg']}"
-        command = [ptxas, "-v", limit, f"--gpu-name={target}", folder / "kernel.ptx", "-o", folder / "kernel.cubin"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        [registers] = map(int, re.findall(r"Used (\d+) registers", said))
+        for block, options in executable.attempts():
+            constants = {"CHUNK": executable.chunk, "BLOCK": block, "TAIL": block // TAILS, "ALIGNED": True}
+            source = ASTSource(getattr(module, f"phase_{i}"), types, constants)
+            ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+            (folder / "kernel.ptx").write_text(ptx)
+            [target] = re.findall(r"\.target (\w+)", ptx)
+            command = [ptxas, "-v", f"--gpu-name={target}", folder / "kernel.ptx", "-o", folder / "kernel.cubin"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            [registers] = map(int, re.findall(r"Used (\d+) registers", said))
+            if registers <= REGISTERS:
+                break
         yield i, registers, sum(map(int, re.findall(r"(\d+) bytes spill", said)))
 
 

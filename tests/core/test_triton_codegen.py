@@ -99,7 +99,7 @@ def machine_code(folder: Path) -> None:
     from triton.compiler import ASTSource
 
     from hbcore.engine.backends.triton import cache as triton_cache
-    from hbcore.engine.backends.triton.backend import TritonExecutable
+    from hbcore.engine.backends.triton.backend import TAILS, TritonExecutable
 
     results = {}
     pointers = {"table": "*i64", "chunks": "*i64", "moving": "*i64", "rows": "*fp64", "partials": "*fp64", "model": "*fp64"}
@@ -110,11 +110,16 @@ def machine_code(folder: Path) -> None:
         source = source_of(cls, dtype, options)
         module = triton_cache.load(source)
         executable = TritonExecutable(program, [], interpreted=False)
-        constants = {"CHUNK": executable.chunk, "BLOCK": executable.block, "TAIL": executable.tail, "ALIGNED": aligned}
+        constants = {
+            "CHUNK": executable.chunk,
+            "BLOCK": executable.block,
+            "TAIL": executable.block // TAILS,
+            "ALIGNED": aligned,
+        }
         phases = []
         for i in range(len(program.phases)):
             kernel = ASTSource(getattr(module, f"phase_{i}"), {**pointers, **numbers}, constants)
-            compiled = triton.compile(kernel, target=GPUTarget("cuda", 90, 32), options=executable.options())
+            compiled = triton.compile(kernel, target=GPUTarget("cuda", 90, 32), options=next(executable.attempts())[1])
             phases.append({kind: compiled.asm[kind] for kind in ("ptx", "ttir")})
         results[name] = {"phases": phases, "source": source}
     (folder / "code.json").write_text(json.dumps(results))

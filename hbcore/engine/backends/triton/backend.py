@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -42,7 +42,7 @@ CHUNK_REDUCED = 16_384
 """Elements in a chunk with reductions: each instance of the next phase sums its tensor's partials, so there should be fewer."""
 
 REGISTERS = 128
-"""Registers of a thread at most, so that a multiprocessor holds 16 warps: ptxas takes more where it can."""
+"""Registers of a thread at most, so that a multiprocessor holds 16 warps."""
 
 TAILS = 8
 """The blocks at the end of a tensor, with masks, are smaller by this factor."""
@@ -82,7 +82,6 @@ class TritonExecutable:
         moved = max(traffic([p], program.dtypes, program.per_block) for p in program.phases)
         self.warps = WARPS_LIGHT if moved <= LIGHT else WARPS
         self.block = VECTOR // max(written, default=4) * 32 * self.warps * (2 if moved <= SLIM else 1)
-        self.tail = self.block // TAILS
         decoded = not all(d.is_floating_point for name, d in program.dtypes.items() if not name.startswith(NOISE))
         self.chunk = CHUNK_REDUCED if len(program.phases) > 1 else self.block * (BLOCKS_DECODED if decoded else BLOCKS)
         # integer codecs must match eager torch bit for bit: a fused multiply-add rounds once less
@@ -170,21 +169,32 @@ class TritonExecutable:
         if self.interpreted:
             return kernel
         try:
-            return kernel.warmup(*self._arguments(launch), grid=(1,), **self.options())
+            for block, options in self.attempts():
+                made = kernel.warmup(*self._arguments(launch, block), grid=(1,), **options)
+                _ = getattr(made, "run", None)  # loads it, which tells its registers
+                if (getattr(made, "n_regs", None) or 0) <= REGISTERS:
+                    break
+            return made
         except Exception as error:  # errors from Triton, LLVM, ptxas or the driver
             raise CompileError(f"Triton failed: {type(error).__name__}: {str(error).strip()[:300]}") from error
 
-    def options(self) -> dict[str, Any]:
-        """What the kernels are compiled with."""
-        limits = {} if torch.version.hip else {"maxnreg": REGISTERS}
-        return {"num_warps": self.warps, "enable_fp_fusion": self.fusion, **limits}
+    def attempts(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The block to compile with, and Triton's options: smaller blocks, and a limit at last, until registers suffice.
 
-    def _arguments(self, launch: Launch) -> tuple[Any, ...]:
-        tables = self.tables
+        The limit is no option from the start: ptxas would take it for an invitation, and use more in every kernel.
+        """
+        options = {"num_warps": self.warps, "enable_fp_fusion": self.fusion}
+        yield self.block, options
+        yield self.block // 2, options
+        if not torch.version.hip:
+            yield self.block // 2, {**options, "maxnreg": REGISTERS}
+
+    def _arguments(self, launch: Launch, block: int | None = None) -> tuple[Any, ...]:
+        tables, block = self.tables, block or self.block
         assert tables is not None
         return (
             launch.table, launch.chunks, launch.moving, tables.rows, launch.partials, tables.model,
-            len(launch.members), launch.chunks.shape[0], self.chunk, self.block, self.tail, launch.aligned,
+            len(launch.members), launch.chunks.shape[0], self.chunk, block, block // TAILS, launch.aligned,
         )  # fmt: skip
 
 

@@ -29,7 +29,8 @@ import triton
 import triton.language as tl
 
 from hbcore.engine.backends.triton.device_lib import (
-    atan2, block_amax, block_max, element_words, highest, maximum, minimum, quotient, rint, root, root_code, sign,
+    atan2, block_amax, block_max, element_words, highest, maximum, minimum, quotient, quotient_by_root, rint, root,
+    root_above, root_code, sign,
     small_float, spread, to_bf16, total,
 )
 '''

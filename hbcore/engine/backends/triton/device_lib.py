@@ -80,7 +80,17 @@ if INTERPRETED or torch.version.hip:
         return tl.div_rn(a, b)
 
     @triton.jit
+    def quotient_by_root(a, b, floor):  # type: ignore[no-untyped-def]
+        """a / b, rounded to nearest."""
+        return tl.div_rn(a, b)
+
+    @triton.jit
     def root(x):  # type: ignore[no-untyped-def]
+        """The square root, rounded to nearest."""
+        return tl.sqrt_rn(x)
+
+    @triton.jit
+    def root_above(x, floor):  # type: ignore[no-untyped-def]
         """The square root, rounded to nearest."""
         return tl.sqrt_rn(x)
 
@@ -99,7 +109,20 @@ else:
         an extreme one of ``b`` is taken to the middle first.
         """
         s = tl.where(tl.abs(b) > UP, DOWN, tl.where(tl.abs(b) < DOWN, UP, 1.0))
-        n, d = a * s, b * s
+        return middle_quotient(a * s, b * s)
+
+    @triton.jit
+    def quotient_by_root(a, b, floor):  # type: ignore[no-untyped-def]
+        """:func:`quotient` where b is a square root or ``floor``, the larger one: in the middle already if the floor is."""
+        if (floor >= DOWN) & (floor <= UP):
+            q = middle_quotient(a, b)
+        else:
+            q = quotient(a, b)
+        return q
+
+    @triton.jit
+    def middle_quotient(n, d):  # type: ignore[no-untyped-def]
+        """n / d for d between 2^-126 and 2^126, 0, inf or NaN."""
         r0 = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1)
         r = tl.fma(tl.fma(-d, r0, 1.0), r0, r0)
         q = n * r
@@ -108,14 +131,28 @@ else:
 
     @triton.jit
     def root(x):  # type: ignore[no-untyped-def]
-        """The square root without a branch, rounded to nearest: Newton's step, as ``sqrt.rn.f32`` does."""
+        """The square root without a branch, rounded to nearest: of tiny numbers from larger ones."""
         tiny = x < DOWN
-        w = tl.where(tiny, x * UP, x)
+        z = middle_root(tl.where(tiny, x * UP, x))
+        return tl.where(tiny, z * HALF_DOWN, z)
+
+    @triton.jit
+    def root_above(x, floor):  # type: ignore[no-untyped-def]
+        """:func:`root` where nobody looks at what is below ``floor``: roots of tiny numbers, if it is not tiny itself."""
+        if floor >= HALF_DOWN:
+            z = middle_root(x)
+        else:
+            z = root(x)
+        return z
+
+    @triton.jit
+    def middle_root(w):  # type: ignore[no-untyped-def]
+        """The square root of a number from 2^-100 on, 0 or NaN, rounded to nearest: Newton's step, as ``sqrt.rn.f32`` does."""
         y = tl.inline_asm_elementwise("rsqrt.approx.f32 $0, $1;", "=f,f", [w], dtype=tl.float32, is_pure=True, pack=1)
         z = w * y
         z = tl.fma(tl.fma(-z, z, w), 0.5 * y, z)
-        z = tl.where(tiny, z * HALF_DOWN, z)
-        return tl.where(z == z, z, tl.maximum(x, -y, propagate_nan=tl.PropagateNan.ALL))  # 0 and inf are their own roots
+        own = tl.maximum(w, -tl.abs(y), propagate_nan=tl.PropagateNan.ALL)  # 0 and inf are their own roots
+        return tl.where(z == z, z, own)
 
     @triton.jit
     def rough_root(x):  # type: ignore[no-untyped-def]

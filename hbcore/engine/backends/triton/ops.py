@@ -122,7 +122,21 @@ def _divide(c: Call) -> str:
 def _sqrt(c: Call) -> str:
     if c.dtype != torch.float32:
         return f"tl.sqrt({c.arg(0)})"
-    return f"{'root' if c.branchless and c.is_vector else 'tl.sqrt_rn'}({c.arg(0)})"
+    if not (c.branchless and c.is_vector):
+        return f"tl.sqrt_rn({c.arg(0)})"
+    floors = [_floor(user) for user in c.node.users]
+    if len(floors) == 1 and floors[0] is not None:
+        return f"root_above({c.arg(0)}, {c.names[floors[0]]}.to(tl.float32))"
+    return f"root({c.arg(0)})"
+
+
+def _floor(node: fx.Node) -> fx.Node | None:
+    """The number that a root is at least, if ``node`` is the larger of a root and a number."""
+    if node.target is not aten.maximum.default:
+        return None
+    numbers = [a for a in node.args if isinstance(a, fx.Node) and a.meta["kind"] not in VECTORS]
+    roots = [a for a in node.args if isinstance(a, fx.Node) and a.target is aten.sqrt.default and a.meta["kind"] in VECTORS]
+    return numbers[0] if numbers and roots else None
 
 
 def _compare(op: str) -> Callable[[Call], str]:
@@ -159,7 +173,11 @@ def _power(c: Call) -> str:
 def _quotient(c: Call, x: str, y: str) -> str:
     if c.dtype != torch.float32 or not c.is_vector:
         return f"({x}) / ({y})"
-    return f"{'quotient' if c.branchless else 'tl.div_rn'}({x}, {y})"
+    if not c.branchless:
+        return f"tl.div_rn({x}, {y})"
+    divisor = c.node.args[1] if len(c.node.args) > 1 else None
+    floor = _floor(divisor) if isinstance(divisor, fx.Node) else None
+    return f"quotient({x}, {y})" if floor is None else f"quotient_by_root({x}, {y}, {c.names[floor]}.to(tl.float32))"
 
 
 def _log1p(c: Call) -> str:
