@@ -210,3 +210,18 @@ def test_parameters_that_are_on_no_cpu_are_refused():
     batch = Batch({"param": [torch.empty(3, device="meta")], "grad": []}, [], [])
     with pytest.raises(CompileError, match="runs on a CPU, and the parameters are not on one"):
         CppBackend().compile(None, batch)
+
+
+def test_a_chain_has_one_source():
+    """Or every process would compile it anew. Nodes are hashed by their addresses, which differ."""
+    from hbcore.engine.backends.cpp.codegen import module_source
+
+    made = set()
+    for _ in range(8):
+        p = nn.Parameter(torch.zeros(64, 64))
+        optimizer = hbcore.get("AdamW")([p], ecc="int8", caution=True, mars=True, compile="eager")
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        [segment] = optimizer.core.plan.segments.values()
+        made.add(module_source(segment.program, "chain", "0"))
+    assert len(made) == 1

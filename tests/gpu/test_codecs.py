@@ -55,7 +55,8 @@ def test_a_gpu_stores_the_cpus_bits(case):
             if mine.dtype == torch.float32 and not name.endswith("#scale"):  # products are fused with sums there
                 assert torch.allclose(mine.cpu(), yours, rtol=1e-5, atol=1e-8), name
             else:
-                assert float(differ.float().mean()) < (1e-3 if case == "narrow-stochastic" else 1e-5), name
+                share = 1e-3 if case == "narrow-stochastic" else 1e-5  # where a sum is fused, the last bit decides
+                assert int(differ.sum()) <= max(1, share * differ.numel()), name
         assert torch.allclose(p.detach().float().cpu(), q.detach().float(), rtol=2.0**-7, atol=1e-6)
 
 

@@ -62,6 +62,11 @@ def split(body: Iterable[fx.Node]) -> list[Loop]:
     return ordered if ordered and ordered[-1].kind == VECTOR else [*ordered, Loop(VECTOR)]
 
 
+def held(dtype: torch.dtype) -> torch.dtype:
+    """How values of ``dtype`` pass from loop to loop: a byte beside floats would keep the loop from being vectorised."""
+    return torch.int32 if dtype == torch.bool else dtype
+
+
 def joined(how: str, total: str, value: str) -> tuple[str, str]:
     """What a reduction starts from, and the expression that adds a value to it."""
     return ("0", f"{total} + {value}") if how == "sum" else ("-INF", f"maximum({value}, {total})")
@@ -116,17 +121,21 @@ class Tiles:
             lines.append(f"partials[{self.layout.reductions.index(r.name)} * n_chunks + chunk] = total{i};")
         return lines
 
+    def _array(self, node: fx.Node) -> str:
+        """The declaration of what passes a node's values from one loop to another."""
+        return f"{TYPES[held(node.meta['dtype'])]} t_{node.name}[{self.tile}];"
+
     def _accumulated(self, i: int) -> str:
         r = self.phase.reduces[i]
         return "double" if r.how == "sum" else TYPES[r.dtype]
 
-    def _kept(self) -> set[fx.Node]:
-        """The values that pass from one loop to another."""
+    def _kept(self) -> dict[fx.Node, None]:
+        """The values that pass from one loop to another, in the graph's order."""
         of = {n: loop for loop in self.loops for n in loop.nodes}
         kept = {a for n, loop in of.items() for a in n.all_input_nodes if a in of and of[a] is not loop}
         kept |= {n for n in self._stored() if n in of and of[n] is not self.loops[-1]}
         kept |= {a for n in of if n.target is AMAX for a in n.all_input_nodes}
-        return {n for n in kept if n.meta["kind"] == "element"}
+        return {n: None for n in self.phase.graph.nodes if n in kept and n.meta["kind"] == "element"}
 
     def _stored(self) -> list[fx.Node]:
         """The values that the last loop writes or reduces."""
@@ -152,9 +161,8 @@ class Tiles:
             lines.append(f"uint32_t drawn_{own}[{self.tile} + 8];")
             lines.append(f"const uint32_t* w_{own} = element_words(key_{own}, position + tile, {count}, drawn_{own});")
         for part in self.loops:
-            lines += [f"{TYPES[n.meta['dtype']]} t_{n.name}[{self.tile}];" for n in self.kept if n in part.nodes]
-            if part is self.loops[0]:
-                lines += [f"{TYPES[n.meta['dtype']]} t_{n.name}[{self.tile}];" for n in self.kept if n in self.inputs]
+            first = part is self.loops[0]
+            lines += [self._array(n) for n in self.kept if n in part.nodes or (first and n in self.inputs)]
             lines += self._block(part) if part.kind == BLOCKS else loop(count, self._elements(part))
         for name, node in zip(self.phase.writes, self.results, strict=False):
             if node.meta["kind"] == "block":
@@ -180,8 +188,8 @@ class Tiles:
         last = part is self.loops[-1]
         used = {a for n in part.nodes for a in n.all_input_nodes} | set(self._stored() if last else ())
         lines = []
-        for node in used & self.kept:
-            self.names[node] = f"t_{node.name}[j]"
+        for node in (n for n in self.kept if n in used):
+            self.names[node] = f"(t_{node.name}[j] != 0)" if node.meta["dtype"] == torch.bool else f"t_{node.name}[j]"
         for node, name in self.inputs.items():
             if name.startswith(DRAW):
                 self.names[node] = f"v_{self.identifiers[name]}[j]"
@@ -194,7 +202,7 @@ class Tiles:
         for n in part.nodes:
             lines.append(self._statement(n))
             if n in self.kept:
-                lines.append(f"t_{n.name}[j] = {n.name};")
+                lines.append(f"t_{n.name}[j] = {cast(n.name, n.meta['dtype'], held(n.meta['dtype']))};")
         return [*lines, *self._last()] if last else lines
 
     def _last(self) -> list[str]:

@@ -74,7 +74,8 @@ def scale_kernel(sizes, means, out, dampening, PIECES: tl.constexpr):  # type: i
     by = tl.maximum(most, dampening)
     ratio, rest = tl.div_rn(size, by), tl.div_rn(dampening, by)
     total = tl.sum(tl.load(means + each) * (ratio * ratio) * (ratio * ratio), 0) + (rest * rest) * (rest * rest)
-    scale = 1 / (tl.sqrt(by) * tl.sqrt(tl.sqrt(tl.sqrt(tl.where(known, total, 1.0)))))
+    root = tl.sqrt_rn(by)  # the approximate one takes subnormal numbers for 0
+    scale = 1 / (root * tl.sqrt(tl.sqrt(tl.sqrt(tl.where(known, total, 1.0)))))
     tl.store(out + tl.program_id(0), tl.where(known, scale, 0.0))
 
 
