@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -31,6 +31,16 @@ def identifier(text: str) -> str:
     """``text`` as a name in generated sources: rules are called what their authors like."""
     name = re.sub(r"\W", lambda other: f"_{ord(other[0]):x}_", text)
     return f"_{name}" if name[0].isdigit() else name
+
+
+def identifiers(names: Iterable[str]) -> dict[str, str]:
+    """Each tensor's name as an identifier of its own in generated sources: slots may be called ``a.b`` and ``a_b``."""
+    made: dict[str, str] = {}
+    for name in names:
+        made[name] = name.replace("#", "_").replace(".", "_")
+        while list(made.values()).count(made[name]) > 1:
+            made[name] += "_"
+    return made
 
 
 REDUCERS: dict[str, Callable[[Tensor, int], Tensor]] = {"sum": reduce_sum, "amax": reduce_amax}

@@ -6,8 +6,6 @@ order of its chunks: nothing depends on the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import fx
 
@@ -15,7 +13,7 @@ from hbcore.engine.backends.cpp.layout import TableLayout
 from hbcore.engine.backends.cpp.loops import Tiles, indented, joined
 from hbcore.engine.backends.cpp.ops import TYPES, cast, expression
 from hbcore.engine.backends.cpp.prelude import PRELUDE
-from hbcore.engine.graph.program import NOISE, REDUCERS, Phase, Program
+from hbcore.engine.graph.program import NOISE, REDUCERS, Phase, Program, identifiers
 from hbcore.rules.numerics import compute_dtype
 
 CHUNK = 16_384
@@ -143,13 +141,3 @@ class PhaseWriter:
         made = expression(node, self.names, self.compute)
         self.names[node] = node.name
         return f"const {TYPES[node.meta['dtype']]} {node.name} = {made};"
-
-
-def identifiers(names: Iterable[str]) -> dict[str, str]:
-    """Each tensor's name as an identifier of its own: slots may be called ``a.b`` and ``a_b``."""
-    made: dict[str, str] = {}
-    for name in names:
-        made[name] = name.replace("#", "_").replace(".", "_")
-        while list(made.values()).count(made[name]) > 1:
-            made[name] += "_"
-    return made

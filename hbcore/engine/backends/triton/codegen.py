@@ -9,7 +9,7 @@ int64, so tensors may exceed 2**31 elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import fx
 
 from hbcore.engine.backends.triton.ops import OPERATIONS, TYPES, VECTORS, Call, cast
 from hbcore.engine.graph.phases import traffic
-from hbcore.engine.graph.program import DRAW, NOISE, REDUCERS, Phase, Program
+from hbcore.engine.graph.program import DRAW, NOISE, REDUCERS, Phase, Program, identifiers
 from hbcore.errors import CompileError
 from hbcore.rules.numerics import compute_dtype
 from hbcore.rules.transform import Domain
@@ -246,13 +246,3 @@ def drawn(variable: str, key: str) -> list[str]:
         f"{variable}, low, _, _ = tl.randint4x({key}, origin + at)",
         f"{variable} = ({variable}.to(tl.int64) << 32) | low.to(tl.int64)",
     ]
-
-
-def identifiers(names: Iterable[str]) -> dict[str, str]:
-    """Each tensor's name as a Python identifier of its own: slots may be called ``a.b`` and ``a_b``."""
-    made: dict[str, str] = {}
-    for name in names:
-        made[name] = name.replace("#", "_").replace(".", "_")
-        while list(made.values()).count(made[name]) > 1:
-            made[name] += "_"
-    return made
