@@ -126,7 +126,12 @@ def _codec(name: str) -> dict[str, Any] | None:
     codec = registry.load_codec(name)()
     import torch
 
+    from hbcore.state.blocks import BLOCK
+    from hbcore.state.codec_choice import per_block_of
+
+    shared = per_block_of(codec, "exp_avg")
     parts = codec.parts("exp_avg", torch.float32)
+    sizes = {part: dtype.itemsize / BLOCK if part in shared else dtype.itemsize for part, dtype in parts.items()}
     return {
         "name": spec.name,
         "kind": "codec",
@@ -138,10 +143,10 @@ def _codec(name: str) -> dict[str, Any] | None:
         "version": owner.version,
         "rounds": bool(codec.rounds),
         "parts": [
-            {"name": part, "dtype": str(dtype).removeprefix("torch."), "bytes_per_value": dtype.itemsize}
+            {"name": part, "dtype": str(dtype).removeprefix("torch."), "bytes_per_value": sizes[part]}
             for part, dtype in parts.items()
         ],
-        "bytes_per_value": sum(dtype.itemsize for dtype in parts.values()),
+        "bytes_per_value": sum(sizes.values()),
         "use": f'ecc="{spec.name}"',
     }
 

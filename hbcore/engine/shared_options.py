@@ -59,7 +59,7 @@ class SharedOptions(Declared):
         default=None, doc="the codec that parameters are stored with; float32 parameters become bfloat16"
     )
     stochastic_rounding: bool = option(
-        default=False, doc="round bfloat16 parameters and state, and the last bit of bf16+8, stochastically"
+        default=False, doc="round 16-bit parameters and state, and the last bit of bf16+8 and fp16+8, stochastically"
     )
     seed: int = option(
         default=0, doc="what all random numbers of the optimizer are drawn from; the global generators are never used"
