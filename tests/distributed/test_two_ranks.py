@@ -12,9 +12,12 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 MIXED = {"exp_avg": "int8", "exp_avg_sq": "bf16+8"}
 
-LIMITS = {"SOAP": 1e-3}
-"""How far ranks may be off. On some processors a product of a matrix alone rounds otherwise than one of several, and SOAP
-divides what is left where a gradient of low rank has nothing by its own root mean square. A wrong owner is off by 0.1."""
+LIMITS = {"SOAP-8bit": 1e-3}
+"""How far ranks may be off, if not 1e-6: a product that rounds otherwise may be another code. A missed refresh is 1e-2."""
+
+FULL_RANK = {"max_precond_dim": 20}
+"""Of a gradient of low rank, rounding alone chooses the basis of what it leaves, and on some processors a product of a matrix
+alone rounds otherwise than one of several."""
 
 CASES = {
     "AdamW": ("AdamW", {"weight_decay": 0.1}),
@@ -23,12 +26,12 @@ CASES = {
     "AdamW-8bit": ("AdamW", {"ecc": "int8"}),
     "AdamW-8bit-triton": ("AdamW", {"ecc": MIXED, "stochastic_rounding": True, "compile": "triton"}),
     "AdamW-8bit-cpp": ("AdamW", {"ecc": MIXED, "stochastic_rounding": True, "compile": "cpp"}),
-    "SOAP-8bit": ("SOAP", {"ecc": "int8"}),
+    "SOAP-8bit": ("SOAP", {**FULL_RANK, "ecc": "int8"}),
     "SGD": ("SGD", {"mars": True}),
     "Muon": ("Muon", {"ns_dtype": "float32", "update_clipping": "global_rmsnorm_clip"}),
-    "SOAP": ("SOAP", {"precondition_frequency": 2}),
+    "SOAP": ("SOAP", {**FULL_RANK, "precondition_frequency": 2}),
     "SOAP-regions": ("SOAP", {"split": True, "max_precond_dim": 16, "ecc": "bf16+8"}),
-    "SOAP-staggered": ("SOAP", {"stagger": True, "precondition_frequency": 3}),
+    "SOAP-staggered": ("SOAP", {**FULL_RANK, "stagger": True, "precondition_frequency": 3}),
     "PSGDKron": ("PSGDKron", {}),
     "PSGDLRA": ("PSGDLRA", {}),
     "PSGDLRA-alone": ("PSGDLRA", {"multi_tensor": False, "ecc": "bf16+8"}),
@@ -51,7 +54,7 @@ def test_fully_sharded_parameters_follow_one_process(case):
     name, options = CASES[case]
     alone = jobs.follow(0, name, options, "alone")
     for result in on_ranks(2, jobs.follow, name, options, "fsdp"):
-        assert distance([result[k] for k in alone], list(alone.values())) < LIMITS.get(name, 1e-6)
+        assert distance([result[k] for k in alone], list(alone.values())) < LIMITS.get(case, 1e-6)
 
 
 @pytest.mark.parametrize("case", ["AdamW", "Muon", "SOAP", "PSGDLRA"])
@@ -71,7 +74,7 @@ def test_groups_on_two_ranks_follow_one_process(case):
     usual = jobs.follow(0, name, options, "alone")
     assert distance([usual[k] for k in alone], list(alone.values())) > 1e-3
     for result in on_ranks(2, jobs.follow, name, options, "fsdp", "cpu", True):
-        assert distance([result[k] for k in alone], list(alone.values())) < LIMITS.get(name, 1e-6)
+        assert distance([result[k] for k in alone], list(alone.values())) < LIMITS.get(case, 1e-6)
 
 
 RESUMED = (
