@@ -31,8 +31,11 @@ CASES = {
     "Lion": ("Lion", {"ecc": "int8"}),
     "Muon": ("Muon", {"ecc": "int8", "param_ecc": "bf16+8"}),
     "SOAP": ("SOAP", {"ecc": "int8", "precondition_frequency": 2}),
+    "SOAP-regions": ("SOAP", {"ecc": "int8", "split": True, "max_precond_dim": 16}),  # whose rows are half a block
     "PSGDKron": ("PSGDKron", {"ecc": "int8"}),
 }
+
+MATRICES = ("SOAP", "SOAP-regions", "PSGDKron")
 
 
 def trained(case, steps=3, shapes=SHAPES, compile="eager", **more):
@@ -73,7 +76,7 @@ def test_a_root_code_is_0_for_0_alone_and_ends_at_the_largest():
     assert root_code(x, 255).tolist() == [0, 1, 1, 1, 2, 2, 3, 255, 255, 255, 255]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c not in ("SOAP", "PSGDKron", "Muon", "LaProp-all")])
+@pytest.mark.parametrize("case", [c for c in CASES if c not in ("SOAP", "SOAP-regions", "PSGDKron", "Muon", "LaProp-all")])
 def test_what_is_made_of_blocks_has_a_scale_for_each_and_the_rest_is_plain(case):
     params, optimizer = trained(case)
     for p, state in zip(params, states(params, optimizer), strict=True):
@@ -94,17 +97,17 @@ def test_slots_that_are_never_negative_are_stored_without_a_sign():
 @pytest.mark.parametrize("case", [c for c in CASES if c != "LaProp-all"])  # its reductions differ in the last bit
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
 def test_backends_store_the_same_bits(case, backend):
-    if case in ("SOAP", "PSGDKron") and backend == "triton":
+    if case in MATRICES and backend == "triton":
         pytest.skip("their products take half a minute in Triton's interpreter")
     ours, one = trained(case, steps=2, compile=backend)
     theirs, other = trained(case, steps=2)
-    assert one.report.backend == backend or case in ("Muon", "SOAP", "PSGDKron")
+    assert one.report.backend == backend or case in ("Muon", *MATRICES)
     for mine, yours in zip(states(ours, one), states(theirs, other), strict=True):
         for name in mine:
             if mine[name].dtype in (torch.int8, torch.uint8):
                 off = (mine[name].int() - yours[name].int()).abs()
                 # the CPU's own square root is off by a bit, which a correction of a parameter shows
-                rounded = case in ("Muon", "SOAP", "PSGDKron", "AdamW-clipped") or "#" in name
+                rounded = case in ("Muon", *MATRICES, "AdamW-clipped") or "#" in name
                 assert int(off.max()) <= rounded, name
                 assert float((off > 0).float().mean()) < 0.01, name
 

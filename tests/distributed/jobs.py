@@ -170,10 +170,15 @@ def class_of(name: str | type[Any]) -> Any:
 
 
 def build(
-    name: str | type[Any], options: dict[str, Any], how: str, device: str = "cpu", layerwise: bool = False
+    name: str | type[Any],
+    options: dict[str, Any],
+    how: str,
+    device: str = "cpu",
+    layerwise: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Model, torch.optim.Optimizer]:
     """With ``layerwise``, each parameter is a group with a learning rate of its own."""
-    model = Model().to(device)
+    model = Model(dtype).to(device)
     if how == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -208,7 +213,7 @@ def skip_nonfinite(rank: int, name: str, options: dict[str, Any], bad: tuple[int
 
 
 def spread(whole: Tensor, p: Tensor) -> Tensor:
-    whole = whole.to(p.device, copy=True)
+    whole = whole.to(p.device, p.dtype, copy=True)
     if not hasattr(p, "device_mesh"):
         return whole
     from torch.distributed.tensor import distribute_tensor
@@ -230,6 +235,16 @@ def follow(
     model, optimizer = build(name, options, how, device, layerwise)
     train(model, optimizer, range(6))
     return whole(model)
+
+
+def rounded(rank: int, how: str, compile: str, names: tuple[str, ...]) -> tuple[dict[str, Tensor], set[str]]:
+    """Train bfloat16 weights with stochastic rounding; return the whole parameters, and the backends that ran."""
+    model, made = build("SGD", {}, how, dtype=torch.bfloat16)
+    options: dict[str, Any] = {"ecc": "bf16+8", "stochastic_rounding": True, "compile": compile, "lr": 0.01, "seed": 3}
+    del made
+    optimizer: Any = hbcore.get("AdamW")([(n, p) for n, p in model.named_parameters() if n in names], **options)
+    train(model, optimizer, range(3))
+    return whole(model), {segment.backend for segment in optimizer.core.plan.segments.values()}
 
 
 def resume(rank: int, name: str | type[Any], options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:

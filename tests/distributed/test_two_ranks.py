@@ -77,6 +77,25 @@ def test_groups_on_two_ranks_follow_one_process(case):
         assert distance([result[k] for k in alone], list(alone.values())) < LIMITS.get(case, 1e-6)
 
 
+ROUNDED = [
+    ("wide", "triton", "triton"),
+    ("tall", "triton", "triton"),
+    ("odd", "triton", "cpp"),
+    ("wide", "cpp", "cpp"),
+    ("odd", "cpp", "cpp"),
+]
+
+
+@pytest.mark.parametrize(("name", "backend", "second"), ROUNDED)
+def test_a_shard_is_rounded_by_the_wholes_random_bits(name, backend, second):
+    """Where the second rank's begins between four elements that draw together, another backend than Triton runs there."""
+    alone, _ = jobs.rounded(0, "alone", "eager", (name,))
+    results = on_ranks(2, jobs.rounded, "fsdp", backend, (name,))
+    assert [ran for _, ran in results] == [{backend}, {second}]
+    for result, _ in results:
+        assert float((result[name] != alone[name]).float().mean()) < 1e-2  # other bits round a half of them otherwise
+
+
 RESUMED = (
     "AdamW-ecc", "AdamW-8bit", "SOAP-8bit", "SOAP", "SOAP-regions", "SOAP-staggered", "PSGDKron", "PSGDLRA", "PSGDLRA-alone",
     "SFAdamW", "TwoMatrixRules", "LDoG", "DoG", "rows", "derived", "draws", "draws-ecc",
