@@ -369,3 +369,14 @@ def test_stochastic_rounding_draws_as_it_always_did() -> None:
     hbcore.get("SGD")([("w", p)], lr=0.001, momentum=0.0, stochastic_rounding=True, seed=7, compile="eager").step()
     bits = torch.stack(philox4x32(noise_key("7/w", "noise.param", 1), torch.arange(10)), 1).flatten() & 0xFFFF
     assert torch.equal(p.detach(), stochastic_round_bf16(before - grad.float() * 0.001, bits))
+
+
+def test_inputs_that_share_a_word_have_bits_of_their_own():
+    """Slots that were rounded by the same bits would err in the same direction."""
+    from hbcore.engine.graph.program import shared_words
+
+    counts = {"noise.a": 8, "noise.b": 16, "noise.c": 8, "noise.d": 5, "noise.e": 16, "noise.f": 11}
+    made = shared_words(counts)
+    taken = [(bits.word, bit) for bits in made.values() for bit in range(bits.shift, bits.shift + bits.width)]
+    assert len(set(taken)) == len(taken) == sum(counts.values()) and max(bit for _, bit in taken) < 32
+    assert [made[name].word for name in counts] == ["noise.a"] * 3 + ["noise.d"] * 3 and len({w for w, _ in taken}) == 2
