@@ -380,3 +380,24 @@ def test_inputs_that_share_a_word_have_bits_of_their_own():
     taken = [(bits.word, bit) for bits in made.values() for bit in range(bits.shift, bits.shift + bits.width)]
     assert len(set(taken)) == len(taken) == sum(counts.values()) and max(bit for _, bit in taken) < 32
     assert [made[name].word for name in counts] == ["noise.a"] * 3 + ["noise.d"] * 3 and len({w for w, _ in taken}) == 2
+
+
+def test_rounding_to_float16_is_unbiased_and_keeps_what_is_exact():
+    from hbcore.rules.noise import stochastic_round_fp16
+
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
+    number = ~every.isnan()
+    for bits in (0, 1, 0x1FFF, 0xFFFF):
+        back = stochastic_round_fp16(every.float(), torch.full_like(every, bits & 0x7FFF, dtype=torch.int32) | (bits & 0x8000))
+        assert torch.equal(back[number], every[number]) and bool(back[~number].isnan().all())
+    dither = torch.arange(2**13, dtype=torch.int32)
+    for x in (1.0001, -3.00017, 1e-3, -1e-6, 3.1e-8, -(2.0**-26), 65503.9, 6.1e-5):
+        made = stochastic_round_fp16(torch.full((2**13,), x), dither).double()
+        low, high = float(made.min()), float(made.max())
+        exact = float(torch.tensor(x))
+        step = max(2.0**-24, 2.0 ** (math.floor(math.log2(abs(exact))) - 10))
+        assert low <= exact <= high and high - low <= step and abs(float(made.mean()) - exact) <= step * 2.0**-13
+    beyond = torch.tensor([65504.1, 1e30, -7e4, float("inf"), -float("inf")])
+    for bits in (0, 0x1FFF):
+        made = stochastic_round_fp16(beyond, torch.full((5,), bits, dtype=torch.int32))
+        assert made.tolist() == [65504.0, 65504.0, -65504.0, float("inf"), -float("inf")]
