@@ -26,6 +26,9 @@ pytest.importorskip("triton")
 MOST = 128
 """Of 65,536 registers a multiprocessor then holds 16 warps, enough to wait for memory in turn."""
 
+SPILLED = 32
+"""Bytes: a division of float64 scalars is a call, around which a few registers are kept, once a program instance."""
+
 SHAPES = ((64, 96), (64,))
 PACKED = {"param_ecc": "bf16+8", "ecc": "bf16+8"}
 OPTIONS = [
@@ -117,7 +120,7 @@ def offenders(names, folder):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((folder / "registers.json").read_text())
     assert len(found) >= 8
-    return [kernel for kernel in found if kernel[-2] > MOST or kernel[-1]]
+    return [kernel for kernel in found if kernel[-2] > MOST or kernel[-1] > SPILLED]
 
 
 def test_kernels_of_common_rules_leave_room_for_others(tmp_path):
