@@ -361,8 +361,8 @@ def test_torchs_own_random_numbers_are_named() -> None:
         run(optimizer_of(Global())(params), params, [[torch.ones(3)]])
 
 
-def test_stochastic_rounding_draws_as_it_always_did() -> None:
-    """Checkpoints of earlier versions go on with the numbers that they would have had."""
+def test_stochastic_rounding_draws_by_names_and_step_alone() -> None:
+    """A checkpoint goes on with the numbers that the run would have had, in later versions too: this is how they are drawn."""
     p = nn.Parameter(torch.linspace(-2, 2, 40).to(torch.bfloat16))
     before, grad = p.detach().float(), torch.linspace(0.1, 3, 40).to(torch.bfloat16)
     p.grad = grad.clone()

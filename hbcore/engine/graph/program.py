@@ -91,6 +91,11 @@ def shared_words(counts: Mapping[str, int]) -> dict[str, Bits]:
     return made
 
 
+def keyed(names: Iterable[str], bits: Mapping[str, Bits]) -> list[str]:
+    """Those of a segment's tensors that are random inputs with a key of their own."""
+    return [name for name in names if name.startswith(NOISE) and (name not in bits or bits[name].word == name)]
+
+
 STACK = "stack."
 """Prefix of the tensors a segment writes for the matrix rule after it: ``stack.update``, ``stack.grad``, ``stack.param``."""
 
@@ -169,8 +174,7 @@ class Program:
     @cached_property
     def keyed(self) -> tuple[str, ...]:
         """The random inputs that have a key of their own: what rules draw, and the first in each word of bits to round with."""
-        random = (name for name in self.dtypes if name.startswith(NOISE))
-        return tuple(name for name in random if name.startswith(DRAW) or self.bits[name].word == name)
+        return tuple(keyed(self.dtypes, self.bits))
 
     def keys_of(self, phase: Phase) -> list[str]:
         """Those that ``phase`` draws by."""

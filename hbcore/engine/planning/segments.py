@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hbcore.distributed.placement import Shards, local
 from hbcore.engine.backends.base import Batch, Executable
-from hbcore.engine.graph.program import NOISE, STACK, Bits, Program
+from hbcore.engine.graph.program import NOISE, STACK, Bits, Program, keyed
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.planning.partition import Partition
 from hbcore.engine.stacks.flat_stack import View
@@ -176,7 +176,7 @@ class SegmentBatch(Batch):
         self._addresses = Addresses(self._locals)
         self._strides = list(map(Tensor.stride, self._locals))
         noise = [name for name in segment.dtypes if name.startswith(NOISE)]
-        self._keyed = [name for name in noise if name not in segment.noise or segment.noise[name].word == name]
+        self._keyed = keyed(noise, segment.noise)
         columns: dict[str, list[Tensor]] = {"param": [], "grad": []}
         for name in segment.dtypes:
             if name != "grad" and name not in noise:
@@ -231,8 +231,9 @@ class SegmentBatch(Batch):
         self._addresses = Addresses([])
 
     def release(self) -> None:
-        """Let go of this step's gradients: one that the user drops would live until the next step otherwise."""
+        """Let go of this step's gradients, one of which would live on though the user drops it, and of its random words."""
         self.tensors["grad"].clear()
+        self._word = None
 
     def assign_rows(self, base: list[float], ahead: int) -> list[tuple[int, float]]:
         """Give each parameter its row of scalars; return the (group, step) of each row.

@@ -15,7 +15,7 @@ from hbcore._version import __version__
 from hbcore.engine.backends.base import Batch, Executable
 from hbcore.engine.backends.cpp.build import load
 from hbcore.engine.backends.cpp.codegen import CHUNK, module_source
-from hbcore.engine.backends.cpp.layout import TableLayout
+from hbcore.engine.backends.cpp.layout import FunctionLayout
 from hbcore.engine.graph.program import Program
 from hbcore.errors import CompileError
 from hbcore.rules.transform import Domain
@@ -59,7 +59,7 @@ class CppExecutable:
     def __init__(self, program: Program, functions: Sequence[Any]) -> None:
         self.program, self.functions = program, functions
         self.compiles = len(functions)
-        self.layout = TableLayout.of(program)
+        self.layout = FunctionLayout.of(program)
         self.tables: Tables | None = None
 
     def prepare(self, batch: Batch) -> None:
@@ -93,7 +93,7 @@ class CppExecutable:
 
 
 class Tables:
-    """What the functions read of one batch, see :class:`TableLayout`.
+    """What the functions read of one batch, see :class:`FunctionLayout`.
 
     Args:
         batch: the batch.
@@ -103,7 +103,7 @@ class Tables:
         sums: float64 ``[reductions, tensors]``.
     """
 
-    def __init__(self, batch: Batch, layout: TableLayout) -> None:
+    def __init__(self, batch: Batch, layout: FunctionLayout) -> None:
         self.batch, self.layout = batch, layout
         sizes = [t.numel() for t in batch.tensors["param"]]
         counts = [-(-size // CHUNK) for size in sizes]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from hbcore.engine.backends.cpp.layout import TableLayout
+from hbcore.engine.backends.cpp.layout import FunctionLayout
 from hbcore.engine.backends.cpp.loops import Tiles, indented, joined
 from hbcore.engine.backends.cpp.ops import TYPES, cast, expression
 from hbcore.engine.backends.cpp.prelude import PRELUDE
 from hbcore.engine.graph.program import NOISE, REDUCERS, Phase, Program, identifiers
 from hbcore.rules.numerics import compute_dtype
+from hbcore.state.blocks import BLOCK
 
 CHUNK = 16_384
 """Elements that a thread takes at a time, whole blocks: few enough to share out, and enough to stream."""
@@ -55,7 +56,7 @@ def module_source(program: Program, chain: str, version: str) -> str:
     Raises:
         CompileError: an operation is not supported; the message names it.
     """
-    layout = TableLayout.of(program)
+    layout = FunctionLayout.of(program)
     functions = [PhaseWriter(program, layout, i).write() for i in range(len(program.phases))]
     return HEADER.format(version=version, chain=" ".join(chain.split())) + PRELUDE + "".join(functions)
 
@@ -63,7 +64,7 @@ def module_source(program: Program, chain: str, version: str) -> str:
 class PhaseWriter:
     """Writes the function of one phase."""
 
-    def __init__(self, program: Program, layout: TableLayout, index: int) -> None:
+    def __init__(self, program: Program, layout: FunctionLayout, index: int) -> None:
         self.program, self.layout, self.index = program, layout, index
         self.phase: Phase = program.phases[index]
         self.compute = compute_dtype(program.dtypes["param"])
@@ -106,8 +107,8 @@ class PhaseWriter:
             kind = TYPES[self.program.dtypes[name]]
             kind = kind if name in self.phase.writes else f"const {kind}"
             address = "moving[t]" if name == "grad" else f"entry[{self.layout.columns.index(name)}]"
-            every = self.layout.every(name)
-            lines.append(f"{kind}* p_{own} = ({kind}*){address} + {'start' if every == 1 else f'start / {every}'};")
+            start = f"start / {BLOCK}" if name in self.program.per_block else "start"
+            lines.append(f"{kind}* p_{own} = ({kind}*){address} + {start};")
         for name in (words := self.program.keys_of(self.phase)):
             key = f"moving[{2 + self.layout.noise.index(name)} * n_tensors + t]"
             lines.append(f"const uint64_t key_{self.identifiers[name]} = uint64_t({key});")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from hbcore.engine.backends.cpp.layout import TableLayout
+from hbcore.engine.backends.cpp.layout import FunctionLayout
 from hbcore.engine.backends.cpp.ops import BITS, TYPES, calls, cast, expression
 from hbcore.engine.graph.program import DRAW, NOISE, Phase, Program
 from hbcore.errors import CompileError
@@ -87,7 +87,7 @@ class Tiles:
         self,
         program: Program,
         phase: Phase,
-        layout: TableLayout,
+        layout: FunctionLayout,
         identifiers: Mapping[str, str],
         names: dict[fx.Node, str],
     ) -> None:

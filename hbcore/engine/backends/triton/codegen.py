@@ -10,12 +10,12 @@ int64, so tensors may exceed 2**31 elements.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from hbcore.engine.backends.table_layout import TableLayout
 from hbcore.engine.backends.triton.ops import OPERATIONS, TYPES, VECTORS, Call, cast
 from hbcore.engine.graph.phases import traffic
 from hbcore.engine.graph.program import DRAW, NOISE, REDUCERS, Phase, Program, identifiers
@@ -54,25 +54,8 @@ def phase_{index}(
 """
 
 
-@dataclass(frozen=True)
-class KernelLayout:
-    """Memory layout shared by a program's kernels: columns of ``table`` and reduction indices in ``partials``.
-
-    ``noise`` are the random inputs that have a key: those that rules draw, and the first in each word of bits to round with.
-    """
-
-    columns: tuple[str, ...]
-    scalars: int
-    reductions: tuple[str, ...]
-    noise: tuple[str, ...]
-
-    @classmethod
-    def of(cls, program: Program) -> KernelLayout:
-        """The layout shared by all phases of ``program``."""
-        columns = tuple(name for name in program.dtypes if name != "grad" and not name.startswith(NOISE))
-        sums = dict.fromkeys(name for p in program.phases for name in (*p.sums, *(r.name for r in p.reduces)))
-        reductions = tuple(name for name in sums if name not in program.dtypes)  # the rest are scalar slots
-        return cls(columns, len(program.hoisted), reductions, program.keyed)
+class KernelLayout(TableLayout):
+    """Memory layout shared by a program's kernels: columns of ``table`` and reduction indices in ``partials``."""
 
     @property
     def width(self) -> int:

@@ -107,9 +107,9 @@ class Blockwise:
 
 
 class UInt8(Blockwise):
-    """``"uint8"``: 1.125 bytes an element, for state that is never negative; the root is off by 1 / 510 of the block's largest.
+    """``"uint8"``: 1.125 bytes an element, for state that is never negative; roots are off by 1 / 510 of the block's largest.
 
-    Where the code would be 0, it is 1 instead, and the root is off by up to 1 / 255 of the largest.
+    Between codes 1 and 2 they are off by 1 / 435, and by up to 1 / 255 below code 1.
     """
 
     name = "uint8"
@@ -145,11 +145,11 @@ class UInt8(Blockwise):
 
 
 class Int8(Blockwise):
-    """``"int8"``: 1.0625 bytes an element; the root of a magnitude is off by 1 / 253 of the root of the block's largest.
+    """``"int8"``: 1.0625 bytes an element; roots of magnitudes are off by 1 / 253 of the block's largest.
 
-    Where the code would be 0, it is 1 instead, and the root is off by up to 1 / 126 of the largest. State that is never
-    negative is stored as ``"uint8"`` does, twice as finely. For averages that decay by a hundredth a step or more, as first
-    moments do: what changes less from step to step than a code is wide does not change at all.
+    Between codes 1 and 2 they are off by 1 / 216, and by up to 1 / 126 below code 1. State that is never negative is stored as
+    ``"uint8"`` does, twice as finely. For averages that decay by a hundredth a step or more, as first moments do: what changes
+    less from step to step than a code is wide does not change at all.
     """
 
     name = "int8"
