@@ -99,26 +99,20 @@ def machine_code(folder: Path) -> None:
     from triton.compiler import ASTSource
 
     from hbcore.engine.backends.triton import cache as triton_cache
-    from hbcore.engine.backends.triton.backend import TAILS, TritonExecutable
+    from hbcore.engine.backends.triton.backend import TritonExecutable
 
     results = {}
     pointers = {"table": "*i64", "chunks": "*i64", "moving": "*i64", "rows": "*fp64", "partials": "*fp64", "model": "*fp64"}
-    numbers = {"n_tensors": "i32", "n_chunks": "i32", "CHUNK": "constexpr", "BLOCK": "constexpr"}
-    numbers |= {"TAIL": "constexpr", "ALIGNED": "constexpr"}
     for name, (cls, dtype, options, aligned) in CASES.items():
         program = program_of(cls, dtype, options)
         source = source_of(cls, dtype, options)
         module = triton_cache.load(source)
         executable = TritonExecutable(program, [], interpreted=False)
-        constants = {
-            "CHUNK": executable.chunk,
-            "BLOCK": executable.block,
-            "TAIL": executable.block // TAILS,
-            "ALIGNED": aligned,
-        }
+        constants = executable.constants(executable.block, aligned)
+        types = {**pointers, "n_tensors": "i32", "n_chunks": "i32", **dict.fromkeys(constants, "constexpr")}
         phases = []
         for i in range(len(program.phases)):
-            kernel = ASTSource(getattr(module, f"phase_{i}"), {**pointers, **numbers}, constants)
+            kernel = ASTSource(getattr(module, f"phase_{i}"), types, constants)
             compiled = triton.compile(kernel, target=GPUTarget("cuda", 90, 32), options=next(executable.attempts())[1])
             phases.append({kind: compiled.asm[kind] for kind in ("ptx", "ttir")})
         results[name] = {"phases": phases, "source": source}

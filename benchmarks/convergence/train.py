@@ -1,0 +1,131 @@
+"""One run: a byte-level GPT, its held-out loss along the way, and the time of a step."""
+
+from __future__ import annotations
+
+import math
+import sysconfig
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import Trial
+from torch import Tensor
+
+import hbcore
+from hbcore.cli.compare.data import stdlib_source
+from hbcore.cli.compare.model import GPTConfig, build_model
+
+WARMUP = 0.05
+"""Of the steps."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs share."""
+
+    config: GPTConfig
+    steps: int
+    batch: int
+    every: int
+    device: str
+
+
+GPU = Setting(GPTConfig(dim=384, depth=6, heads=6, context=256), steps=500, batch=16, every=20, device="cuda")
+CPU = Setting(GPTConfig(dim=192, depth=4, heads=4, context=128), steps=500, batch=16, every=25, device="cpu")
+
+
+class Text:
+    """The Python files of site-packages as bytes on the device; the last tenth is held out."""
+
+    def __init__(self, setting: Setting) -> None:
+        source = stdlib_source(Path(sysconfig.get_paths()["purelib"]))
+        data = torch.frombuffer(bytearray(source), dtype=torch.uint8).to(setting.device)
+        cut = len(data) * 9 // 10
+        self.bytes, self.setting = len(data), setting
+        self.train, held_out = data[:cut], data[cut:]
+        starts = torch.linspace(0, len(held_out) - setting.config.context - 1, 256, dtype=torch.float64).long()
+        self.validation = [self._windows(held_out, part) for part in starts.split(64)]
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random windows: inputs and targets, ``[batch, context]``."""
+        last = len(self.train) - self.setting.config.context
+        return self._windows(self.train, torch.randint(last, (self.setting.batch,), generator=generator))
+
+    def _windows(self, data: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        at = starts.to(data.device)[:, None] + torch.arange(self.setting.config.context + 1, device=data.device)
+        rows = data[at].long()
+        return rows[:, :-1], rows[:, 1:]
+
+
+class Run:
+    """A model and its optimizer."""
+
+    def __init__(self, trial: Trial, text: Text) -> None:
+        self.text, self.setting = text, text.setting
+        self.model = build_model(self.setting.config, trial.seed).to(self.setting.device)
+        cls = hbcore.get(trial.name)
+        self.free = hasattr(cls, "eval") and "modes" in hbcore.registry.info(trial.name).spec.capabilities
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            named = self.model.named_parameters()
+            self.optimizer: Any = cls(named, lr=trial.lr, weight_decay=trial.weight_decay, seed=trial.seed, **trial.options)
+        self.lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.generator = torch.Generator().manual_seed(trial.seed)
+
+    def step(self, t: int) -> None:
+        """Step ``t``, from 0."""
+        steps = self.setting.steps
+        scale = min(1.0, (t + 1) / (WARMUP * steps))
+        if not self.free:
+            scale *= min(1.0, (steps - t) / ((1 - WARMUP) * steps))
+        for group, lr in zip(self.optimizer.param_groups, self.lrs, strict=True):
+            group["lr"] = lr * scale
+        with torch.autocast(self.setting.device, torch.bfloat16):
+            loss = self.model.loss(*self.text.batch(self.generator))
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def held_out(self) -> float:
+        """Nats per byte on the held-out text."""
+        if self.free:
+            self.optimizer.eval()
+        with torch.autocast(self.setting.device, torch.bfloat16):
+            loss = torch.stack([self.model.loss(*batch) for batch in self.text.validation]).mean().item()
+        if self.free:
+            self.optimizer.train()
+        return loss
+
+
+def train(trial: Trial, text: Text) -> dict[str, Any]:
+    """Train to the end, or until the loss is not a number: the held-out curve as ``[step, loss]`` pairs."""
+    run, setting, curve = Run(trial, text), text.setting, list[tuple[int, float]]()
+    for t in range(setting.steps):
+        run.step(t)
+        if (t + 1) % setting.every == 0:
+            curve.append((t + 1, run.held_out()))
+            if not math.isfinite(curve[-1][1]):
+                break
+    found = {"name": trial.name, "lr": trial.lr, "weight_decay": trial.weight_decay, "seed": trial.seed}
+    return {**found, "loss": curve[-1][1], "curve": curve}
+
+
+def timed(trial: Trial, text: Text, steps: int = 120) -> float:
+    """Milliseconds a step, forward and backward included, over all steps after a third of them."""
+    run, start = Run(trial, text), 0.0
+    for t in range(steps):
+        if t == steps // 3:
+            _wait(text.setting.device)
+            start = time.perf_counter()
+        run.step(t)
+    _wait(text.setting.device)
+    return (time.perf_counter() - start) / (steps - steps // 3) * 1e3
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
