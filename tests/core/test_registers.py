@@ -27,8 +27,8 @@ MOST = 128
 """Of 65,536 registers a multiprocessor then holds 16 warps, enough to wait for memory in turn."""
 
 SPILLED = 64
-"""Bytes: a division of float64 scalars is a call, around which a few registers are kept, once a program instance. HyperBall, which divides
-three, keeps 56."""
+"""Bytes: a division of float64 scalars is a call, around which a few registers are kept, once a program instance.
+HyperBall, which divides three, keeps 56."""
 
 SHAPES = ((64, 96), (64,))
 PACKED = {"param_ecc": "bf16+8", "ecc": "bf16+8"}
