@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from hbcore.rules.moments import ScaleByLaProp as ScaleByLaProp
     from hbcore.rules.moments import ScaleByNAdam as ScaleByNAdam
     from hbcore.rules.numerics import Scalar as Scalar
+    from hbcore.rules.numerics import at_least as at_least
     from hbcore.rules.numerics import compute_dtype as compute_dtype
     from hbcore.rules.numerics import debiased as debiased
     from hbcore.rules.numerics import debiased_second_moment as debiased_second_moment
@@ -117,6 +118,7 @@ _HOMES = {
     "block_amax": "hbcore.state.blocks:block_amax",
     "block_shape": "hbcore.state.blocks:block_shape",
     "check_whole": "hbcore.rules.checks:check_whole",
+    "at_least": "hbcore.rules.numerics:at_least",
     "compute_dtype": "hbcore.rules.numerics:compute_dtype",
     "debiased": "hbcore.rules.numerics:debiased",
     "debiased_second_moment": "hbcore.rules.numerics:debiased_second_moment",

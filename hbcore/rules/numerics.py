@@ -12,6 +12,11 @@ Scalar: TypeAlias = "Tensor | float"
 """A hyperparameter: a plain number at construction, a 0-d float64 tensor inside ``update``."""
 
 
+def at_least(x: Tensor, least: Scalar) -> Tensor:
+    """``max(x, least)``, for matrix rules: their hyperparameters stay on the CPU, and torch clamps on one device only."""
+    return torch.maximum(x, least) if isinstance(least, Tensor) else x.clamp(min=least)
+
+
 def ema(old: Tensor, new: Tensor, beta: Scalar) -> Tensor:
     """Exponential moving average, ``beta * old + (1 - beta) * new``, written so that ``old == new`` returns it exactly."""
     return old + (new - old) * (1 - beta)

@@ -1,6 +1,7 @@
 """Rules are pure: on its first run, one that writes to what it was given is stopped before it does.
 
 Tracing finds such a rule, and names the line. This is for those that are not traced: matrix rules, and rules that cannot be.
+It also stops a rule that would fail on GPUs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,6 +19,9 @@ from hbcore.engine.graph.where import where
 from hbcore.errors import RuleError
 from hbcore.rules.contract import named, tensors_in
 from hbcore.rules.transform import Transform
+
+CLAMPS = (torch.ops.aten.clamp.Tensor, torch.ops.aten.clamp_min.Tensor, torch.ops.aten.clamp_max.Tensor)
+"""Of the operations on a tensor and a number, those that want both on one device."""
 
 
 class Purity(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -73,7 +78,18 @@ class Purity(TorchDispatchMode):  # type: ignore[no-untyped-call]
             address = tensor.untyped_storage().data_ptr()
             if address and (address in self._given or address in self._lent):
                 raise RuleError(impure(func, self._title))
+        if func in CLAMPS and to_a_number(*args, *kwargs.values()):
+            raise RuleError(
+                f"{where()}: {self._title} clamps to a number that is a tensor ({func}), which fails on a GPU: hyperparameters "
+                "are on the CPU; use hbcore.api.at_least, torch.maximum or torch.minimum."
+            )
         return func(*args, **kwargs)
+
+
+def to_a_number(x: Tensor, *bounds: Any) -> bool:
+    """Whether a bound is, or was computed from, a hyperparameter: a 0-d float64 tensor beside others."""
+    numbers = (b for b in bounds if isinstance(b, Tensor) and b.ndim == 0 and b.dtype == torch.float64)
+    return x.ndim > 0 and x.dtype != torch.float64 and any(numbers)
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -31,8 +31,8 @@ WARPS, WARPS_LIGHT = 8, 4
 others then. Measured on an H200 like the rest, with AdamW: 0.69 ms instead of 0.73 with everything in bf16+8."""
 
 WARPS_BLOCKS, REGISTERS_BLOCKS = 1, 72
-"""The same, and registers of a thread at most, where blocks of a codec share numbers: those pass through shared memory, on whose way
-the warps of a program instance wait for each other, and others can take their place. 0.61 ms instead of 0.63 with state in 8 bits."""
+"""The same, and registers of a thread at most, where blocks of a codec share numbers: those pass through shared memory, where
+the warps of one program instance would wait for each other. 0.61 ms instead of 0.63 with state in 8 bits."""
 
 SLIM = 17
 """Bytes an element up to which a thread takes twice as many elements: 0.64 ms instead of 0.70 with state in 8 bits."""

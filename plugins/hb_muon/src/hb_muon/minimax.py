@@ -21,15 +21,16 @@ from torch import Tensor
 
 from hb_muon.coefficients import Row, Table
 from hb_muon.newton_schulz import followed, gram_of, quadratic, times
-from hb_muon.passes import Number, begun, frobenius, normalized, plus_identity, small_factor
+from hb_muon.passes import begun, frobenius, normalized, plus_identity, small_factor
 from hb_muon.symmetric import symmetric_product
+from hbcore.api import Scalar
 
 TRACE = 224.0
 """:math:`R` starts with this trace: its entries lie in the middle of float16's range, and no entry of its square is larger."""
 
 
 def minimax(
-    stacks: Sequence[Tensor], coefficients: Table, eps: Number, dtype: torch.dtype, scales: Sequence[float], restart: int = 2
+    stacks: Sequence[Tensor], coefficients: Table, eps: Scalar, dtype: torch.dtype, scales: Sequence[float], restart: int = 2
 ) -> list[Tensor]:
     """The iteration from the tighter bound, see the module's description.
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from hb_muon.coefficients import Row, Table
-from hb_muon.passes import Number, normalized, plus_identity
+from hb_muon.passes import normalized, plus_identity
 from hb_muon.symmetric import symmetric_product
+from hbcore.api import Scalar
 
 
-def newton_schulz(x: Tensor, coefficients: Table, eps: Number, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+def newton_schulz(x: Tensor, coefficients: Table, eps: Scalar, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     r"""The Newton-Schulz iteration of Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, one step a row.
 
     .. math::
@@ -44,7 +45,7 @@ def newton_schulz(x: Tensor, coefficients: Table, eps: Number, dtype: torch.dtyp
 
 
 def gram_newton_schulz(
-    x: Tensor, coefficients: Table, eps: Number, dtype: torch.dtype, scale: float = 1.0, restart: int = 2
+    x: Tensor, coefficients: Table, eps: Scalar, dtype: torch.dtype, scale: float = 1.0, restart: int = 2
 ) -> Tensor:
     r"""The same iteration on the small square matrix :math:`R = X X^T`, after Dao AI Lab 2025, Gram Newton-Schulz.
 

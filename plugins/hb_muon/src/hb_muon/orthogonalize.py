@@ -16,16 +16,14 @@ from torch import Tensor
 from hb_muon.coefficients import GRAM, MINIMAX, TABLES, YOU, Coefficients, Table, polar_express, steps_of, table
 from hb_muon.minimax import minimax
 from hb_muon.newton_schulz import gram_newton_schulz, newton_schulz
-from hb_muon.passes import Number, at_least, frobenius
-from hbcore.api import HyperparameterError, compute_dtype
+from hb_muon.passes import frobenius
+from hbcore.api import HyperparameterError, Scalar, compute_dtype
 
 __all__ = (
     "METHODS",
     "TABLES",
     "Coefficients",
     "Method",
-    "Number",
-    "at_least",
     "exact",
     "fastest_method",
     "frobenius",
@@ -49,14 +47,14 @@ class Method(NamedTuple):
     coefficients: Table
     dtype: torch.dtype
     steps: int
-    iterate: Callable[[Sequence[Tensor], Table, Number, torch.dtype, Sequence[float]], Iterable[Tensor]] | None
+    iterate: Callable[[Sequence[Tensor], Table, Scalar, torch.dtype, Sequence[float]], Iterable[Tensor]] | None
 
 
-def one_by_one(iterate: Callable[[Tensor, Table, Number, torch.dtype, float], Tensor]) -> Any:
+def one_by_one(iterate: Callable[[Tensor, Table, Scalar, torch.dtype, float], Tensor]) -> Any:
     """An iteration on one stack as an iteration on several."""
 
     def of_stacks(
-        stacks: Sequence[Tensor], rows: Table, eps: Number, dtype: torch.dtype, scales: Sequence[float]
+        stacks: Sequence[Tensor], rows: Table, eps: Scalar, dtype: torch.dtype, scales: Sequence[float]
     ) -> Iterator[Tensor]:
         return (iterate(x, rows, eps, dtype, scale) for x, scale in zip(stacks, scales, strict=True))
 
@@ -87,7 +85,7 @@ def orthogonalize(
     ns_steps: int | None = None,
     ns_coefficients: Coefficients = None,
     dtype: torch.dtype | None = None,
-    eps: Number = 1e-7,
+    eps: Scalar = 1e-7,
     scale: float = 1.0,
 ) -> Tensor:
     """The orthogonal factor of each matrix of a stack, by the given method.
@@ -119,7 +117,7 @@ def orthogonalize_stacks(
     ns_steps: int | None = None,
     ns_coefficients: Coefficients = None,
     dtype: torch.dtype | None = None,
-    eps: Number = 1e-7,
+    eps: Scalar = 1e-7,
     scales: Sequence[float] | None = None,
 ) -> Iterable[Tensor]:
     """:func:`orthogonalize` for several stacks ``[B, m, n]`` of one dtype, on one device, with a scale each.

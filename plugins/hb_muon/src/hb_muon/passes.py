@@ -6,15 +6,11 @@ change of dtype.
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
 
 from hb_muon.coefficients import Row, Table
-from hbcore.api import compute_dtype, launching
-
-Number: TypeAlias = "Tensor | float"
+from hbcore.api import Scalar, at_least, compute_dtype, launching
 
 LEAST = 2**20
 """The least number of elements for which a kernel is worth its launch."""
@@ -23,7 +19,7 @@ SMALL = 128
 """The largest side of matrices that :func:`small_factor` takes; a multiprocessor holds several of them."""
 
 
-def normalized(x: Tensor, least: Number, size: float, dtype: torch.dtype) -> Tensor:
+def normalized(x: Tensor, least: Scalar, size: float, dtype: torch.dtype) -> Tensor:
     """``size x / max(norm, least)``, computed in float32, or float64 for float64, and rounded once.
 
     Args:
@@ -103,11 +99,6 @@ def frobenius(x: Tensor) -> Tensor:
     """The Frobenius norm of each matrix, ``[..., 1, 1]``, in float32, or float64 for float64."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=compute_dtype(x.dtype))
     return norm
-
-
-def at_least(x: Tensor, least: Number) -> Tensor:
-    """``max(x, least)``."""
-    return torch.maximum(x, least) if isinstance(least, Tensor) else x.clamp(min=least)
 
 
 def fits(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hb_muon.orthogonalize import METHODS, Coefficients, at_least, fastest_method, frobenius, orthogonalize_stacks, table
+from hb_muon.orthogonalize import METHODS, Coefficients, fastest_method, frobenius, orthogonalize_stacks, table
 from hbcore.api import (
     Block,
     Context,
@@ -19,6 +19,7 @@ from hbcore.api import (
     Slot,
     State,
     Transform,
+    at_least,
     ema,
     hyper,
     matrix_view,

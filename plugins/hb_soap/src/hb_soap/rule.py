@@ -23,6 +23,7 @@ from hbcore.api import (
     Slot,
     State,
     Transform,
+    at_least,
     bases,
     check_whole,
     grid_view,
@@ -173,7 +174,7 @@ class PreconditionBySOAP(Transform):
         del projected
         if self.whiten:
             for i, d in values.items():
-                direction = direction * _spread(d.clamp(min=self.eps).rsqrt(), i, u.ndim)
+                direction = direction * _spread(at_least(d, self.eps).rsqrt(), i, u.ndim)
         return bases.project_back(direction, columns, c.products, c.into("update")), {**new, **averages}
 
     def refresh(self, stacks: Sequence[tuple[State, Context]]) -> Iterable[dict[str, Tensor]]:
@@ -221,7 +222,7 @@ class PreconditionBySOAP(Transform):
     def _inverse(self, d: Tensor) -> Tensor:
         if self.covariance == "kl_inverse":
             return torch.where(d > self.eps, 1 / d, 0.0)
-        return 1 / d.clamp(min=self.eps)
+        return 1 / at_least(d, self.eps)
 
     def _eigenvalues(self, s: State, columns: bases.Bases, c: Context) -> dict[int, Tensor]:
         """:math:`d_i` of the factors before this step, ``[B, n_i]``, where something divides by them."""
