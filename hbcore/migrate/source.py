@@ -35,21 +35,20 @@ class Description:
 
     Attributes:
         name: the optimizer's name in hbcore, or an alias of it; None if the checkpoint does not tell.
-        hint: where ``name`` is None, the names that fit: ``("SOAP", "PSGDKron")``; may be empty.
-        options: keyword arguments for the optimizer's constructor: structure, such as ``caution=True``. Numbers that
-            may differ between groups belong into :attr:`Converted.state_dict`'s groups.
         shapes: of each group, its parameters' shapes; None for a parameter whose state does not tell.
+        settings: of each group, its entries under hbcore's names: numbers and structure, ``{"lr": 0.1, "caution": True}``. The
+            optimizer is built with those that it has. Others should not be here, but in a note of :attr:`Converted.notes`.
         names: of each group, its parameters' names; None where the checkpoint has none.
-        dtypes: of parameters that are not float32: (group, index) -> dtype. Only float64 and complex ones matter here.
+        hint: where ``name`` is None, the names that fit: ``("SOAP", "PSGDKron")``.
+        dtypes: of parameters that are not float32, (group, index) -> dtype. Only float64 and complex ones matter here.
     """
 
     name: str | None
     shapes: Sequence[Sequence[tuple[int, ...] | None]]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    settings: Sequence[Mapping[str, Any]]
     names: Sequence[Sequence[str] | None] = ()
     hint: Sequence[str] = ()
     dtypes: Mapping[tuple[int, int], torch.dtype] = field(default_factory=dict)
-    notes: Sequence[Note] = ()
 
 
 @dataclass(frozen=True)
@@ -86,18 +85,21 @@ class Converted(NamedTuple):
     """A checkpoint in torch's format, and the report on it.
 
     Attributes:
-        state_dict: ``{"state": {index: {"step": count, slot: tensor}}, "param_groups": [{..., "params": [index, ...]}]}``. Slots
-            are plain float tensors under hbcore's names, in float32 or float64, of the shapes that :meth:`Target.slots` gives;
-            moments as torch has them, not debiased. Groups contain numbers under hbcore's names, and none of hbcore's own
-            records.
-        notes: what became of every entry of the source, nothing twice.
-        progress: of each group, the numbers that its rules carry from step to step, by name: ``{"weight_sum": 3.0}``.
-            Groups without any, and what is left out, start anew.
+        state_dict: ``{"state": {index: {"step": count, slot: tensor}}, "param_groups": [{..., "params": [index, ...]}]}``.
+            Slots are plain float tensors under hbcore's names, in float32 or float64, of the shapes that
+            :meth:`Target.slots` gives; moments as torch has them, not debiased. A slot that is left out starts from zero, if
+            it is a whole rule's; a parameter without an entry starts anew. Groups contain numbers under hbcore's names, and
+            none of hbcore's own records.
+        notes: what became of every entry of the source; where a hundred parameters fare alike, one note for all.
+        progress: of each group, the numbers that it carries from step to step, by name: ``{"step": 10.0, "weight_sum": 3.0}``.
+            What is left out starts anew.
+        training: for optimizers with two sets of weights, whether the model has those to train with.
     """
 
     state_dict: dict[str, Any]
     notes: list[Note]
     progress: Sequence[Mapping[str, float]] = ()
+    training: bool = True
 
 
 @dataclass(frozen=True)
