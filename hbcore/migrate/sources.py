@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from hbcore.errors import CheckpointError
+from hbcore.migrate.heavyball import HEAVYBALL
 from hbcore.migrate.source import Source
 
-SOURCES: tuple[Source, ...] = ()
+SOURCES: tuple[Source, ...] = (HEAVYBALL,)
 """Those whose marks cannot be mistaken come first; torch's format, which others imitate, comes last."""
 
 
