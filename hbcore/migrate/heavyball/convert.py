@@ -52,8 +52,8 @@ def convert(state_dict: Mapping[str, Any], target: Target) -> Converted:
     theirs, ours = counts(groups, list(core.groups))
     if theirs != ours:
         raise CheckpointError(
-            f"the checkpoint has groups of {theirs} parameters, and {target.name} of {ours}; build it with the same groups, and "
-            "without names if it sorts parameters by them."
+            f"the checkpoint has groups of {theirs} parameters, and {target.name} of {ours}; build it with the same groups, "
+            "and without names if it sorts parameters by them."
         )
     name, hint = optimizer_of(groups)
     _check_kind(target, name, hint)
@@ -83,7 +83,8 @@ def _check_kind(target: Target, name: str | None, hint: Sequence[str]) -> None:
     mine = {cls.__name__ for cls in type(target.optimizer).__mro__}
     if names and not mine & {relative for one in names for relative in KIN.get(one, (one,))}:
         raise CheckpointError(
-            f"the checkpoint is of {' or '.join(names)}, and {target.name}'s state means something else: convert it for {names[0]}."
+            f"the checkpoint is of {' or '.join(names)}, and {target.name}'s state means something else: convert it for "
+            f"{names[0]}."
         )
 
 
@@ -91,7 +92,7 @@ def _numbers(found: Mapping[str, Any], target: Target, g: int) -> dict[str, Any]
     """The entries of hbcore's group: those of the checkpoint that may differ from step to step."""
     group = target.optimizer.param_groups[g]
     known = target.optimizer.core.chain.dynamic(group)
-    betas = found.get("betas") or ()
+    betas: tuple[float, ...] = found["betas"] if settings.is_pair(found.get("betas")) else ()
     beta = found["beta"] if found.get("beta") is not None else next(iter(betas), None)
     mine = {k: v for k, v in found.items() if k in known}
     own = {"alpha": betas[1]} if "alpha" in known and "alpha" not in mine and len(betas) > 1 else {"momentum": beta}

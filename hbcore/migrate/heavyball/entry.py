@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hbcore.errors import CheckpointError
-from hbcore.migrate.heavyball import blocks
+from hbcore.migrate.heavyball import blocks, factors
 from hbcore.migrate.heavyball.reading import Group, Held, View
-from hbcore.migrate.heavyball.slots import Averages, Made, state_of
+from hbcore.migrate.heavyball.slots import Averages, Made, Reading, elementwise
 from hbcore.migrate.source import Note, Target
 
 
@@ -34,10 +34,11 @@ def entry_of(group: Group, at: Place, averages: Averages, training: bool, target
         target: what it is converted for.
     """
     wanted, entry = target.slots(at.g, at.i), dict[str, Any]()
-    names = {name.partition("@")[0]: shape for name, shape in wanted.items()}
     mapped, others, steps = dict[str, str](), dict[str, None](), averages.steps
     for view, suffix in _arranged(group, at, target):
-        made = state_of(at.where, view, averages, names, target.optimizer.param_groups[at.g])
+        names = {n.partition("@")[0]: shape for n, shape in wanted.items() if (n.endswith(suffix) if suffix else "@" not in n)}
+        made = elementwise(r := Reading(at.where, view, averages, names, target.optimizer.param_groups[at.g]))
+        factors.add(r, made)
         if "z" in view.slots:
             _second_weights(view.slots["z"].value, averages.betas[0], training, made, target, at)
         steps = min(steps, made.steps)
@@ -69,8 +70,8 @@ def _arranged(group: Group, at: Place, target: Target) -> list[tuple[View, str]]
     order = blocks.matched(places, runs)
     if len(places) != len(views) or (runs and order is None):
         raise CheckpointError(
-            f"{at.where} has {len(views)} blocks, and {target.name} cuts the parameter, {tuple(param.shape)}, into {len(runs)}; "
-            "pass the same split, merge_dims and largest size."
+            f"{at.where} has {len(views)} blocks, and {target.name} cuts the parameter, {tuple(param.shape)}, into "
+            f"{len(runs)}; pass the same split, merge_dims and largest size."
         )
     return [*((views[v], f"@{k}") for k, v in enumerate(order or ())), (_joined(views, places, param), "")]
 
