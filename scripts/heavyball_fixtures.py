@@ -18,7 +18,7 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,7 +155,7 @@ def release(folder: str) -> tuple[Any, str]:
     """The package in ``folder``, and its version."""
     if folder != "-":
         sys.path.insert(0, folder)
-    import heavyball
+    heavyball = import_module("heavyball")
 
     if folder == "-":
         version = metadata.version("heavyball")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -95,8 +96,9 @@ def migrate(
     given, shared = dict(options or {}), shared_settings(cls, described)
     target = Target(build(cls, described, {**shared, **given}, frozenset(given), weights), weights is not None)
     converted = chosen.convert(state_dict, target)
-    target.optimizer.load_state_dict(recorded(converted, target))
-    return Migrated(target.optimizer.state_dict(), converted.notes, chosen.name, registry.info(name).name, {**shared, **given})
+    result = recorded(converted, target)
+    target.optimizer.load_state_dict(result)
+    return Migrated(_without_new(target, result), converted.notes, chosen.name, registry.info(name).name, {**shared, **given})
 
 
 def _source(state_dict: Any, name: str | None) -> Source:
@@ -188,6 +190,22 @@ def recorded(converted: Converted, target: Target) -> dict[str, Any]:
         record = schema.Record(rules, "plain", core.settings.seed, dict(progress), converted.training, frozen=frozen)
         result.append({**group, schema.KEY: record.dump()})
     return {"state": state, "param_groups": result}
+
+
+def _without_new(target: Target, loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """What the target saves, without the rules that the checkpoint had nothing of: zeros at step 1000 are no fresh start."""
+    whole = target.optimizer.state_dict()
+    for g, (group, theirs) in enumerate(zip(whole["param_groups"], loaded["param_groups"], strict=True)):
+        record, before = schema.read(group[schema.KEY], g), schema.read(theirs[schema.KEY], g)
+        assert record is not None
+        assert before is not None
+        new = set(record.rules) - set(before.rules) - {PARAM_ECC}
+        for i, key in enumerate(group["params"]):
+            gone = {name for s in _slots(target, g, i) if s.rule in new for name in s.parts(target.param(g, i))}
+            if key in whole["state"]:
+                whole["state"][key] = {k: v for k, v in whole["state"][key].items() if k not in gone}
+        group[schema.KEY] = replace(record, rules={n: v for n, v in record.rules.items() if n not in new}).dump()
+    return whole
 
 
 def _started(target: Target, g: int, there: Sequence[tuple[int, Mapping[str, Any]]]) -> set[str]:
