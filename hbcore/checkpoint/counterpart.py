@@ -36,7 +36,6 @@ class Counterpart:
         name: the class in torch.optim; a torch that lacks it is not an error.
         structure: options and entries of either side, and the values at which both have the same rule, where the other side has
             no such entry: ``{"decoupled_weight_decay": False}`` of an SGD that always couples its decay.
-        optional: slot -> the group entry without which, or at 0, torch keeps no such slot; it is zero then.
         computed: torch's state that ours computes from ``(group, step)``: a function that returns a number.
         whole_steps: torch counts steps in an int.
         reads: torch's group and ours -> torch's group in our names and forms; what is the same in two forms in ours.
@@ -45,7 +44,6 @@ class Counterpart:
 
     name: str
     structure: Entries = field(default_factory=dict)
-    optional: Mapping[str, str] = field(default_factory=dict)
     computed: Mapping[str, Callable[[Entries, float], float]] = field(default_factory=dict)
     whole_steps: bool = False
     reads: Callable[[Entries, Entries], dict[str, Any]] | None = None
@@ -71,6 +69,9 @@ def received(core: OptimizerCore, counterpart: Counterpart | None, state_dict: E
     """A state dict whose groups from torch.optim have our names; others, and malformed ones, as they are.
 
     Warns, with :class:`StateWarning`, of what changes the rule and is set differently here.
+
+    Raises:
+        CheckpointError: an entry has a form that torch's optimizer does not give it.
     """
     if counterpart is None:
         return state_dict
@@ -78,19 +79,19 @@ def received(core: OptimizerCore, counterpart: Counterpart | None, state_dict: E
     for g, (theirs, ours) in enumerate(zip(groups, core.groups, strict=True)):
         if theirs.get(schema.KEY) is not None:
             continue
-        groups[g] = entries = _entries(core, counterpart, theirs, ours, g)
-        for key in theirs["params"]:
-            if isinstance(entry := state.get(key), Mapping) and entry:
-                state[key] = _slots(core, counterpart, entry, entries, g)
+        try:
+            groups[g] = entries = _entries(core, counterpart, theirs, ours, g)
+            for key in theirs["params"]:
+                if isinstance(entry := state.get(key), Mapping) and entry:
+                    state[key] = _slots(core, counterpart, entry, entries, g)
+        except (HyperparameterError, TypeError, ValueError, KeyError, IndexError) as error:
+            raise CheckpointError(f"{core.name}: param group {g} is not torch.optim.{counterpart.name}'s ({error}).") from None
     return {**state_dict, "state": state, "param_groups": groups}
 
 
 def _entries(core: OptimizerCore, counterpart: Counterpart, theirs: Entries, ours: Entries, g: int) -> dict[str, Any]:
     """A group of torch's in our names, without what ours has no use for."""
-    try:
-        read = dict(theirs) if counterpart.reads is None else counterpart.reads(theirs, ours)
-    except (HyperparameterError, TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{core.name}: param group {g} is not torch.optim.{counterpart.name}'s ({error}).") from None
+    read = dict(theirs) if counterpart.reads is None else counterpart.reads(theirs, ours)
     dynamic = core.chain.dynamic(dict(ours))
     structural = {k for k in core.chain.keys if k not in dynamic and k in read}
     for k in sorted({*structural, *counterpart.structure, "differentiable"}):
@@ -135,10 +136,6 @@ def _slots(core: OptimizerCore, counterpart: Counterpart, entry: Entries, group:
                 f"{expected:.6g} from the present hyperparameters, which a scheduler must have changed.",
                 StateWarning,
             )
-    like = next((t for k, t in slots.items() if k != "step" and isinstance(t, Tensor)), None)
-    for name, condition in counterpart.optional.items():
-        if like is not None and slots.get(name) is None and not group.get(condition):
-            slots[name] = torch.zeros_like(like)
     return slots
 
 

@@ -100,7 +100,6 @@ class RMSprop(Optimizer):
     counterpart: ClassVar[Counterpart | None] = Counterpart(
         "RMSprop",
         {"division_backend": "eps_add", "decoupled_weight_decay": False, "debias": False},
-        optional={"momentum_buffer": "momentum"},
     )
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:

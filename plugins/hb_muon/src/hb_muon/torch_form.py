@@ -25,8 +25,8 @@ def from_torch(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, 
             read["ns_coefficients"] = ours["ns_coefficients"]
     if read.get("ns_steps") == STEPS and ours["ns_steps"] is None:
         read["ns_steps"] = None
-    if (read.get("adjust_lr_fn") or "original") == scale(ours):
-        read["adjust_lr_fn"] = ours["adjust_lr_fn"]
+    scaled = read.get("adjust_lr_fn") or "original"
+    read["adjust_lr_fn"] = ours["adjust_lr_fn"] if scaled == scale(ours) else scaled
     read["method"] = ours["method"] if ours["method"] == "auto" else "newton_schulz"
     read["ns_dtype"] = ours["ns_dtype"] and "bfloat16"
     return {**read, "split_sizes": None}
