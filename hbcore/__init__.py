@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         UnknownOptimizerError,
     )
     from hbcore.footprint import memory
+    from hbcore.migrate.apply import convert_checkpoint
     from hbcore.optimizer import Optimizer
     from hbcore.registry import block, create, get, info, list_optimizers, unblock
     from hbcore.rules.parallel import Parallel, graft
@@ -72,6 +73,7 @@ __all__ = [
     "__version__",
     "block",
     "cast_model",
+    "convert_checkpoint",
     "create",
     "export",
     "full_state",
@@ -92,6 +94,7 @@ _LAZY |= dict.fromkeys(_REGISTRY, "hbcore.registry") | {
     "Parallel": "hbcore.rules.parallel",
     "SplitOpt": "hbcore.wrappers.split",
     "cast_model": "hbcore.casting",
+    "convert_checkpoint": "hbcore.migrate.apply",
     "export": "hbcore.checkpoint.export",
     "full_state": "hbcore.checkpoint.full_state",
     "graft": "hbcore.rules.parallel",

@@ -1,0 +1,1 @@
+"""Other libraries' optimizer checkpoints, converted into hbcore's."""
