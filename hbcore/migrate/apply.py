@@ -55,7 +55,7 @@ def convert_checkpoint(state_dict: Mapping[str, Any], optimizer: Optimizer, sour
     target = Target(optimizer, weights=True)
     converted = chosen.convert(state_dict, target)
     result = recorded(converted, target)
-    load.read(optimizer.core, result, strict=True)
+    load.read(optimizer, result, strict=True)
     return result
 
 
@@ -132,8 +132,8 @@ def build(
     Raises:
         HbcoreError: the class rejects the options.
     """
-    known = inspect.signature(cls).parameters
-    if unknown := sorted(given - set(known)):
+    known = {*inspect.signature(cls).parameters, *getattr(cls, "group_entries", ())}
+    if unknown := sorted(given - known):
         raise OptionError(f"{cls.__name__} has no option {unknown[0]!r}; 'hbcore show {cls.__name__}' lists them.")
     params = parameters(described, weights)
     groups: list[dict[str, Any]] = []

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from hbcore.errors import CheckpointError
+from hbcore.migrate.from_dion import DION
+from hbcore.migrate.from_muon import MUON
+from hbcore.migrate.from_pytorch_optimizer import PYTORCH_OPTIMIZER
+from hbcore.migrate.from_schedulefree import SCHEDULEFREE
 from hbcore.migrate.source import Source
 
-SOURCES: tuple[Source, ...] = ()
+SOURCES: tuple[Source, ...] = (SCHEDULEFREE, DION, PYTORCH_OPTIMIZER, MUON)
 """Those whose marks cannot be mistaken come first; torch's format, which others imitate, comes last."""
 
 
