@@ -251,9 +251,11 @@ def notes_of(form: Form, groups: Sequence[Group], state: Mapping[Any, Any]) -> l
 
 
 def shape_of(entry: Any) -> Shape:
-    """The shape of the parameter that a state is of, as all of these slots have it; None without a state."""
-    tensors = [v for v in (entry or {}).values() if isinstance(v, Tensor)]
-    return tuple(max(tensors, key=lambda t: (t.ndim, t.numel())).shape) if tensors else None
+    """The shape of the parameter that a state is of: that of its slots, which may have a size of 1 where they are sums; None
+    without a state."""
+    shapes = [tuple(v.shape) for v in (entry or {}).values() if isinstance(v, Tensor)]
+    rank = max(map(len, shapes), default=0)
+    return tuple(map(max, zip(*(s for s in shapes if len(s) == rank), strict=True))) if shapes else None
 
 
 def is_wide(entry: Any) -> bool:
