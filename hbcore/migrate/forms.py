@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Form:
         steps: a group and a parameter's state -> its count of steps.
         progress: a group -> the numbers that it carries from step to step.
         training: whether a group's weights are those to train with.
+        becomes: entries and slots that are carried over in another form, and what they become, for the report.
         assumed: what its checkpoints do not tell.
     """
 
@@ -55,6 +56,7 @@ class Form:
     steps: Callable[[Group, Mapping[str, Any]], float] = lambda group, entry: group.get("step", 1)
     progress: Callable[[Group], dict[str, float]] = lambda group: {}
     training: Callable[[Group], bool] = lambda group: True
+    becomes: Mapping[str, str] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
 
     def fits(self, groups: Sequence[Group], state: Mapping[Any, Any]) -> bool:
@@ -237,16 +239,17 @@ def notes_of(form: Form, groups: Sequence[Group], state: Mapping[Any, Any]) -> l
         settings = form.settings(group, [shape_of(state.get(key)) for key in group["params"]])
         for key in sorted({*map(str, group)} - {"params"}):
             where = f"param_groups[{g}][{key!r}]"
-            if key in settings or key in SCHEDULERS:
-                found.append(
-                    Note("mapped", where, f"the same entry of the group, {number(settings.get(key, group[key]))!r:.60}")
-                )
+            if key in form.becomes:
+                found.append(Note("mapped", where, form.becomes[key]))
+            elif key in settings or key in SCHEDULERS:
+                found.append(Note("mapped", where, f"{key}={number(settings.get(key, group[key]))!r:.60}"))
             else:
-                found.append(Note("dropped", where, "read, and has no entry of its name in hbcore"))
+                found.append(Note("dropped", where, "hbcore has no such entry, or always this value"))
     slots = {(name, form.renamed(entry).get(name, name)) for entry in state.values() for name in entry if name != "step"}
     for name, ours in sorted(slots, key=str):
+        what = repr(ours) if ours else form.becomes.get(name)
         where = f"state[...][{name!r}]"
-        found.append(Note("mapped", where, repr(ours)) if ours else Note("dropped", where, "read, and has no slot of its own"))
+        found.append(Note("mapped", where, what) if what else Note("dropped", where, "hbcore has no such slot"))
     return [*found, *(Note("assumed", form.name, text) for text in form.assumed)]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from hbcore.errors import CheckpointError
 from hbcore.migrate.forms import Form, Group, Shape, names, require, source
+from hbcore.migrate.from_muon import FLAGS
 
 SAFETY = 1.02
 """What it divides a matrix by, besides its norm."""
@@ -87,9 +88,14 @@ FORMS = (
         settings=settings,
         renamed=renamed,
         steps=lambda group, entry: entry.get("step_dev", group["step"]),
-        assumed=("it iterates with its default, use_polar_express=True, on one device or more",),
+        becomes={
+            "mu": "momentum", "beta1": "betas", "beta2": "betas", "epsilon": "eps", "cautious_wd": "cautious_weight_decay",
+            "algorithm": "use_muon", "adjust_lr": "scale_mode and adjust_lr_fn", "step": "AdamW's counts of steps",
+            "step_dev": "the count of steps",
+        },
+        assumed=(FLAGS, "it iterates with its default, use_polar_express=True, on one device or more"),
     ),
-)
+)  # fmt: skip
 
 
 def recognises(group: Group) -> bool:

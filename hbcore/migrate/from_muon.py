@@ -47,6 +47,8 @@ def either(group: Group, shapes: Sequence[Shape]) -> dict[str, Any]:
 
 IDLE = ("every parameter has had a gradient in every step: without one, its author's code decays it all the same",)
 
+FLAGS = "MuonAdamW is constructed with the same groups, each with its use_muon"
+
 FORMS = (
     Form(
         "Muon",
@@ -63,7 +65,7 @@ FORMS = (
         lambda groups: "MuonAdamW",
         settings=either,
         steps=lambda group, entry: entry.get("step", 1),
-        assumed=IDLE,
+        assumed=(*IDLE, FLAGS),
     ),
 )
 

@@ -8,13 +8,14 @@ from typing import Any
 from hbcore.errors import CheckpointError
 from hbcore.migrate import from_schedulefree as schedule_free
 from hbcore.migrate.forms import Form, Group, Shape, names, require, source
-from hbcore.migrate.from_muon import ADAM
+from hbcore.migrate.from_muon import ADAM, FLAGS
 
 LIBRARY = "pytorch_optimizer"
 BASE = names("lr weight_decay weight_decouple foreach step")
 BETAS = BASE | names("betas fixed_decay")
 MOMENTS = names("exp_avg exp_avg_sq")
 MAXIMIZE = "it minimizes: maximize is not in its state dict"
+COUNTS = {"step": "the counts of steps"}
 ABOUT_EPS = "the 1e-15 that it adds to a second moment is 0, which matters to gradients below 1e-6"
 
 NAMED = {
@@ -80,7 +81,7 @@ def muon(group: Group, shapes: Sequence[Shape]) -> dict[str, Any]:
 
 CONVERTED = (
     Form(
-        "Lion", (BETAS,), (names("exp_avg"),), lambda groups: "Lion", settings=lion, assumed=(MAXIMIZE,)
+        "Lion", (BETAS,), (names("exp_avg"),), lambda groups: "Lion", settings=lion, becomes=COUNTS, assumed=(MAXIMIZE,)
     ),
     Form(
         "AdEMAMix",
@@ -88,6 +89,7 @@ CONVERTED = (
         (MOMENTS | names("exp_avg_slow"),),
         lambda groups: "AdEMAMix",
         settings=ademamix,
+        becomes={**COUNTS, "t_alpha_beta3": "alpha_warmup and beta3_warmup"},
         renamed=lambda entry: {"exp_avg": "exp_avg_fast"},
         assumed=(MAXIMIZE,),
     ),
@@ -97,6 +99,7 @@ CONVERTED = (
         (names("momentum_buffer"),),
         lambda groups: "SGD",
         settings=sgdw,
+        becomes={**COUNTS, "weight_decouple": "decoupled_weight_decay"},
         assumed=(MAXIMIZE,),
     ),
     Form(
@@ -110,6 +113,7 @@ CONVERTED = (
         relative=schedule_free.z_minus_y,
         progress=lambda group: schedule_free.progress(group, "step"),
         training=lambda group: bool(group["train_mode"]),
+        becomes={**schedule_free.BECOMES, **COUNTS},
         assumed=(MAXIMIZE, ABOUT_EPS, "every parameter with state has had a gradient in every step"),
     ),
     Form(
@@ -121,7 +125,8 @@ CONVERTED = (
         (names("momentum_buffer"), MOMENTS),
         lambda groups: "Muon" if all(group["use_muon"] for group in groups) else "MuonAdamW",
         settings=muon,
-        assumed=(MAXIMIZE,),
+        becomes={**COUNTS, "ns_coeffs": "ns_coefficients", "ns_method": "method", "use_adjusted_lr": "adjust_lr_fn"},
+        assumed=(MAXIMIZE, FLAGS),
     ),
 )  # fmt: skip
 

@@ -35,6 +35,14 @@ def progress(group: Group, steps: str = "k") -> dict[str, float]:
     return {"step": k, "k": k, "weight_sum": weight_sum, "lr_max": max(largest, 0.0)}
 
 
+BECOMES = {
+    "warmup_steps": "warmup_steps, one less: hbcore divides by it plus one",
+    "weight_sum": "the group's weight_sum",
+    "lr_max": "the group's lr_max",
+    "train_mode": "the mode in which the optimizer is loaded",
+    "z": "'z_minus_y', its difference from the weights to train with",
+}
+
 FORMS = (
     Form(
         "AdamWScheduleFree",
@@ -48,6 +56,7 @@ FORMS = (
         steps=lambda group, entry: group["k"],
         progress=progress,
         training=lambda group: bool(group["train_mode"]),
+        becomes={**BECOMES, "k": "the counts of steps"},
         assumed=(
             "it is not AdamWScheduleFreePaper, which saves the same entries and has another rule",
             "every parameter with state has had a gradient in every step",

@@ -209,6 +209,17 @@ def test_both_sets_of_schedule_free_weights_arrive(key, training):
     assert furthest(ours, params) < row.bound
 
 
+def test_the_report_tells_what_became_of_every_entry():
+    saved = trained(ROWS["dion's Muon and AdamW"])[0].state_dict()
+    notes = migrate(saved).notes
+    dropped = {note.where for note in notes if note.kind == "dropped"}
+    assert dropped == {"param_groups[1]['flatten']", "param_groups[1]['nesterov']"}, "AdamW has no use for them"
+    told = [note.where for note in notes if note.kind == "mapped"]
+    assert told.count("state[...]['momentum']") == 2, "Muon's and AdamW's"
+    entries = {f"param_groups[{g}][{k!r}]" for g, group in enumerate(saved["param_groups"]) for k in group if k != "params"}
+    assert entries == {where for where in told if where.startswith("param_groups")} | dropped
+
+
 def test_schedule_free_state_needs_the_weights():
     with pytest.raises(CheckpointError, match="--model"):
         migrate(copy.deepcopy(trained(ROWS["AdamWScheduleFree"])[0].state_dict()))
