@@ -90,13 +90,13 @@ def migrate(
     cls: Any = registry.resolve(name)
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise CheckpointError(f"{name} is not built on hbcore's engine, and cannot be converted for; convert what it wraps.")
+    if described.needs_weights and weights is None:
+        raise CheckpointError(f"{described.needs_weights}: pass the model's state dict with --model FILE.")
     given, shared = dict(options or {}), shared_settings(cls, described)
     target = Target(build(cls, described, {**shared, **given}, frozenset(given), weights), weights is not None)
     converted = chosen.convert(state_dict, target)
     target.optimizer.load_state_dict(recorded(converted, target))
-    defaults = {n: p.default for n, p in inspect.signature(cls).parameters.items()}
-    used = {k: v for k, v in {**shared, **given}.items() if k in given or v != defaults.get(k)}
-    return Migrated(target.optimizer.state_dict(), converted.notes, chosen.name, registry.info(name).name, used)
+    return Migrated(target.optimizer.state_dict(), converted.notes, chosen.name, registry.info(name).name, {**shared, **given})
 
 
 def _source(state_dict: Any, name: str | None) -> Source:
@@ -119,7 +119,8 @@ def shared_settings(cls: type[Optimizer], described: Description) -> dict[str, A
     """The settings in which all groups agree, and that the class has."""
     known = inspect.signature(cls).parameters
     first, *others = described.settings or ({},)
-    return {k: v for k, v in first.items() if k in known and all(k in o and o[k] == v for o in others)}
+    same = {k: v for k, v in first.items() if k in known and all(k in o and o[k] == v for o in others)}
+    return {k: v for k, v in same.items() if v != known[k].default}
 
 
 def build(
@@ -132,13 +133,16 @@ def build(
     Raises:
         HbcoreError: the class rejects the options.
     """
-    known = {*inspect.signature(cls).parameters, *getattr(cls, "group_entries", ())}
+    defaults = {n: p.default for n, p in inspect.signature(cls).parameters.items()}
+    known = {*defaults, *getattr(cls, "group_entries", ())}
     if unknown := sorted(given - known):
         raise OptionError(f"{cls.__name__} has no option {unknown[0]!r}; 'hbcore show {cls.__name__}' lists them.")
     params = parameters(described, weights)
     groups: list[dict[str, Any]] = []
     for g, (mine, settings) in enumerate(zip(params, described.settings, strict=True)):
-        own = {k: v for k, v in settings.items() if k in known and k not in options}
+        own = {
+            k: v for k, v in settings.items() if k in known and k not in options and not (k in defaults and v == defaults[k])
+        }
         names = weights.names[g] if weights else (described.names[g] if described.names else None)
         groups.append({**own, "params": list(zip(names, mine, strict=True)) if names else mine})
     try:
@@ -167,7 +171,7 @@ def parameters(described: Description, weights: Weights | None) -> list[list[tor
 
 
 def recorded(converted: Converted, target: Target) -> dict[str, Any]:
-    """The conversion as hbcore saves it: with a record in each group, of plain slots, and zeros for what has none."""
+    """The conversion as hbcore saves it: with a record in each group, of plain slots."""
     core = target.optimizer.core
     groups = converted.state_dict["param_groups"]
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in core.groups]:
@@ -181,8 +185,6 @@ def recorded(converted: Converted, target: Target) -> dict[str, Any]:
         entries = [state.get(key) for key in group["params"]]
         there = [(i, entry) for i, entry in enumerate(entries) if entry]
         started = _started(target, g, there)
-        for i, entry in there:
-            _fill(target, g, i, entry, started)
         rules = {n: v for n, v in core.chain.versions(core.groups[g]).items() if n in started and n != PARAM_ECC}
         progress = converted.progress[g] if converted.progress else {}
         frozen = tuple(i for i, entry in enumerate(entries) if not entry)
@@ -198,13 +200,6 @@ def _started(target: Target, g: int, there: Sequence[tuple[int, Mapping[str, Any
     held = {s.rule for i, entry in there for s in _slots(target, g, i) if s.name in entry}
     wanted = {s.rule for i, _ in there for s in _slots(target, g, i)}
     return rules - (wanted - held)
-
-
-def _fill(target: Target, g: int, i: int, entry: dict[str, Any], started: set[str]) -> None:
-    """Complete the slots of rules that some are there of."""
-    for slot in _slots(target, g, i):
-        if slot.rule in started and slot.name not in entry:
-            entry[slot.name] = torch.full(slot.shape, float(slot.fill))
 
 
 def _slots(target: Target, g: int, i: int) -> list[Any]:

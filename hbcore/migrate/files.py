@@ -21,6 +21,10 @@ INERT = re.compile(r"(heavyball(\.\w+)*\.[A-Za-z_]\w*|builtins\.object|__builtin
 """The globals that HeavyBall 1 and 2 leave in their param groups, a class and a sentinel: read as names, never imported."""
 
 
+CONTAINERS = ("collections.defaultdict", "builtins.dict", "__builtin__.dict")
+"""What HeavyBall 2 keeps state in, beyond the containers that torch reads by itself: read as plain dicts."""
+
+
 class Name:
     """A class or an object of another library, of which a checkpoint has the name; nothing of it is imported or run."""
 
@@ -52,7 +56,7 @@ def read(file: str | Path) -> Any:
     """
     try:
         wanted = _globals(file)
-        if foreign := [name for name in wanted if not INERT.fullmatch(name)]:
+        if foreign := [name for name in wanted if name not in CONTAINERS and not INERT.fullmatch(name)]:
             raise CheckpointError(_refusal(file, foreign[0]))
         with torch.serialization.safe_globals([_stand_in(name) for name in wanted]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
@@ -69,9 +73,16 @@ def read(file: str | Path) -> Any:
 
 
 def _stand_in(name: str) -> Any:
-    """An empty class that the unpickler takes for the one of that name."""
+    """What the unpickler takes for the global of that name: an empty class, or for a container a function that makes a dict."""
     module, _, short = name.rpartition(".")
-    return type(short, (Name,), {"__module__": module, "name": name})
+    if name not in CONTAINERS:
+        return type(short, (Name,), {"__module__": module, "name": name})
+
+    def empty(*factory: Any) -> dict[Any, Any]:
+        return {}
+
+    empty.__module__, empty.__qualname__ = module, short
+    return empty
 
 
 def _globals(file: str | Path) -> list[str]:

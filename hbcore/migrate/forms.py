@@ -102,9 +102,9 @@ def source(library: str, forms: Sequence[Form], recognises: Callable[[Group], bo
         settings = shared([settings_of(library, form, g, group, mine) for g, (group, mine) in pairs])
         wide = [(g, i) for g, group in enumerate(groups) for i, key in enumerate(group["params"]) if is_wide(state.get(key))]
         named = [group.get("param_names") for group in groups]
-        return Description(
-            form.ours(groups), shapes, settings, named if any(named) else (), (), dict.fromkeys(wide, torch.float64)
-        )
+        needed = f"{library}'s {form.name} keeps weights, and hbcore their difference from the model's" if form.relative else ""
+        found, dtypes = named if any(named) else (), dict.fromkeys(wide, torch.float64)
+        return Description(form.ours(groups), shapes, settings, found, needs_weights=needed, dtypes=dtypes)
 
     def converted(state_dict: Mapping[str, Any], target: Target) -> Converted:
         form, groups, state = chosen(library, forms, state_dict)
@@ -216,11 +216,6 @@ def slots_of(
                 raise CheckpointError(f"{where}: {name!r} is {value!r:.60}; expected a tensor.")
             slots[ours] = value
     if form.relative is not None:
-        if not target.weights:
-            raise CheckpointError(
-                f"{library}'s {form.name} keeps weights in its state, of which hbcore keeps the difference from the model's: "
-                "name those with --model, or load them first."
-            )
         param = target.param(g, i).detach()
         if any(t.shape != param.shape for t in slots.values()):
             raise CheckpointError(f"{where} has state of another shape than the weights, {tuple(param.shape)}.")

@@ -62,10 +62,9 @@ def describe(state_dict: Mapping[str, Any]) -> Description:
     wide = [(g, i) for g, group in enumerate(groups) for i, key in enumerate(group["params"]) if is_wide(state.get(key))]
     named = [group.get("param_names") for group in groups]
     names = tuple(name for name, _ in found)
-    return Description(
-        names[0] if len(names) == 1 else None, shapes, settings, named if any(named) else (), names,
-        dict.fromkeys(wide, torch.float64),
-    )  # fmt: skip
+    dtypes = dict.fromkeys(wide, torch.float64)
+    one = names[0] if len(names) == 1 else None
+    return Description(one, shapes, settings, named if any(named) else (), names, dtypes=dtypes)
 
 
 def convert(state_dict: Mapping[str, Any], target: Target) -> Converted:

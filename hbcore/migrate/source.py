@@ -40,6 +40,7 @@ class Description:
             optimizer is built with those that it has. Others should not be here, but in a note of :attr:`Converted.notes`.
         names: of each group, its parameters' names; None where the checkpoint has none.
         hint: where ``name`` is None, the names that fit: ``("SOAP", "PSGDKron")``.
+        needs_weights: why the model's weights are needed to convert it; empty if they are not.
         dtypes: of parameters that are not float32, (group, index) -> dtype. Only float64 and complex ones matter here.
     """
 
@@ -48,6 +49,7 @@ class Description:
     settings: Sequence[Mapping[str, Any]]
     names: Sequence[Sequence[str] | None] = ()
     hint: Sequence[str] = ()
+    needs_weights: str = ""
     dtypes: Mapping[tuple[int, int], torch.dtype] = field(default_factory=dict)
 
 

@@ -10,9 +10,10 @@ from hbcore.migrate.from_muon import MUON
 from hbcore.migrate.from_pytorch_optimizer import PYTORCH_OPTIMIZER
 from hbcore.migrate.from_schedulefree import SCHEDULEFREE
 from hbcore.migrate.from_torch import TORCH
+from hbcore.migrate.heavyball import HEAVYBALL
 from hbcore.migrate.source import Source
 
-SOURCES: tuple[Source, ...] = (SCHEDULEFREE, DION, PYTORCH_OPTIMIZER, MUON, TORCH)
+SOURCES: tuple[Source, ...] = (HEAVYBALL, SCHEDULEFREE, DION, PYTORCH_OPTIMIZER, MUON, TORCH)
 """Those whose marks cannot be mistaken come first; torch's format, which others imitate, comes last."""
 
 

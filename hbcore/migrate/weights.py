@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,13 +56,9 @@ def arranged(model: Any, shapes: Sequence[Sequence[tuple[int, ...] | None]], nam
     tensors = [[found[name] for name in group] for group in chosen]
     for named, mine, wanted in zip(chosen, tensors, shapes, strict=True):
         for name, tensor, shape in zip(named, mine, wanted, strict=True):
-            if shape is not None and tuple(tensor.shape) != shape and tensor.squeeze().shape != _squeezed(shape):
+            if shape is not None and tensor.numel() != math.prod(shape):  # state may have dimensions merged
                 raise CheckpointError(
                     f"--model: {name!r} has the shape {tuple(tensor.shape)}, and the optimizer's state is of {shape}: the "
                     "model's parameters are in another order, or it is another model."
                 )
     return Weights(chosen, tensors)
-
-
-def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(n for n in shape if n != 1)
