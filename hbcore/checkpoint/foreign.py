@@ -15,10 +15,16 @@ def is_heavyball(state_dict: Any) -> bool:
     """Whether a state dict is that of a HeavyBall optimizer. Never raises."""
     if not isinstance(state_dict, Mapping):
         return False
-    groups = state_dict.get("param_groups")
+    groups = unwrapped(state_dict).get("param_groups")
     if not isinstance(groups, (list, tuple)) or not groups:
         return False
     return all(isinstance(g, Mapping) and schema.KEY not in g and all(k in g for k in HEAVYBALL) for g in groups)
+
+
+def unwrapped(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """HeavyBall's SAMWrapper keeps the optimizer's state dict within its own."""
+    inner = state_dict.get("wrapped")
+    return inner if isinstance(inner, Mapping) else state_dict
 
 
 def remedy(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hbcore.checkpoint import save, schema
+from hbcore.checkpoint import foreign, save, schema
 from hbcore.checkpoint.counterpart import counterpart_of, received
 from hbcore.checkpoint.entries import Reader
 from hbcore.distributed.placement import is_dtensor, local
@@ -133,6 +133,8 @@ def read(optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool, comp
     """
     core = optimizer.core
     name = core.name
+    if foreign.is_heavyball(state_dict):
+        raise CheckpointError(f"{name}: {foreign.remedy(name)}.")
     if not isinstance(state_dict.get("state"), Mapping) or not isinstance(state_dict.get("param_groups"), (list, tuple)):
         raise CheckpointError(f"{name}: a state dict needs 'state' and 'param_groups'; got {sorted(map(str, state_dict))}.")
     saved = state_dict["param_groups"]

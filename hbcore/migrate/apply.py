@@ -83,7 +83,7 @@ def migrate(
     chosen = _source(state_dict, source)
     plain.check(state_dict)
     described = chosen.describe(state_dict)
-    name = to or described.name
+    name = to.removeprefix("heavyball.") if to else described.name
     if name is None:
         hint = f"; it may be {' or '.join(described.hint)}" if described.hint else ""
         raise CheckpointError(f"the checkpoint does not tell which optimizer saved it{hint}: name it with --to NAME.")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hbcore import registry
+from hbcore.checkpoint.foreign import unwrapped
 from hbcore.errors import CheckpointError
 from hbcore.migrate.heavyball import schedule, settings
 from hbcore.migrate.heavyball.entry import Place, counts, entry_of
@@ -26,6 +27,7 @@ KIN = {"AdamW": ("AdamW", "Adam"), "AdamC": ("AdamC", "AdamW", "Adam")}
 
 def describe(state_dict: Mapping[str, Any]) -> Description:
     """See :class:`hbcore.migrate.source.Source`."""
+    state_dict = unwrapped(state_dict)
     groups = read(state_dict)
     name, hint = optimizer_of(groups)
     found = [settings.settings_of(group, name) | schedule.settings_of(state_dict, group) for group in groups]
@@ -48,6 +50,7 @@ def _shape(views: list[View]) -> tuple[int, ...] | None:
 
 def convert(state_dict: Mapping[str, Any], target: Target) -> Converted:
     """See :class:`hbcore.migrate.source.Source`."""
+    state_dict = unwrapped(state_dict)
     groups, core = read(state_dict), target.optimizer.core
     theirs, ours = counts(groups, list(core.groups))
     if theirs != ours:

@@ -61,6 +61,8 @@ def _arranged(group: Group, at: Place, target: Target) -> list[tuple[View, str]]
     views = group.params[at.i]
     if len(views) == 1:
         return [(views[0], "")]
+    if "step_count" not in group.entries:
+        raise CheckpointError(f"{at.where} is cut into {len(views)} blocks, which is supported from HeavyBall 3.2 on.")
     param = target.param(at.g, at.i)
     limit = group.entries.get("max_size_triangular", group.entries.get("max_precond_dim"))
     if not isinstance(limit, int) or limit < 1:

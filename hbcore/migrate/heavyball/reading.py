@@ -87,9 +87,8 @@ def read(state_dict: Mapping[str, Any]) -> list[Group]:
     Raises:
         CheckpointError: it has another form than HeavyBall's.
     """
-    if "wrapped" in state_dict or "optimizers" in state_dict:
-        inner = "wrapped" if "wrapped" in state_dict else "optimizers.0"
-        raise CheckpointError(f"this is the state of several optimizers, or of a wrapper: convert one with --key ....{inner}.")
+    if "optimizers" in state_dict:
+        raise CheckpointError("this is the state of several optimizers: convert each of them, --key optimizer.optimizers.0.")
     state, groups = state_dict.get("state"), state_dict.get("param_groups")
     if not isinstance(state, Mapping) or not isinstance(groups, (list, tuple)) or not groups:
         raise CheckpointError(f"a state dict has 'state' and 'param_groups'; this one has {sorted(map(str, state_dict))[:8]}.")

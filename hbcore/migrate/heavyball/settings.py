@@ -109,7 +109,7 @@ def notes_of(groups: Sequence[Group], used: Sequence[Mapping[str, Any]], options
     Args:
         groups: the groups.
         used: of each group, the entries of the result.
-        options: the constructor's arguments.
+        options: the names of the constructor's arguments.
     """
     notes: dict[Note, None] = {}
     for group, mine in zip(groups, used, strict=True):
