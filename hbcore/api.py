@@ -19,6 +19,7 @@ from hbcore.registry.spec import CodecSpec as CodecSpec
 from hbcore.registry.spec import OptimizerSpec as OptimizerSpec
 
 if TYPE_CHECKING:
+    from hbcore.checkpoint.counterpart import Counterpart as Counterpart
     from hbcore.checkpoint.migrations import Migration as Migration
     from hbcore.engine.shared_options import Options as Options
     from hbcore.errors import HyperparameterError as HyperparameterError
@@ -87,6 +88,7 @@ _HOMES = {
     "Composite": "hbcore.wrappers.composite:Composite",
     "Context": "hbcore.rules.transform:Context",
     "CorrectedDecay": "hbcore.rules.moments:CorrectedDecay",
+    "Counterpart": "hbcore.checkpoint.counterpart:Counterpart",
     "CoupleDecay": "hbcore.rules.stages:CoupleDecay",
     "Curvature": "hbcore.rules.curvature:Curvature",
     "DecayWeights": "hbcore.rules.stages:DecayWeights",

@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
 from hbcore.checkpoint import dry_step, load, save, schema
+from hbcore.checkpoint.counterpart import Counterpart
 from hbcore.declaration import Declaration, declare, entries
 from hbcore.engine import weight_modes
 from hbcore.engine.chain_spec import ChainSpec
@@ -63,7 +64,7 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
     """For classes that write ``__init__`` themselves: shared options with another default, ``{"weight_decay": 0.01}``."""
     formerly: ClassVar[Mapping[str, Any]] = {}
     """Fields that stand for something else than their default in optimizers pickled before the class had them."""
-
+    counterpart: ClassVar[Counterpart | None] = None  # torch.optim's optimizer of the same rule
     sparse_gradients: ClassVar[bool] = False
     """Whether it takes sparse gradients, and only those; its rules are elementwise then."""
 
@@ -250,18 +251,17 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
 
         Parameters are matched by name where both sides have names, by position otherwise. Numbers come from the checkpoint;
         structure (``nesterov=True``, a codec) from this optimizer, and a rule that the checkpoint does not know starts afresh.
-        Checkpoints of torch.optim's optimizers are welcome.
+        Those of torch.optim's :attr:`counterpart` are welcome, with a StateWarning where its structure differs.
 
         Args:
             state_dict: as :meth:`state_dict` returned it, from any device, other ranks or an older version.
-            strict: refuse what is missing or unexpected. Otherwise what is missing starts afresh, and what nobody asks for
-                is left out with a warning.
+            strict: refuse what is missing or unexpected; else it starts afresh, or is left out with a warning.
 
         Raises:
             CheckpointError: it does not fit; the message names the parameter, and nothing was changed.
         """
         with load.hooks(self, state_dict) as given:
-            load.put(self.core, load.read(self.core, given, strict))
+            load.put(self.core, load.read(self, given, strict))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hbcore.checkpoint import schema
+from hbcore.checkpoint.counterpart import counterpart_of, sent
+from hbcore.checkpoint.save import MODE
 from hbcore.checkpoint.spreading import spread_as
 from hbcore.distributed.placement import local
 from hbcore.errors import CheckpointError
@@ -24,8 +26,9 @@ def export(optimizer: Optimizer, format: str = "torch") -> dict[str, Any]:
     Weights are the model's, and not in it. Under ``param_ecc``, save :func:`hbcore.full_state` along with it:
     ``model.state_dict()`` has bfloat16.
 
-    Where torch.optim has the same rule (AdamW, SGD), its optimizer can resume from it. ``torch.optim.AdamW(...)`` divides by
-    ``sqrt(v) + eps``, so hbcore's takes the same steps with ``division_backend="eps_add"``.
+    An optimizer of torch.optim with the same rule, the class's :attr:`~hbcore.Optimizer.counterpart`, resumes from it:
+    ``torch_optimizer.load_state_dict(hbcore.export(ours))``. A :class:`StateWarning` names what torch goes on without.
+    torch.optim divides by ``sqrt(v) + eps``: hbcore takes the same steps with ``division_backend="eps_add"``.
 
     Args:
         optimizer: any hbcore optimizer.
@@ -55,5 +58,7 @@ def export(optimizer: Optimizer, format: str = "torch") -> dict[str, Any]:
                         value = torch.view_as_complex(value) if p.is_complex() else value
                         exported[index][slot.name] = spread_as(value, first, p, slot.shape)
             index += 1
-    groups = [{k: v for k, v in group.items() if k != schema.KEY} for group in whole["param_groups"]]
-    return {"state": exported, "param_groups": groups}
+    groups = [{k: v for k, v in group.items() if k not in (schema.KEY, MODE)} for group in whole["param_groups"]]
+    decoded = {"state": exported, "param_groups": groups}
+    counterpart = counterpart_of(type(optimizer))
+    return decoded if counterpart is None else sent(optimizer.core, counterpart, decoded)

@@ -9,18 +9,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hbcore.checkpoint import foreign, save, schema
+from hbcore.checkpoint.counterpart import counterpart_of, received
 from hbcore.checkpoint.entries import Reader
 from hbcore.distributed.placement import is_dtensor, local
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.corrections import Loaded
 from hbcore.engine.param_codec import note, settle
 from hbcore.errors import CheckpointError, HyperparameterError
+
+if TYPE_CHECKING:
+    from hbcore.optimizer import Optimizer
 
 
 class Content(NamedTuple):
@@ -118,14 +122,16 @@ def _alike(held: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     )
 
 
-def read(core: OptimizerCore, state_dict: Mapping[str, Any], strict: bool, composite: bool = False) -> Content:
+def read(optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool, composite: bool = False) -> Content:
     """Validate a state dict and return what each group and parameter will hold. Mutates nothing.
 
-    Within a ``composite``, state that no rule used when it was saved is the composite's, and is given back.
+    Groups from torch.optim are read as the counterpart's. Within a ``composite``, state that no rule used when it was
+    saved is the composite's, and is given back.
 
     Raises:
         CheckpointError: the state dict does not fit the optimizer.
     """
+    core = optimizer.core
     name = core.name
     if foreign.is_heavyball(state_dict):
         raise CheckpointError(f"{name}: {foreign.remedy(name)}.")
@@ -140,6 +146,8 @@ def read(core: OptimizerCore, state_dict: Mapping[str, Any], strict: bool, compo
     for g, theirs in enumerate(saved):
         if not isinstance(theirs, Mapping) or not isinstance(theirs.get("params"), (list, tuple)):
             raise CheckpointError(f"{name}: param group {g} of the checkpoint has no list of 'params'.")
+    state_dict = received(core, counterpart_of(type(optimizer)), state_dict)
+    saved = state_dict["param_groups"]
     known = {key for theirs in saved for key in theirs["params"]}
     settle(core, final=False)
     groups, records, state = [], [], {}

@@ -56,7 +56,7 @@ def convert_checkpoint(state_dict: Mapping[str, Any], optimizer: Optimizer, sour
     target = Target(optimizer, weights=True)
     converted = chosen.convert(state_dict, target)
     result = recorded(converted, target)
-    load.read(optimizer.core, result, strict=True)
+    load.read(optimizer, result, strict=True)
     return result
 
 
@@ -135,13 +135,16 @@ def build(
     Raises:
         HbcoreError: the class rejects the options.
     """
-    known = inspect.signature(cls).parameters
-    if unknown := sorted(given - set(known)):
+    defaults = {n: p.default for n, p in inspect.signature(cls).parameters.items()}
+    known = {*defaults, *getattr(cls, "group_entries", ())}
+    if unknown := sorted(given - known):
         raise OptionError(f"{cls.__name__} has no option {unknown[0]!r}; 'hbcore show {cls.__name__}' lists them.")
     params = parameters(described, weights)
     groups: list[dict[str, Any]] = []
     for g, (mine, settings) in enumerate(zip(params, described.settings, strict=True)):
-        own = {k: v for k, v in settings.items() if k in known and k not in options and v != known[k].default}
+        own = {
+            k: v for k, v in settings.items() if k in known and k not in options and not (k in defaults and v == defaults[k])
+        }
         names = weights.names[g] if weights else (described.names[g] if described.names else None)
         groups.append({**own, "params": list(zip(names, mine, strict=True)) if names else mine})
     try:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from hbcore.errors import CheckpointError
+from hbcore.migrate.from_dion import DION
+from hbcore.migrate.from_muon import MUON
+from hbcore.migrate.from_pytorch_optimizer import PYTORCH_OPTIMIZER
+from hbcore.migrate.from_schedulefree import SCHEDULEFREE
+from hbcore.migrate.from_torch import TORCH
 from hbcore.migrate.heavyball import HEAVYBALL
 from hbcore.migrate.source import Source
 
-SOURCES: tuple[Source, ...] = (HEAVYBALL,)
+SOURCES: tuple[Source, ...] = (HEAVYBALL, SCHEDULEFREE, DION, PYTORCH_OPTIMIZER, MUON, TORCH)
 """Those whose marks cannot be mistaken come first; torch's format, which others imitate, comes last."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +123,12 @@ class ScaleByNAdam(Transform):
     eps: float = hyper(1e-8, ge=0)
     momentum_decay: float = hyper(4e-3, ge=0)
     name = "nadam"
+
+    @staticmethod
+    def mu_product(group: Mapping[str, Any], step: float) -> float:
+        r""":math:`\Pi_t` of a param group, which torch.optim.NAdam keeps in its state."""
+        t = torch.tensor(step, dtype=torch.float64, device="cpu")
+        return float(momentum_product(float(group["betas"][0]), float(group["momentum_decay"]), t))
 
     def slots(self, param: Tensor) -> dict[str, Slot]:
         return {"exp_avg": zeros(param, "rotate"), "exp_avg_sq": zeros(param, "permute")}

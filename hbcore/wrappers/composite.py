@@ -182,7 +182,7 @@ class Composite(torch.optim.Optimizer):
             CheckpointError: the state dict does not fit; nothing was changed.
         """
         with load.hooks(self, state_dict) as given:
-            contents = [load.read(child.core, part, strict, composite=True) for child, part in self._parts(given)]
+            contents = [load.read(child, part, strict, composite=True) for child, part in self._parts(given)]
             for child, content in zip(self.children, contents, strict=True):
                 load.put(child.core, content)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from hbcore.api import (
     Block,
     Context,
+    Counterpart,
     Domain,
     HyperparameterError,
     Optimizer,
@@ -169,6 +170,7 @@ class Adafactor(Optimizer):
     beta2_decay: float = -0.8
     eps: tuple[float | None, float] = (None, 1e-3)
     d: float = 1.0
+    counterpart: ClassVar[Counterpart | None] = Counterpart("Adafactor")
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hbcore.api import (
     Context,
+    Counterpart,
     CoupleDecay,
     Optimizer,
     ScaleByAdam,
@@ -79,6 +80,9 @@ class Adam(Optimizer):
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     amsgrad: bool = False
+    counterpart: ClassVar[Counterpart | None] = Counterpart(
+        "Adam", {"division_backend": "eps_add", "decoupled_weight_decay": False}
+    )
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

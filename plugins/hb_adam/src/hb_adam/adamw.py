@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from hb_adam.adam import direction
-from hbcore.api import Optimizer, Transform
+from hbcore.api import Counterpart, Optimizer, Transform
 
 
 class AdamW(Optimizer):
@@ -32,6 +32,9 @@ class AdamW(Optimizer):
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     amsgrad: bool = False
+    counterpart: ClassVar[Counterpart | None] = Counterpart(
+        "AdamW", {"division_backend": "eps_add", "decoupled_weight_decay": True}
+    )
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from hbcore.api import CoupleDecay, Optimizer, ScaleByNAdam, Transform
+from hbcore.api import Counterpart, CoupleDecay, Optimizer, ScaleByNAdam, Transform
 
 
 class NAdam(Optimizer):
@@ -35,6 +35,11 @@ class NAdam(Optimizer):
     eps: float = 1e-8
     momentum_decay: float = 4e-3
     decoupled_weight_decay: bool = False
+    counterpart: ClassVar[Counterpart | None] = Counterpart(
+        "NAdam",
+        {"division_backend": "eps_add", "decoupled_weight_decay": False},
+        computed={"mu_product": ScaleByNAdam.mu_product},
+    )
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

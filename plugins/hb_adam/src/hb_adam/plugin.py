@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hbcore.api import Alias, OptimizerSpec, hookimpl
 
-API = (1, 4)
+API = (1, 9)
 
 
 def spec(name: str, module: str, summary: str, paper: str, *capabilities: str, small_lr: float | None = None) -> OptimizerSpec:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from hbcore.api import (
     Context,
+    Counterpart,
     CoupleDecay,
     Momentum,
     Optimizer,
@@ -96,6 +97,10 @@ class RMSprop(Optimizer):
     debias: bool = True
     decoupled_weight_decay: bool = True
     betas: tuple[float, float] | None = None
+    counterpart: ClassVar[Counterpart | None] = Counterpart(
+        "RMSprop",
+        {"division_backend": "eps_add", "decoupled_weight_decay": False, "debias": False},
+    )
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
         betas = h.pop("betas")

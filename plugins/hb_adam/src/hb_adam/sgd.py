@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from hbcore.api import CoupleDecay, Momentum, Optimizer, Transform
+from hbcore.api import Counterpart, CoupleDecay, Momentum, Optimizer, Transform
 
 
 class SGD(Optimizer):
@@ -35,6 +35,7 @@ class SGD(Optimizer):
     nesterov: bool = False
     decoupled_weight_decay: bool = True
     beta: float | None = None
+    counterpart: ClassVar[Counterpart | None] = Counterpart("SGD", {"decoupled_weight_decay": False})
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
         beta = h.pop("beta")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hbcore.api import (
     Context,
+    Counterpart,
     Optimizer,
     Slot,
     State,
@@ -79,6 +80,7 @@ class SparseAdam(Optimizer):
     eps: float = 1e-8
     division_backend = "eps_add"
     sparse_gradients: ClassVar[bool] = True
+    counterpart: ClassVar[Counterpart | None] = Counterpart("SparseAdam", {"division_backend": "eps_add"}, whole_steps=True)
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from hb_muon.orthogonalize import Coefficients
 from hb_muon.routing import routing
 from hb_muon.rules import MuonMomentum, as_data, orthogonalizer
-from hbcore.api import Optimizer, Route, ScaleByAdam, Transform, is_matrix
+from hb_muon.torch_form import from_torch, to_torch
+from hbcore.api import Counterpart, Optimizer, Route, ScaleByAdam, Transform, is_matrix
 
 
 class Muon(Optimizer):
@@ -69,6 +70,10 @@ class Muon(Optimizer):
     adjust_lr_fn: str | None = None
     flatten: bool = True
     split_sizes: Sequence[int] | None = None
+
+    counterpart: ClassVar[Counterpart | None] = Counterpart(
+        "Muon", {"heavyball_momentum": False}, reads=from_torch, writes=to_torch
+    )
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
         beta = h.pop("beta")

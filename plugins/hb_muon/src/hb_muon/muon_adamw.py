@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class MuonAdamW(Muon):
 
     adamw_lr: float | None = None
     adamw_patterns: Sequence[str] = ADAMW_PATTERNS
+    group_entries: ClassVar[tuple[str, ...]] = ("use_muon",)  # what groups may have besides the constructor's arguments
     _unnamed = 0
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:

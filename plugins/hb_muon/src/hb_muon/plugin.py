@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hbcore.api import Alias, OptimizerSpec, hookimpl
 
-API = (1, 7)
+API = (1, 9)
 
 OPTIMIZERS = (
     OptimizerSpec(
