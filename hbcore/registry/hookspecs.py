@@ -24,7 +24,7 @@ from hbcore.registry.spec import Alias, CodecSpec, OptimizerSpec
 
 PROJECT = "hbcore"
 GROUP = "hbcore.plugins"  # the one entry-point group
-API_VERSION = (1, 8)  # (major, minor): a new major version breaks manifests, a minor one only adds to the API
+API_VERSION = (1, 9)  # (major, minor): a new major version breaks manifests, a minor one only adds to the API
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

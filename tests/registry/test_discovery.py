@@ -41,7 +41,7 @@ def test_nothing_is_scanned_before_the_first_lookup() -> None:
         ("API = (2, 0)\n" + RAISING, "api", "needs plugin API 2.0, but this hbcore has 1.8; upgrade hbcore"),
         ("API = (1, 9)\n" + RAISING, "api", "needs plugin API 1.9, but this hbcore has 1.8; upgrade hbcore"),
         ("API = (0, 9)\n" + RAISING, "api", "upgrade the plugin"),
-        ("API = '1.0'", "api", "must declare API = (1, 8)"),
+        ("API = '1.0'", "api", "must declare API = (1, 9)"),
         ("del API", "api", "found None"),
         ("@hookimpl\ndef hb_optimisers(api): return []", "register", "hb_optimisers"),
         ("@hookimpl\ndef hb_optimizers(api, extra): return []", "register", "extra"),
@@ -81,7 +81,7 @@ def test_an_api_mismatch_runs_no_hook(site: Any) -> None:
 
 
 def test_an_older_minor_version_would_be_accepted(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hbcore.registry.loading.API_VERSION", (1, 8))
+    monkeypatch.setattr("hbcore.registry.loading.API_VERSION", (1, 9))
     site.offer("hb_good", "Good")
     assert site.registry().list_optimizers() == ["Good"]
 

@@ -103,7 +103,7 @@ def test_a_preset_class_pickles_by_name_without_a_warning(run_python: Run, site:
 
 
 def test_the_api_names_what_plugins_may_use() -> None:
-    assert api.API_VERSION == (1, 8)
+    assert api.API_VERSION == (1, 9)
     assert set(api.__all__) <= set(dir(api))
     with pytest.raises(AttributeError, match="plugins may use API_VERSION, Alias"):
         api.no_such_name  # noqa: B018

@@ -127,7 +127,7 @@ class FunctionData:
         """
         count = 0
         for batch in self._batches("train", batch_size, seed):
-            count += 1  # noqa: SIM113: it is needed after the loop
+            count += 1
             yield batch
         raise OptionError(f"--data {self.name}: its training batches ended after {count}; yield one for every step")
 

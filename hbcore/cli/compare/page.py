@@ -67,7 +67,8 @@ def _key(groups: Sequence[Group]) -> str:
 def _table(groups: Sequence[Group], unit: str) -> str:
     several = any(len(group.runs) > 1 for group in groups)
     titles = ["optimizer", "lr", f"val loss{f', {unit}' if unit else ''}", *(["n"] if several else [])]
-    titles += ["ms/step", "ms/iteration", "first step", "state B/param", "peak memory", "backend", ""]
+    counted = any(group.summary()["peak_bytes"] is not None for group in groups)
+    titles += ["ms/step", "ms/iteration", "first step", "state B/param", *(["peak memory"] if counted else []), "backend", ""]
     best, rows = lowest(groups), []
     for group in groups:
         known = group.summary()
@@ -81,7 +82,8 @@ def _table(groups: Sequence[Group], unit: str) -> str:
         cells += [cell("n", str)] if several else []
         cells += [cell("ms_per_step", "{:.2f}".format), cell("ms_per_iteration", "{:.1f}".format)]
         cells += [cell("first_step_seconds", duration), cell("state_bytes_per_param", "{:.2f}".format)]
-        cells += [cell("peak_bytes", size), cell("backend", str), escape(group.remark)]
+        cells += [cell("peak_bytes", size)] if counted else []
+        cells += [cell("backend", str), escape(group.remark)]
         rows.append(f"<tr{mark}>" + "".join(f"<td>{each}</td>" for each in cells) + "</tr>")
     head = "".join(f"<th>{escape(each)}</th>" for each in titles)
     note = "Lower loss is better; the lowest is bold." + (" Losses: mean ± standard deviation over n seeds." if several else "")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MARKERS = ("o", "s", "^", "D", "v", "h", "p")
 STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)))  # the second and third pass through the palette use dashes
-__all__ = ["COLOURS", "INK", "draw", "smoothed", "spread"]
+__all__ = ["COLOURS", "INK", "draw", "dress", "logarithmic", "save", "smoothed", "spread"]
 
 _KEY = "line: training loss, smoothed; points and figures: validation loss"
 _BAND = "; band: one standard deviation over n seeds"
@@ -57,7 +57,7 @@ def draw(runs: Sequence[Run], title: str, subtitle: str, path: Path, unit: str =
         curves = [Curve.of(group, index, seconds) for index, group in shown]
         for curve in curves:
             _draw(axes, curve, span)
-        _dress(axes, label)
+        dress(axes, label)
         if seconds and shown:
             _log(axes, curves)
         elif shown:
@@ -79,7 +79,7 @@ def draw(runs: Sequence[Run], title: str, subtitle: str, path: Path, unit: str =
             title=_key(shown),
             title_fontsize=10,
         )
-    _save(figure, path)
+    save(figure, path)
 
 
 def _key(shown: Sequence[tuple[int, Group]]) -> str:
@@ -88,7 +88,7 @@ def _key(shown: Sequence[tuple[int, Group]]) -> str:
     return _KEY + (_BAND if several else "") + (_BEYOND if diverged else "")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """As a PNG of few colours, a quarter of the size. Pillow comes with matplotlib."""
     from PIL import Image
 
@@ -125,15 +125,20 @@ def _draw(axes: Axes, curve: Curve, span: tuple[float, float] | None) -> None:
 
 
 def _log(axes: Axes, curves: Sequence[Curve]) -> None:
-    """A log axis with plain numbers; the first step is where it begins, and the labels need room behind the end."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
+    """A log axis; the first step is where it begins, and the labels need room behind the end."""
     every = [x for curve in curves for x in (*curve.x, *(x for x, _ in curve.points))]
     if not every:
         return
-    axes.set_xscale("log")
+    logarithmic(axes)
     axes.set_xlim(min(every) / 1.1, max(every) * 1.1)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+
+
+def logarithmic(axes: Axes, subs: Sequence[float] = (1.0, 2.0, 5.0)) -> None:
+    """Make the horizontal axis a log axis with plain numbers, at ``subs`` times each power of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(LogLocator(subs=()))
 
@@ -180,7 +185,8 @@ def spread(heights: Sequence[float], gap: float, low: float, high: float) -> lis
     return [centre + gap * (i - (count - 1) / 2) for centre, count in groups for i in range(int(count))]
 
 
-def _dress(axes: Axes, label: str) -> None:
+def dress(axes: Axes, label: str) -> None:
+    """The look of every panel: its axis, its grid."""
     axes.set_xlabel(label, fontsize=11, color=INK)
     axes.grid(True, color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)

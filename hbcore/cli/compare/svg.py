@@ -42,7 +42,8 @@ class Axis:
             return self.span
         low, high = min(values), max(values)
         if self.log:
-            return (low, high) if high > low * 1.001 else (low / 2, high * 2)
+            margin = (high / low) ** MARGIN if high > low * 1.001 else 2.0
+            return low / margin, high * margin
         margin = MARGIN * (high - low) or abs(high) * 0.1 or 1.0
         return low - margin, high + margin
 
