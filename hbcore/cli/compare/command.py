@@ -81,10 +81,10 @@ def _train_all(jobs: Sequence[Job], tune: int | None, checkpoint: resume.Checkpo
     tuned: dict[str, float] = {}
     with make_display([job.name for job in jobs], jobs[0].task.steps, sys.stdout) as display:
         for job in jobs:
-            run = job.run
+            run, resumed = job.run, job.run.finished
             display.start(job.name)
             try:
-                if not run.finished:
+                if not resumed:
                     _train(job, tune, tuned, checkpoint, display)
                 if run.lr_from == "tuned" and run.lr is not None:
                     tuned[run.label] = run.lr
@@ -97,8 +97,9 @@ def _train_all(jobs: Sequence[Job], tune: int | None, checkpoint: resume.Checkpo
                 run.status, run.error = "failed", f"{type(error).__name__}: {error}"
                 traceback.print_exc()
             display.finish(run)
-            write()
-            checkpoint.discard()
+            if not resumed:  # else the file may be of a later run
+                write()
+                checkpoint.discard()
     return False
 
 

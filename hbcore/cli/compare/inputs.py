@@ -46,7 +46,7 @@ def load_function(option: str, path: str) -> Callable[..., Any]:
             raise OptionError(f"{option} {path}: {name!r} has no {attribute!r}")
         found = getattr(found, part)
     if not callable(found):
-        raise OptionError(f"{option} {path}: {attribute!r} is a {type(found).__name__}, not a function")
+        raise OptionError(f"{option} {path}: {attribute!r} is of type {type(found).__name__}, not a function")
     return found  # type: ignore[no-any-return]
 
 

@@ -27,6 +27,7 @@ from hbcore.registry.search import Searched
 
 NAME = "tune.journal"
 _PATIENCE = 5  # seconds for which a lock is respected: whoever holds one is writing a line, or was killed
+_STUDY = "tune"
 _OUTCOME, _ARGUMENTS, _IDENTITY = "outcome", "arguments", "identity"
 
 
@@ -76,8 +77,8 @@ class Search:
         while (done := len(self.outcomes())) < budget:
             if done == 0 or self.sampler.reseed:
                 self.study.sampler = self.sampler.make(self.seed + done)
-            if done == 0:
-                self.study.enqueue_trial(dict(self.guess), skip_if_exists=True)
+            if done == 0 and not self.study.get_trials(states=(TrialState.WAITING,)):
+                self.study.enqueue_trial(dict(self.guess))
             trial = self.study.ask()
             try:
                 ended = self._try(trial, done)
@@ -162,7 +163,7 @@ def open_study(out: Path, identity: Mapping[str, Any], pruner: BasePruner) -> op
     try:
         _mend(path)
         storage = JournalStorage(JournalFileBackend(str(path), JournalFileSymlinkLock(str(path), _PATIENCE)))
-        study = optuna.create_study(storage=storage, study_name="tune", load_if_exists=True, pruner=pruner)
+        study = _load(storage, pruner)
         known = study.user_attrs.get(_IDENTITY)
     except Exception as error:  # whatever reading somebody else's file raises
         raise OptionError(f"{path} cannot be read ({type(error).__name__}: {error}); move it away") from error
@@ -179,11 +180,25 @@ def open_study(out: Path, identity: Mapping[str, Any], pruner: BasePruner) -> op
     return study
 
 
+def _load(storage: JournalStorage, pruner: BasePruner) -> optuna.Study:
+    try:
+        return optuna.load_study(study_name=_STUDY, storage=storage, pruner=pruner)
+    except KeyError:
+        return optuna.create_study(study_name=_STUDY, storage=storage, pruner=pruner)
+
+
 def _mend(path: Path) -> None:
-    """Drop the line that an earlier process was killed in the middle of writing."""
-    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        with path.open("r+b") as journal:
-            journal.truncate(content.rfind(b"\n") + 1)
+    """Drop the line that an earlier process was killed in the middle of writing; ValueError if the file is no journal."""
+    content = path.read_bytes() if path.exists() else b""
+    end = content.rfind(b"\n") + 1
+    for line in content[:end].splitlines():  # Optuna would write behind them, and find out later
+        if not isinstance(entry := json.loads(line), dict) or "op_code" not in entry:
+            raise ValueError("not a journal of Optuna's")
+    if content[end:].startswith(b"{") or not content:
+        with path.open("ab") as journal:
+            journal.truncate(end)
+    elif content[end:]:
+        raise ValueError("not a journal of Optuna's")
 
 
 def best(outcomes: Sequence[Outcome]) -> Outcome | None:
