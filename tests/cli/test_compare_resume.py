@@ -83,6 +83,28 @@ def test_ctrl_c_and_resume_end_as_if_nothing_had_happened(tiny_run, capsys):
     assert numbers(tiny_run.json()) == numbers(whole)
 
 
+def test_random_numbers_go_on_where_they_were(tiny_run):
+    class Noisy(torch.optim.Adam):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad += torch.randn_like(p)
+            return super().step(closure)
+
+    def noisy(step: int) -> Any:
+        class Both(Noisy, stops_at(step)("Adam")):  # type: ignore[misc]
+            pass
+
+        return lambda name: Both
+
+    words = ("Noisy", "--eval-every", "2")
+    assert tiny_run(compare, *words, resolve=lambda name: Noisy) == 0
+    whole = numbers(tiny_run.json())
+    assert tiny_run(compare, *words, resolve=noisy(6)) == 130
+    assert tiny_run(compare, *words, "--resume", resolve=noisy(0)) == 0
+    assert numbers(tiny_run.json()) == whole
+
+
 def test_more_seeds_and_optimizers_may_be_added(tiny_run):
     few = [*WORDS[:1], "--optimizer-args", "lr=0.01"]
     assert tiny_run(compare, *few, resolve=of_torch) == 0
