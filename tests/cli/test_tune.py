@@ -161,6 +161,27 @@ def test_a_process_that_is_killed(tiny_run):
     assert trials(tiny_run) == tiny_run.json("whole/tune.json")["trials"]
 
 
+def test_a_trial_that_was_running_is_ended_as_it_had_ended_or_tried_again(tiny_run):
+    words = ("SGD", "--budget", "3", "--pruner", "none")
+
+    def study_of(folder):
+        backend = optuna.storages.journal.JournalFileBackend(str(folder / study.NAME))
+        return optuna.load_study(study_name="tune", storage=optuna.storages.JournalStorage(backend))
+
+    assert tiny_run(tune, *words, resolve=of_torch, steps=2) == 0
+    left = study_of(tiny_run.folder)
+    left.ask()  # killed while it trained
+    left.ask().set_user_attr("arguments", '{"lr": 0.5}')  # and before its outcome was known
+    told = left.ask()
+    told.set_user_attr("arguments", '{"lr": 0.25, "weight_decay": 0.5}')
+    told.set_user_attr("outcome", {"state": "complete", "loss": 1.5, "steps": 2, "why": ""})  # killed before Optuna was told
+    assert tiny_run(tune, *words[:2], "5", *words[3:], resolve=of_torch, steps=2) == 0
+    assert [trial["number"] for trial in trials(tiny_run)] == [0, 1, 2, 3, 4]
+    assert trials(tiny_run)[3]["loss"] == 1.5 == tiny_run.json("tune.json")["best"]["loss"]
+    states = [trial.state.name for trial in study_of(tiny_run.folder).trials]
+    assert states == [*["COMPLETE"] * 3, "FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+
+
 def test_a_journal_that_ends_in_the_middle_of_a_line_is_mended(tiny_run):
     words = ("AdamW", "--budget", "3")
     assert tiny_run(tune, *words, steps=2) == 0

@@ -37,7 +37,7 @@ def test_a_removed_option_is_refused_with_what_takes_its_place(name, option):
     if (name, option) in OWN:
         assert cls([param()], **{option: True})
         return
-    for value in (True, False, None):
+    for value in (True, False, None) if name == "AdamW" else (True,):
         with pytest.raises(TypeError, match=rf"{option}.* was removed in HeavyBall 3\.0") as raised:
             cls([param()], **{option: value})
         assert isinstance(raised.value, OptionError)
