@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING
 from hbcore.registry.hookspecs import API_VERSION as API_VERSION
 from hbcore.registry.hookspecs import hookimpl as hookimpl
 from hbcore.registry.lazy import lazy as lazy
+from hbcore.registry.search import Choice as Choice
+from hbcore.registry.search import Decay as Decay
+from hbcore.registry.search import LogUniform as LogUniform
+from hbcore.registry.search import Uniform as Uniform
 from hbcore.registry.spec import Alias as Alias
 from hbcore.registry.spec import CodecSpec as CodecSpec
 from hbcore.registry.spec import OptimizerSpec as OptimizerSpec
@@ -138,5 +142,8 @@ _HOMES = {
     "zeros": "hbcore.rules.slot:zeros",
 }
 
-_HERE = ("API_VERSION", "Alias", "CodecSpec", "OptimizerSpec", "hookimpl", "lazy")
+_HERE = (
+    *("API_VERSION", "Alias", "CodecSpec", "OptimizerSpec", "hookimpl", "lazy"),
+    *("Choice", "Decay", "LogUniform", "Uniform"),
+)
 __getattr__, __dir__, __all__ = lazy(__name__, _HOMES, _HERE, "plugins may use")

@@ -19,6 +19,8 @@ from hbcore.errors import OptionError, StateWarning
 from hbcore.footprint import memory
 from hbcore.optimizer import Optimizer
 from hbcore.rules import route
+from hbcore.rules.hyper import Role
+from hbcore.rules.roles import named
 from hbcore.state.expected import expected
 from hbcore.wrappers.composite import Composite
 from hbcore.wrappers.split import SplitOpt
@@ -78,6 +80,19 @@ def describe(cls: type[Optimizer | Composite], **options: Any) -> dict[str, Any]
 def is_described(cls: type[Any]) -> bool:
     """Whether :func:`describe` can tell what the class is made of: hbcore's own classes that need nothing but parameters."""
     return issubclass(cls, (Optimizer, Composite)) and not issubclass(cls, SplitOpt)
+
+
+def roles(cls: Callable[..., Any]) -> dict[str, Role | tuple[Role | None, ...]]:
+    """The role of each argument of the constructor that has one, see :class:`hbcore.api.Role`; empty for classes of others.
+
+    A group's entry has the name of the rule's field that it feeds (ADR 0004), and so has the argument.
+    """
+    if not (isinstance(cls, type) and is_described(cls) and issubclass(cls, Optimizer)):
+        return {}
+    build: Callable[..., Optimizer] = cls  # subclasses default everything but the parameters
+    optimizer = build([torch.nn.Parameter(torch.zeros(32, 32, device="cpu"))])
+    chain = optimizer.core.chain.every(optimizer.param_groups[0])
+    return {name: role for name, role in named(chain).items() if name in inspect.signature(cls).parameters}
 
 
 def outline(cls: type[Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ COMMANDS = (
     Command("show", "hbcore.cli.show:add_arguments,run", "show one optimizer: signature, defaults, state, paper, aliases"),
     Command("doctor", "hbcore.cli.doctor:add_arguments,run", "check versions, compilers, and every plugin"),
     Command("compare", "hbcore.cli.compare:add_arguments,run", "train a small model with several optimizers; plot the losses"),
+    Command("tune", "hbcore.cli.tune:add_arguments,run", "look for an optimizer's hyperparameters in many short trainings"),
     Command("migrate", "hbcore.cli.migrate:add_arguments,run", "convert another library's optimizer checkpoint"),
     Command("bench", "hbcore.cli.bench:add_arguments,run", "time optimizer steps against other libraries and copy speed"),
 )

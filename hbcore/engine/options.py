@@ -135,8 +135,10 @@ def without_options(group: Mapping[str, Any], settings: Settings, keys: Collecti
         where: what the message begins with.
 
     Raises:
-        OptionError: an option has another value than the optimizer's.
+        OptionError: an option has another value than the optimizer's, or was removed.
     """
+    if gone := [key for key in group if key in REMOVED and key not in keys]:
+        raise OptionError(removed(where, gone[0]))
     spelled: dict[str, Any] = {"foreach": settings.multi_tensor, "fused": settings.multi_tensor, "ecc": settings.codec.name}
     if isinstance(settings.codec, PerSlot):
         spelled["ecc"] = {slot: codec.name for slot, codec in settings.codec.codecs.items()}
@@ -229,10 +231,15 @@ def _param_codec(optimizer: str, name: str | None) -> StateCodec | None:
     return codec
 
 
+def removed(where: str, name: str) -> str:
+    """The error message for an option that HeavyBall once had, with what takes its place."""
+    return f"{where}: option {name!r} was removed in HeavyBall 3.0; {REMOVED[name]}."
+
+
 def unknown(optimizer: str, name: str, own: Iterable[str]) -> str:
     """The error message for an unknown option."""
     if name in REMOVED:
-        return f"{optimizer}: option {name!r} was removed in HeavyBall 3.0; {REMOVED[name]}."
+        return removed(optimizer, name)
     known = sorted({*own, *OPTIONS})
     close = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it takes {', '.join(known)}."

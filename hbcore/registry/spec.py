@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hbcore.errors import RegistryError
+from hbcore.registry.search import Searched, checked
 
 CAPABILITIES = frozenset({"capturable", "modes", "primes", "closure", "random", "matrix", "joint", "sparse"})
 """The capabilities that an :class:`OptimizerSpec` may declare; its docstring explains each."""
@@ -65,10 +66,13 @@ class OptimizerSpec:
             ``"sparse"``: accepts only sparse gradients.
         small_lr: the learning rate for models of up to a few million parameters, if it is not the default of ``lr``:
             what ``hbcore compare`` uses where none is given.
+        search: where ``hbcore tune`` looks for hyperparameters: names -> :class:`LogUniform`, :class:`Uniform`, :class:`Decay`,
+            :class:`Choice`, or a tuple of them and of plain values. Empty for what follows from ``small_lr`` and the roles
+            of the hyperparameters. The mapping is copied and read-only.
 
     Raises:
-        RegistryError: the name is not an identifier, the target is not ``module:attribute``, a capability is unknown, or
-            ``small_lr`` is not a positive number.
+        RegistryError: the name is not an identifier, the target is not ``module:attribute``, a capability is unknown,
+            ``small_lr`` is not a positive number, or ``search`` has something else than ranges.
     """
 
     name: str
@@ -77,6 +81,7 @@ class OptimizerSpec:
     paper: str = ""
     capabilities: frozenset[str] = frozenset()
     small_lr: float | None = None
+    search: Mapping[str, Searched] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _check_name("optimizer", self.name)
@@ -92,6 +97,12 @@ class OptimizerSpec:
         lr: object = self.small_lr
         if lr is not None and not (isinstance(lr, (int, float)) and 0 < lr < math.inf):
             raise RegistryError(f"small_lr of {self.name!r} must be a positive number or None; got {lr!r}")
+        object.__setattr__(self, "search", MappingProxyType(checked(self.name, self.search)))
+
+    def __reduce__(self) -> tuple[type[OptimizerSpec], tuple[object, ...]]:
+        # A mappingproxy cannot be pickled; a plain dict can.
+        plain = self.name, self.target, self.summary, self.paper, self.capabilities, self.small_lr, dict(self.search)
+        return OptimizerSpec, plain
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,19 @@ def values(chain: Iterable[Transform], role: Role) -> Iterator[Any]:
                 yield value
 
 
+def named(chain: Iterable[Transform]) -> dict[str, Role | tuple[Role | None, ...]]:
+    """The role of each hyperparameter that has one, by name, inner transforms included."""
+    found: dict[str, Role | tuple[Role | None, ...]] = {}
+    for t in chain:
+        for f in fields(t):
+            roles = _roles(f)
+            if roles is None:
+                found |= named(_inner(getattr(t, f.name)))
+            else:
+                found[f.name] = roles
+    return found
+
+
 def replaced(chain: Iterable[Transform], role: Role, change: Callable[[Any], Any]) -> tuple[Transform, ...]:
     """The chain with ``change`` applied to every hyperparameter with ``role``; transforms without one stay the same objects."""
     return tuple(_replaced(t, role, change) for t in chain)

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from hbcore.cli.compare import add_arguments, command, data, report, run, train
-from hbcore.cli.compare.model import SIZES, GPTConfig
+from hbcore.cli.compare.inputs import ModelSource
+from hbcore.cli.compare.model import GPT, SIZES, GPTConfig
 from hbcore.cli.compare.record import Run
 from hbcore.errors import UnknownOptimizerError
 
@@ -203,7 +204,7 @@ def test_backend_comes_from_the_optimizers_report() -> None:
 
     task = make_task()
     record = Run("r", "Reporting")
-    train.train(Reporting, task, record, lambda step, loss: None)
+    train.train(Reporting, task, record, train.Hooks())
     assert (record.backend, record.status) == ("triton", "completed")
 
 
@@ -211,7 +212,9 @@ def make_task(steps: int = 2) -> train.Task:
     block = torch.frombuffer(bytearray(TEXT), dtype=torch.uint8)
     corpus = data.Corpus("text", block, block, "")
     device = torch.device("cpu")
-    return train.Task.build(TINY, corpus, batch_size=2, steps=steps, eval_every=1, seed=0, device=device)
+    source = ModelSource("gpt", lambda: GPT(TINY), {"size": "nano"})
+    text = data.TextData(corpus, TINY.context)
+    return train.Task.build(source, text, batch_size=2, steps=steps, eval_every=1, seed=0, device=device)
 
 
 # ------------------------------------------------------------------------------------------------- what may go wrong

@@ -24,8 +24,8 @@ def record(label: str, *losses: float, status: Any = "completed", lr: float | No
 def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Draws, and returns the figure."""
     kept: list[Any] = []
-    save = plot._save
-    monkeypatch.setattr(plot, "_save", lambda figure, path: (kept.append(figure), save(figure, path)))
+    save = plot.save
+    monkeypatch.setattr(plot, "save", lambda figure, path: (kept.append(figure), save(figure, path)))
 
     def draw(*runs: Run) -> Any:
         plot.draw(runs, "title", "subtitle", tmp_path / "compare.png")

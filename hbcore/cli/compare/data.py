@@ -1,4 +1,4 @@
-"""Training text, as bytes: the source of the standard library, or a file."""
+"""What models are trained on: here text, as bytes, of the standard library or of a file."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hbcore.errors import OptionError
+
+Batch: TypeAlias = tuple[Tensor, ...]
+"""Tensors of one length, the number of examples."""
 
 MAX_BYTES = 16 * 2**20  # a few hundred steps use a fraction of this; reading more would only take time
 VALIDATION_SHARE = 0.1
@@ -33,6 +37,59 @@ class Corpus:
     def num_bytes(self) -> int:
         """Number of bytes in both parts together."""
         return self.train.numel() + self.validation.numel()
+
+
+class Data(Protocol):
+    """A source of batches."""
+
+    @property
+    def name(self) -> str:
+        """What a chart calls it."""
+
+    @property
+    def size(self) -> str:
+        """How much there is, ``"11.6 MB"``; empty if that is not known."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For ``compare.json``."""
+
+    def training(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        """The batches of one run, from the beginning, on the CPU: they depend on the arguments alone."""
+
+    def validation(self, batch_size: int) -> list[Batch]:
+        """The held-out batches, the same for every run."""
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Windows of ``context`` bytes of a text, and the same windows shifted by one byte: each ``[batch, context]``, int64."""
+
+    corpus: Corpus
+    context: int
+
+    @property
+    def name(self) -> str:
+        """The text's."""
+        return self.corpus.name
+
+    @property
+    def size(self) -> str:
+        """Of both parts together."""
+        return f"{self.corpus.num_bytes / 1e6:.1f} MB"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For ``compare.json``."""
+        return {"name": self.name, "bytes": self.corpus.num_bytes, "sha256": self.corpus.sha256}
+
+    def training(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        """Endless random windows of the first part."""
+        return training_batches(self.corpus.train, self.context, batch_size, seed)
+
+    def validation(self, batch_size: int) -> list[Batch]:
+        """Evenly spaced windows of the second part."""
+        return [*validation_batches(self.corpus.validation, self.context, batch_size)]
 
 
 def _stdlib_files(root: Path) -> list[Path]:

@@ -39,6 +39,13 @@ def parse_value(text: str) -> Any:
         return text
 
 
+def format_value(value: Any) -> str:
+    """The text that :func:`parse_value` reads as ``value``: a number, a string, a boolean, None, or a tuple of them."""
+    if isinstance(value, tuple) and len(value) > 1:
+        return ",".join(map(repr, value))
+    return value if isinstance(value, str) and value and parse_value(value) == value else repr(value)
+
+
 def _split_label(word: str) -> tuple[str, str]:
     """``fast=AdamW`` -> ``("fast", "AdamW")``; the label defaults to the name."""
     label, equals, name = word.partition("=")

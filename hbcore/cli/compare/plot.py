@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hbcore.cli.compare.curves import COLOURS, Curve, limits, smoothed
+from hbcore.cli.compare.groups import Group, grouped, shown_loss
 from hbcore.cli.compare.record import Run
 
 if TYPE_CHECKING:
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-# Okabe and Ito's palette, which colour-blind readers can distinguish; without its yellow, too pale for lines on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "h", "p")
 STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)))  # the second and third pass through the palette use dashes
+__all__ = ["COLOURS", "INK", "draw", "dress", "logarithmic", "save", "smoothed", "spread"]
+
 _KEY = "line: training loss, smoothed; points and figures: validation loss"
+_BAND = "; band: one standard deviation over n seeds"
 _BEYOND = "; cross: diverged, and a level line at the top is a loss beyond the panel"
 INK = "#333333"
 DPI = 130
@@ -28,10 +30,11 @@ LABEL_HEIGHT = 0.042  # of a label, in heights of a panel
 CEILING = 0.03  # how far below the top a run that has left the panel is drawn
 
 
-def draw(runs: Sequence[Run], title: str, subtitle: str, path: Path) -> None:
+def draw(runs: Sequence[Run], title: str, subtitle: str, path: Path, unit: str = "nats per byte") -> None:
     """Draw two panels, loss over steps and over seconds, and write them to ``path`` as PNG.
 
-    Lines show the smoothed training loss, points the validation loss. A run's colour does not depend on its rank.
+    Lines show the smoothed training loss, points the validation loss; with several seeds, their means, and bands the standard
+    deviation. A label's colour does not depend on its rank.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -39,31 +42,31 @@ def draw(runs: Sequence[Run], title: str, subtitle: str, path: Path) -> None:
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
-    shown = [(index, run) for index, run in enumerate(runs) if run.steps]
+    shown = [(index, group) for index, group in enumerate(grouped(runs)) if any(run.steps for run in group.runs)]
     columns = min(3, max(1, len(shown)))
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(12, 5.4 + 0.25 * rows), dpi=DPI, layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2, sharey=True)
-    limits = _limits([run for _, run in shown])
-    if limits:
-        left.set_ylim(*limits)
+    span = limits([group for _, group in shown])
+    if span:
+        left.set_ylim(*span)
     for axes, seconds, label in (
         (left, False, "steps"),
         (right, True, "seconds of training, log scale (compiling included, validation not)"),
     ):
-        curves = [Curve.of(run, index, seconds) for index, run in shown]
+        curves = [Curve.of(group, index, seconds) for index, group in shown]
         for curve in curves:
-            _draw(axes, curve, limits)
-        _dress(axes, label)
+            _draw(axes, curve, span)
+        dress(axes, label)
         if seconds and shown:
             _log(axes, curves)
         elif shown:
             axes.set_xlim(left=0)
-        _label_ends(axes, curves, limits)
+        _label_ends(axes, curves, span)
     left.set_title(title, loc="left", fontsize=15, fontweight="bold", pad=30)
     under_title = {"xy": (0, 1), "xytext": (0, 12), "xycoords": "axes fraction", "textcoords": "offset points"}
     left.annotate(subtitle, **under_title, fontsize=10.5, color=INK, in_layout=False)
-    left.set_ylabel("loss (nats per byte); lower is better", fontsize=11, color=INK)
+    left.set_ylabel(f"loss{f' ({unit})' if unit else ''}; lower is better", fontsize=11, color=INK)
     handles, labels = _legend(shown)
     if handles:
         figure.legend(
@@ -73,13 +76,19 @@ def draw(runs: Sequence[Run], title: str, subtitle: str, path: Path) -> None:
             ncols=columns,
             frameon=False,
             fontsize=11,
-            title=_KEY + (_BEYOND if any(run.status == "diverged" for _, run in shown) else ""),
+            title=_key(shown),
             title_fontsize=10,
         )
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _key(shown: Sequence[tuple[int, Group]]) -> str:
+    several = any(len(group.complete) > 1 for _, group in shown)
+    diverged = any(group.shown[0].status == "diverged" for _, group in shown)
+    return _KEY + (_BAND if several else "") + (_BEYOND if diverged else "")
+
+
+def save(figure: Figure, path: Path) -> None:
     """As a PNG of few colours, a quarter of the size. Pillow comes with matplotlib."""
     from PIL import Image
 
@@ -89,59 +98,16 @@ def _save(figure: Figure, path: Path) -> None:
     image.save(path, format="PNG", optimize=True)
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One run in one panel: its line up to the last finite loss, and its validations."""
-
-    run: Run
-    index: int
-    x: list[float]
-    y: list[float]
-    points: list[tuple[float, float]]
-
-    @classmethod
-    def of(cls, run: Run, index: int, seconds: bool) -> Curve:
-        """The curve over steps or over seconds. On the log axis nothing is at zero seconds."""
-        first = 1 if seconds else 0  # before the first step only the constructor has run
-        end = next((i for i, step in enumerate(run.steps) if not math.isfinite(step.loss)), len(run.steps))
-        xs = [step.seconds if seconds else float(i) for i, step in enumerate(run.steps)]
-        # Smoothing would hide when and how a run diverged.
-        ys = [step.loss for step in run.steps] if run.status == "diverged" else _training(run)
-        line = list(zip(xs[first:end], ys[first:end], strict=True)) if end > first else []
-        points = [(p.seconds if seconds else float(p.step), p.loss) for p in run.validations]
-        points = [(x, y) for x, y in points if math.isfinite(y) and (x > 0 or not seconds)]
-        return cls(run, index, [x for x, _ in line], [y for _, y in line], points)
-
-    @property
-    def colour(self) -> str:
-        """The run's colour, in both panels."""
-        return COLOURS[self.index % len(COLOURS)]
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Centred moving average; the window spans a fifteenth of the values.
-
-    Unlike a trailing average, it does not lag behind a steep fall. The window narrows towards the start, so that the curve
-    begins at the first loss. Non-finite values are skipped; a window without finite values yields NaN.
-    """
-    half, means = max(1, len(values) // 30), []
-    for i in range(len(values)):
-        reach = min(half, i)
-        window = [value for value in values[i - reach : i + reach + 1] if math.isfinite(value)]
-        means.append(math.fsum(window) / len(window) if window else math.nan)
-    return means
-
-
-def _training(run: Run) -> list[float]:
-    return smoothed([step.loss for step in run.steps])
-
-
 def _look(index: int) -> dict[str, object]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
 
 
-def _draw(axes: Axes, curve: Curve, limits: tuple[float, float] | None) -> None:
-    top = math.inf if limits is None else limits[1] - CEILING * (limits[1] - limits[0])
+def _draw(axes: Axes, curve: Curve, span: tuple[float, float] | None) -> None:
+    top = math.inf if span is None else span[1] - CEILING * (span[1] - span[0])
+    if curve.sigmas:
+        low = [y - sigma for y, sigma in zip(curve.y, curve.sigmas, strict=True)]
+        high = [y + sigma for y, sigma in zip(curve.y, curve.sigmas, strict=True)]
+        axes.fill_between(curve.x, low, high, color=curve.colour, alpha=0.2, linewidth=0)
     axes.plot(curve.x, [min(y, top) for y in curve.y], linewidth=1.8, **_look(curve.index))  # type: ignore[arg-type]
     axes.plot(
         [x for x, _ in curve.points],
@@ -154,39 +120,44 @@ def _draw(axes: Axes, curve: Curve, limits: tuple[float, float] | None) -> None:
         markeredgewidth=0.9,
         zorder=3,
     )
-    if curve.run.status == "diverged" and curve.x:
+    if curve.diverged and curve.x:
         axes.plot([curve.x[-1]], [min(curve.y[-1], top)], marker="X", markersize=11, color=curve.colour, zorder=4)
 
 
 def _log(axes: Axes, curves: Sequence[Curve]) -> None:
-    """A log axis with plain numbers; the first step is where it begins, and the labels need room behind the end."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
+    """A log axis; the first step is where it begins, and the labels need room behind the end."""
     every = [x for curve in curves for x in (*curve.x, *(x for x, _ in curve.points))]
     if not every:
         return
-    axes.set_xscale("log")
+    logarithmic(axes)
     axes.set_xlim(min(every) / 1.1, max(every) * 1.1)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+
+
+def logarithmic(axes: Axes, subs: Sequence[float] = (1.0, 2.0, 5.0)) -> None:
+    """Make the horizontal axis a log axis with plain numbers, at ``subs`` times each power of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(LogLocator(subs=()))
 
 
-def _label_ends(axes: Axes, curves: Sequence[Curve], limits: tuple[float, float] | None) -> None:
+def _label_ends(axes: Axes, curves: Sequence[Curve], span: tuple[float, float] | None) -> None:
     """Each run's label at the end of its line, moved up or down where it would overlap another."""
-    if limits is None:
+    if span is None:
         return
     ends = []
     for curve in curves:
         if curve.x:
             last = curve.points[-1] if curve.points and curve.points[-1][0] >= curve.x[-1] else (curve.x[-1], curve.y[-1])
-            ends.append((min(last[1], limits[1] - CEILING * (limits[1] - limits[0])), last[0], curve))
+            ends.append((min(last[1], span[1] - CEILING * (span[1] - span[0])), last[0], curve))
     ends.sort(key=lambda end: end[:2])
-    height = LABEL_HEIGHT * (limits[1] - limits[0])
-    for (_, x, curve), y in zip(ends, spread([end[0] for end in ends], height, *limits), strict=True):
-        diverged = " (diverged)" if curve.run.status == "diverged" else ""
+    height = LABEL_HEIGHT * (span[1] - span[0])
+    for (_, x, curve), y in zip(ends, spread([end[0] for end in ends], height, *span), strict=True):
+        diverged = " (diverged)" if curve.diverged else ""
         axes.annotate(
-            f"{curve.run.label}{diverged}",
+            f"{curve.group.label}{diverged}",
             xy=(x, y),
             xytext=(7, 0),
             textcoords="offset points",
@@ -214,7 +185,8 @@ def spread(heights: Sequence[float], gap: float, low: float, high: float) -> lis
     return [centre + gap * (i - (count - 1) / 2) for centre, count in groups for i in range(int(count))]
 
 
-def _dress(axes: Axes, label: str) -> None:
+def dress(axes: Axes, label: str) -> None:
+    """The look of every panel: its axis, its grid."""
     axes.set_xlabel(label, fontsize=11, color=INK)
     axes.grid(True, color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -223,30 +195,29 @@ def _dress(axes: Axes, label: str) -> None:
     axes.spines[["left", "bottom"]].set_color("#999999")
 
 
-def _limits(runs: Sequence[Run]) -> tuple[float, float] | None:
-    """From just below the lowest loss to just above the first, so that a diverging run does not flatten the others."""
-    lowest = [v for run in runs for v in (*_training(run), *(p.loss for p in run.validations)) if math.isfinite(v)]
-    first = [run.validations[0].loss for run in runs if math.isfinite(run.validations[0].loss)]
-    if not lowest or not first:
-        return None
-    margin = 0.04 * max(max(first) - min(lowest), 0.1)
-    above = 3 if any(run.status == "diverged" for run in runs) else 1
-    return min(lowest) - margin, max(first) + above * margin
-
-
-def _legend(shown: Sequence[tuple[int, Run]]) -> tuple[list[Line2D], list[str]]:
+def _legend(shown: Sequence[tuple[int, Group]]) -> tuple[list[Line2D], list[str]]:
     """Best first. Incomplete runs are marked, because their loss is not comparable."""
     from matplotlib.lines import Line2D
 
-    def rank(entry: tuple[int, Run]) -> float:
-        final = entry[1].final_val_loss
-        return math.inf if final is None else final
-
     handles, labels = [], []
-    for index, run in sorted(shown, key=rank):
+    for index, group in sorted(shown, key=lambda entry: _rank(entry[1])):
         handles.append(Line2D([], [], marker=MARKERS[index % len(MARKERS)], **_look(index)))  # type: ignore[arg-type]
-        lr = "" if run.lr is None else f", lr {run.lr:g}"
-        final = "" if run.final_val_loss is None else f": {run.final_val_loss:.3f}"
-        ending = "" if run.status == "completed" else f" ({run.status} at step {len(run.steps)})"
-        labels.append(f"{run.label}{lr}{final}{ending}")
+        lr = "" if group.first.lr is None else f", lr {group.first.lr:g}"
+        loss = shown_loss(group, digits=3)
+        final = "" if loss == "-" else f": {loss}"
+        labels.append(f"{group.label}{lr}{final}{_ending(group)}")
     return handles, labels
+
+
+def _rank(group: Group) -> float:
+    if group.loss is not None:
+        return group.loss.mean
+    final = group.shown[0].final_val_loss
+    return math.inf if final is None else final
+
+
+def _ending(group: Group) -> str:
+    if len(group.runs) > 1:
+        return f" (n = {len(group.complete)}{', ' if group.remark else ''}{group.remark})"
+    run = group.first
+    return "" if run.status == "completed" else f" ({run.status} at step {len(run.steps)})"

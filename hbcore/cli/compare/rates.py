@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from hbcore.cli.compare.record import Origin, Run, Trial
-from hbcore.cli.compare.train import OptimizerFactory, Task, train
+from hbcore.cli.compare.task import Task
+from hbcore.cli.compare.train import Hooks, OptimizerFactory, train
 from hbcore.errors import RegistryError
 
 SPACING = 10**0.5  # a step this far from the best learning rate costs little; a grid finer than the noise would find nothing
@@ -66,10 +67,10 @@ def tune(
     if run.lr_from == "given" or not run.lr:
         return factory
     steps = max(1, task.steps // SHARE)
-    short = replace(task, steps=steps, eval_every=steps)
+    short = replace(task, steps=steps, eval_every=steps, norms_every=0)
     for lr in grid(run.lr, count):
         trial = Run(run.label, run.optimizer)
-        train(partial(factory, lr=lr), short, trial, lambda step, loss: None)
+        train(partial(factory, lr=lr), short, trial, Hooks())
         run.trials.append(Trial(lr, trial.final_val_loss))
         say(
             f"lr {lr:g}, {steps} steps: "

@@ -38,6 +38,14 @@ class Validation(NamedTuple):
     seconds: float
 
 
+class Norms(NamedTuple):
+    """Root mean squares of each parameter's weights before ``step`` and of what the step added to them."""
+
+    step: int
+    update_rms: list[float]
+    weight_rms: list[float]
+
+
 @dataclass
 class Run:
     """The record of one optimizer's run. Losses are nats per byte.
@@ -46,6 +54,8 @@ class Run:
     must not make a run look slower. Values measured together are appended together, so Ctrl-C cannot leave half of them.
 
     ``lr`` is the first parameter group's before the first step; ``lr_from`` says who chose it, and ``trials`` how.
+    ``norms`` are of the parameters called ``norm_names``. ``resumed`` are the counts of steps after which an interrupted run
+    went on in another process. ``peak_bytes`` is the most device memory that an iteration took, where the device counts it.
     """
 
     label: str
@@ -61,6 +71,16 @@ class Run:
     constructor_seconds: float = 0.0
     state_bytes_per_param: float | None = None
     backend: str | None = None
+    seed: int = 0
+    norm_names: list[str] = field(default_factory=list)
+    norms: list[Norms] = field(default_factory=list)
+    resumed: list[int] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether more steps would change nothing."""
+        return self.status in ("completed", "diverged")
 
     @property
     def last_validation(self) -> Validation | None:
@@ -80,12 +100,12 @@ class Run:
         return self.constructor_seconds + self.steps[0].step_ms / 1e3 if self.steps else None
 
     def summary(self) -> dict[str, Any]:
-        """The numbers of the table. Timings exclude the first step, which has its own figure.
+        """The numbers of the table. Timings exclude the first step, which has its own figure, and the first of a resumed run.
 
         ``ms_per_step`` is a median, the cost of a typical step. ``ms_per_iteration`` is a mean, which includes the cost of
         rules that do expensive work every tenth step, for example.
         """
-        later = self.steps[1:]
+        later = [step for i, step in enumerate(self.steps) if i and i not in self.resumed]
         return {
             "lr": self.lr,
             "final_val_loss": self.final_val_loss,
@@ -95,14 +115,20 @@ class Run:
             "first_step_seconds": self.first_step_seconds,
             "state_bytes_per_param": self.state_bytes_per_param,
             "backend": self.backend,
+            "peak_bytes": self.peak_bytes,
         }
 
 
 class Average:
     """An exponential moving average without bias towards zero: the first result is the first value."""
 
-    def __init__(self, decay: float = 0.95) -> None:
-        self._decay, self._sum, self._weight = decay, 0.0, 0.0
+    def __init__(self, decay: float = 0.95, total: float = 0.0, weight: float = 0.0) -> None:
+        self._decay, self._sum, self._weight = decay, total, weight
+
+    @property
+    def state(self) -> tuple[float, float]:
+        """``total`` and ``weight`` of an average that goes on from here."""
+        return self._sum, self._weight
 
     def add(self, value: float) -> float:
         """Add ``value`` and return the average so far."""

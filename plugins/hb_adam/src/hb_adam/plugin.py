@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from hbcore.api import Alias, OptimizerSpec, hookimpl
+from collections.abc import Mapping
+from typing import Any
+
+from hbcore.api import Alias, Choice, Decay, LogUniform, OptimizerSpec, Uniform, hookimpl
 
 API = (1, 9)
+
+SEARCH: dict[str, Mapping[str, Any]] = {
+    # the paper's advice: a learning rate 3 to 10 times smaller than AdamW's, a weight decay as much larger
+    "Lion": {
+        "lr": LogUniform(1e-4, 3e-2),
+        "betas": (Decay(0.8, 0.98), Decay(0.95, 0.999)),
+        "weight_decay": LogUniform(1e-3, 10.0),
+    },
+    # the first of the betas interpolates between two sequences of weights, and is no decay rate
+    "SFAdamW": {
+        "lr": LogUniform(5e-4, 5e-2),
+        "betas": (Uniform(0.8, 0.98), Decay(0.9, 0.999)),
+        "weight_decay": LogUniform(1e-4, 1.0),
+        "warmup_steps": Choice(0, 10, 30, 100),
+    },
+    "SAMWrapper": {"ball": LogUniform(1e-3, 1.0)},
+}
+"""Where ``hbcore tune`` looks for hyperparameters whose roles do not say it."""
 
 
 def spec(name: str, module: str, summary: str, paper: str, *capabilities: str, small_lr: float | None = None) -> OptimizerSpec:
     """The class ``name`` in ``hb_adam.<module>``."""
-    return OptimizerSpec(name, f"hb_adam.{module}:{name}", summary, paper, frozenset(capabilities), small_lr)
+    kinds = frozenset(capabilities)
+    return OptimizerSpec(name, f"hb_adam.{module}:{name}", summary, paper, kinds, small_lr, SEARCH.get(name, {}))
 
 
 OPTIMIZERS = (
