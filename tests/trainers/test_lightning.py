@@ -91,9 +91,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "variant", [v if v == "automatic" else pytest.param(v, marks=pytest.mark.full) for v in VARIANTS]
-)
+@pytest.mark.parametrize("variant", [v if v == "automatic" else pytest.param(v, marks=pytest.mark.full) for v in VARIANTS])
 @pytest.mark.parametrize("name", smoke("AdamW", "MuonAdamW"))
 def test_a_resumed_run_ends_bit_for_bit_like_one_without_a_break(tmp_path, name, variant):
     ends = []
