@@ -14,8 +14,8 @@ class EvaluationWeights(TrainerCallback):
 
         Trainer(..., callbacks=[EvaluationWeights()])
 
-    Trainer itself calls the optimizer's ``eval`` before an evaluation, and ``train`` before each batch; without this callback, a
-    checkpoint has the weights to train with, unless an evaluation came right before it. With it, a checkpoint has both sets,
+    Trainer itself calls the optimizer's ``eval`` before an evaluation, and ``train`` before each batch. Without this callback,
+    a checkpoint has the weights to train with, unless an evaluation came right before it. With it, a checkpoint has both sets,
     the second among the optimizer's state, and a resumed run goes on bit for bit. Other optimizers are left alone.
 
     Callbacks that ask for a checkpoint in ``on_step_end`` or ``on_epoch_end`` go before this one.

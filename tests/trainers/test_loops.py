@@ -20,7 +20,7 @@ def loss_of(model, x, y):
 
 @pytest.mark.parametrize("name", smoke("AdamW", "MuonAdamW"))
 def test_a_compiled_train_step_does_what_a_plain_one_does(name):
-    """The model and a function that calls ``step()`` are compiled, with a schedule around them, and nothing is compiled anew."""
+    """The model and a function that calls ``step()`` are compiled, with a schedule around them; nothing is compiled anew."""
     from torch._dynamo.utils import counters
 
     def run(compiled):

@@ -22,7 +22,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def smoke(*names: str) -> list[Any]:
-    """All of :data:`OPTIMIZERS`, for ``pytest.mark.parametrize``: those named here in ``make test``, the others in test-full."""
+    """All of :data:`OPTIMIZERS`, for ``pytest.mark.parametrize``; in ``make test``, those named here."""
     return [pytest.param(name, marks=() if name in names else pytest.mark.full) for name in OPTIMIZERS]
 
 
