@@ -126,6 +126,13 @@ def test_lightning_hands_over_a_closure(tmp_path, name, options, passes):
     assert len(differing(before, weights(module))) == len(before)
 
 
+@pytest.mark.parametrize(("name", "options"), [("SAMWrapper", {}), ("PSGDKron", {"hessian_approx": True})])
+def test_manual_optimization_without_a_closure_is_an_error_for_what_needs_one(tmp_path, name, options):
+    """Lightning passes a closure that does nothing then."""
+    with pytest.raises(hbcore.OptionError, match="closure computed no gradients"):
+        fit(tmp_path, Net(maker(name, **options), manual=True))
+
+
 @pytest.mark.parametrize("validate", [False, True])
 @pytest.mark.parametrize("callback", [None, EvaluationWeights])
 def test_schedule_free_runs_resume_bit_for_bit_with_either_set_of_weights(tmp_path, callback, validate):
