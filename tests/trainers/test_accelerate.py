@@ -9,7 +9,8 @@ pytest.importorskip("accelerate", reason="needs accelerate")
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
 from core.kit import distance, same
 from distributed.ranks import on_ranks
 from trainers import jobs
@@ -23,8 +24,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def afresh():
     """Accelerate keeps its state in the process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset()
     yield
+    reset()
+
+
+def reset():
+    GradientState._reset_state()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -62,7 +68,7 @@ def test_a_saved_state_is_restored_bit_for_bit(tmp_path, name, variant, mode):
     straight[2].train()
     train(*straight, data[4:])
     assert len(differing(before, weights(straight[1]))) == len(before)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset()
     again = prepared(name, **options)
     again[0].load_state(tmp_path)
     again[2].train()
@@ -98,6 +104,30 @@ def test_the_modes_of_a_prepared_optimizer_are_those_of_ours():
     assert differing(to_train, weights(model))
     optimizer.train()
     assert not differing(to_train, weights(model))
+
+
+@pytest.mark.parametrize("name", smoke("AdamW", "SOAP"))
+def test_parameters_replaced_by_shards_before_the_first_step_leave_no_state(name):
+    """As under FSDP2, which Accelerate does not run on CPUs: the wrapped optimizer's groups get other parameters."""
+    Accelerator(cpu=True)
+    model, plain = jobs.net(), jobs.net()
+    optimizer = AcceleratedOptimizer(hbcore.create(name, model, **OPTIMIZERS[name]))
+    other = hbcore.create(name, plain, **OPTIMIZERS[name])
+    addresses = {n: p.data_ptr() for n, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            group["params"][i] = torch.empty(1)
+            group["params"][i].data_ptr = p.data_ptr()
+    for part in model:
+        for n, p in list(part.named_parameters(recurse=False)):
+            setattr(part, n, torch.nn.Parameter(p.detach().clone()))
+    fsdp2_switch_optimizer_parameters(optimizer, {address: model.get_parameter(n) for n, address in addresses.items()})
+    for x, y in jobs.batches(3):
+        for net, stepped in ((model, optimizer), (plain, other)):
+            (net(x) - y).square().mean().backward()
+            stepped.step()
+    assert not differing(weights(model), weights(plain))
+    assert set(optimizer.state) == set(model.parameters())
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Muon"])

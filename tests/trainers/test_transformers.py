@@ -70,6 +70,15 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_without_a_break(tmp_path, name,
     assert not differing(straight, again)
 
 
+@pytest.mark.parametrize("variant", ["bfloat16", "autocast"])
+def test_weights_kept_in_more_bits_than_the_model_has_resume_bit_for_bit(tmp_path, variant, monkeypatch):
+    """The model's file has them rounded to bfloat16; the rest of their bits is in the optimizer's."""
+    monkeypatch.setitem(OPTIMIZERS, "AdamW", {"lr": 0.01, "param_ecc": "bf16+8"})
+    straight, again = resumed(tmp_path, "AdamW", variant)
+    assert not differing(straight, again)
+    assert {w.dtype for w in straight.values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("name", smoke("AdamW"))
 def test_an_optimizer_that_was_made_before_resumes_too(tmp_path, name):
     straight, again = resumed(tmp_path, name, "plain", by="object")

@@ -85,8 +85,8 @@ class SAMWrapper(Composite):
             closure()
         if moved and all(p.grad is None for p in moved):
             raise OptionError(
-                "SAMWrapper: the closure computed no gradients, and those from before it are of no use at the other parameters; "
-                "a closure clears the gradients, computes the loss, calls backward() and returns the loss."
+                "SAMWrapper: the closure computed no gradients, and those from before are of no use at other parameters; a "
+                "closure clears the gradients, computes the loss, calls backward() and returns the loss."
             )
         super().step()
         return loss
