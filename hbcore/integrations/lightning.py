@@ -29,7 +29,10 @@ class EvaluationWeights(Callback):
     on_test_start = on_predict_start = on_train_end = on_validation_start
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write what Lightning has collected again, with the other weights: the next batch goes back to those to train with."""
+        """Collect again what Lightning has collected, with the other weights: strategies that shard have made copies.
+
+        The next batch goes back to the weights to train with.
+        """
         if not with_two_sets(trainer.optimizers):
             return
         put(trainer.optimizers, training=False)

@@ -24,7 +24,7 @@ class EvaluationWeights(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        if optimizer is not None and (control.should_save or control.should_evaluate or control.should_training_stop):
+        if optimizer is not None and (control.should_save or control.should_training_stop):
             put([optimizer], training=False)
 
     on_epoch_end = on_step_end

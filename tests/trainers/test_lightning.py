@@ -70,7 +70,7 @@ def fit(folder, module, callbacks=(), ckpt_path=None, validate=False, steps=6, *
     trainer = Trainer(
         default_root_dir=folder,
         max_steps=steps,
-        callbacks=[*callbacks, checkpoints],
+        callbacks=[*callbacks, *([checkpoints] if more.get("enable_checkpointing", True) else [])],
         val_check_interval=3 if validate else None,
         limit_val_batches=1 if validate else 0,
         num_sanity_val_steps=0,
@@ -173,6 +173,13 @@ def test_which_weights_validation_checkpoints_and_the_fitted_module_have(tmp_pat
         saved = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
         assert not differing(saved["state_dict"], wanted)
     assert not differing(weights(module), expected[-1])
+
+
+def test_validation_and_the_fitted_module_have_the_weights_to_evaluate_with_if_nothing_is_saved(tmp_path):
+    module, both = Net(maker("SFAdamW")), Both()
+    fit(tmp_path, module, [both, EvaluationWeights()], validate=True, enable_checkpointing=False, steps=5)
+    assert not differing({f"net.{name}": w for name, w in module.validated[0].items()}, both.sets[2][1])
+    assert not differing(weights(module), both.sets[4][1])
 
 
 def test_a_checkpoint_without_an_optimizer_has_the_weights_to_evaluate_with(tmp_path):

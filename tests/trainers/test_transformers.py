@@ -129,27 +129,39 @@ def test_schedule_free_runs_resume_bit_for_bit_with_either_set_of_weights(tmp_pa
     assert not differing(straight, again)
 
 
-def both_sets(run):
-    optimizer = run.optimizer
+def both_sets(model, optimizer):
+    """The weights to train with, and those to evaluate with; the model has the latter afterwards."""
     sets = []
     for switch in (optimizer.train, optimizer.eval):
         switch()
-        sets.append(weights(run.model))
+        sets.append(weights(model))
     assert differing(*sets)
     return sets
 
 
 @pytest.mark.parametrize("callback", [None, EvaluationWeights])
-def test_which_weights_a_checkpoint_and_the_model_after_training_have(tmp_path, callback):
-    """Trainer calls ``eval()`` before an evaluation only: without the callback, the weights to train with are saved."""
-    run = trainer(tmp_path, "SFAdamW", callbacks=[callback()] if callback else (), max_steps=3)
+def test_which_weights_the_model_has_after_training(tmp_path, callback):
+    run = trainer(tmp_path, "SFAdamW", callbacks=[callback()] if callback else (), save_strategy="no")
     run.train()
     after = weights(run.model)
-    saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
-    to_train, to_evaluate = both_sets(run)
-    expected = to_evaluate if callback else to_train
-    assert not differing(after, expected)
-    assert not differing({name: saved[name] for name in expected}, expected)
+    assert not differing(after, both_sets(run.model, run.optimizer)[1 if callback else 0])
+
+
+@pytest.mark.parametrize("callback", [None, EvaluationWeights])
+def test_which_weights_a_checkpoint_has(tmp_path, callback):
+    """Trainer calls ``eval()`` before an evaluation only: without the callback, the weights to train with are saved."""
+    saved = []
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, model, optimizer, **_):
+            file = load_file(tmp_path / f"checkpoint-{state.global_step}" / "model.safetensors")
+            sets = both_sets(model, optimizer)
+            expected = sets[1 if callback else 0]
+            saved.append((state.global_step, differing({name: file[name] for name in expected}, expected)))
+
+    run = trainer(tmp_path, "SFAdamW", callbacks=[Look(), *([callback()] if callback else [])])
+    run.train()
+    assert saved == [(3, []), (6, [])]
 
 
 def test_an_evaluation_sees_the_weights_to_evaluate_with_and_training_goes_on(tmp_path):
