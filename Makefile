@@ -70,6 +70,7 @@ help:
 $(INSTALLED): | $(VENV)/.python-$(PYVERSION)
 	$(PIP) install --quiet -c $(CONSTRAINTS) "setuptools>=77" wheel
 	$(PIP) install --quiet --no-build-isolation -c $(CONSTRAINTS) -e ".[cli,dev]" $(addprefix -e ./,$(PLUGINS))
+	$(PIP) install --quiet --no-deps -c $(CONSTRAINTS) timm  # its torchvision fits one build of torch, and breaks imports beside others
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

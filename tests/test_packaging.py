@@ -194,7 +194,7 @@ def test_make_installs_again_only_when_a_deciding_file_changes(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 
     planned = make("--dry-run").stdout
-    assert planned.count("pip install") == 2
+    assert planned.count("pip install") == 3
     for stamp in re.findall(r"^touch (\S+)$", planned, flags=re.MULTILINE):
         (tmp_path / stamp).parent.mkdir(exist_ok=True)
         (tmp_path / stamp).touch()

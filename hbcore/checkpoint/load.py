@@ -82,13 +82,26 @@ def put(core: OptimizerCore, content: Content) -> None:
     core.recorded = None
     core.skipping.settle()
     core.group_scalars[:] = [dict(record.progress) if record else {} for record in content.records]
-    _place(core, content.state)
+    _place(core, content.state if core.state else _begun(content.state))
     for key in core.state.own():
         del core.state[key]
     core.state.update(content.own)
     core.corrections.await_weights(content.corrections)
     note(core)
     settle(core, final=False)
+
+
+def _begun(state: dict[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+    """Without what has not begun, which is the same as absent: all zero, its step too (ADR 0009).
+
+    Accelerate has an optimizer load what it has just saved, and may replace its parameters by shards before the first step;
+    state of the whole ones would stay for good.
+    """
+    return {
+        p: entry
+        for p, entry in state.items()
+        if any(not isinstance(value, Tensor) or bool(local(value).any()) for value in entry.values())
+    }
 
 
 def _place(core: OptimizerCore, state: dict[Tensor, dict[str, Any]]) -> None:

@@ -155,3 +155,15 @@ def test_what_cannot_be_is_refused():
         SAMWrapper(params, AdamW(params), lr=0.1)
     with pytest.raises(OptionError, match="needs a closure"):
         SAMWrapper(params).step()
+
+
+def test_a_closure_that_computes_no_gradients_is_an_error():
+    """Trainers pass one that does nothing, where their users call backward themselves: nothing would ever move."""
+    model = mlp()
+    optimizer = SAMWrapper(model.parameters(), lr=0.1)
+    before = values(model.parameters())
+    loss_of(model, 0).backward()
+    with pytest.raises(OptionError, match=r"closure computed no gradients.*calls backward\(\)"):
+        optimizer.step(lambda: None)
+    assert same(model.parameters(), before)
+    assert not optimizer.state

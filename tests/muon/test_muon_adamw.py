@@ -126,6 +126,14 @@ def test_without_names_every_matrix_is_for_muon_with_a_warning():
     assert {name for name, p in params.items() if "exp_avg_sq" in optimizer.state[p]} == {"0.bias", "1.gain"}
 
 
+@pytest.mark.parametrize("key", [{"use_muon": False}, {"use_fallback": True}], ids=str)
+def test_groups_that_say_which_matrices_are_adamws_need_no_names(key, recwarn):
+    """timm marks its fallbacks alone."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    MuonAdamW([{"params": list(model[0].parameters())}, {"params": list(model[1].parameters()), **key}])
+    assert not recwarn.list
+
+
 @pytest.mark.filterwarnings("ignore:MuonAdamW. the parameters have no names")
 @pytest.mark.parametrize(
     ("group", "shapes", "rows"),

@@ -37,7 +37,7 @@ class SAMWrapper(Composite):
     Raises:
         HyperparameterError: ``ball`` is negative or not a number.
         OptionError: ``wrapped_optimizer`` is not an hbcore optimizer, or an instance with further arguments; ``step`` got no
-            closure. The wrapped optimizer raises its own errors.
+            closure, or one that computes no gradients. The wrapped optimizer raises its own errors.
     """
 
     requires_closure = True
@@ -80,8 +80,14 @@ class SAMWrapper(Composite):
             raise OptionError("SAMWrapper.step needs a closure that clears the gradients, computes the loss and its gradients.")
         with torch.enable_grad():
             loss = closure()
+        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         with self.restoring(), self._perturbed(), torch.enable_grad():
             closure()
+        if moved and all(p.grad is None for p in moved):
+            raise OptionError(
+                "SAMWrapper: the closure computed no gradients, and those from before are of no use at other parameters; a "
+                "closure clears the gradients, computes the loss, calls backward() and returns the loss."
+            )
         super().step()
         return loss
 

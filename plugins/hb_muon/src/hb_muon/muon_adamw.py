@@ -57,7 +57,8 @@ class MuonAdamW(Muon):
     State: ``momentum_buffer``, or ``exp_avg`` and ``exp_avg_sq``, of the parameter's shape, and ``step``.
 
     Warns:
-        UserWarning: the patterns send every matrix to AdamW; or parameters have no names, so that every matrix goes to Muon.
+        UserWarning: the patterns send every matrix to AdamW; or parameters have no names, and no group says
+            that its matrices are AdamW's, so that every matrix goes to Muon.
     """
 
     adamw_lr: float | None = None
@@ -74,7 +75,8 @@ class MuonAdamW(Muon):
     def after_init(self) -> None:
         if lost := self._lost():
             warn_at_caller(lost, UserWarning)
-        if self._unnamed and self._patterns:
+        told = any(not group["use_muon"] and not p.is_complex() for group, _, p in self._matrices())
+        if self._unnamed and self._patterns and not told:
             warn_at_caller(
                 f"MuonAdamW: the parameters have no names, so all {self._unnamed} matrices go to Muon, embeddings and the last "
                 "layer too; pass model.named_parameters(), call hbcore.create('MuonAdamW', model), or set use_muon per group.",
