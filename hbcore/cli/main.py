@@ -38,6 +38,7 @@ COMMANDS = (
     Command("doctor", "hbcore.cli.doctor:add_arguments,run", "check versions, compilers, and every plugin"),
     Command("compare", "hbcore.cli.compare:add_arguments,run", "train a small model with several optimizers; plot the losses"),
     Command("bench", "hbcore.cli.bench:add_arguments,run", "time optimizer steps against other libraries and copy speed"),
+    Command("new-plugin", "hbcore.cli.new_plugin:add_arguments,run", "make a package for an optimizer of your own"),
 )
 
 
