@@ -7,9 +7,9 @@ copy. Imports neither torch nor a check.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-ADDED: Mapping[str, tuple[str, ...]] = {
+ADDED: dict[str, tuple[str, ...]] = {
     "api-1": (
         "it_is_a_torch_optimizer",
         "bad_numbers_are_refused",
