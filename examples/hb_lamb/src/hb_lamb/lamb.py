@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbcore.api import Context, Domain, Optimizer, ScaleByAdam, Slot, State, Transform, hyper
+from hbcore.api import Context, Domain, Optimizer, ScaleByAdam, State, Transform, hyper
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,6 @@ class ScaleByTrust(Transform):
     weight_decay: float = hyper(0.0, ge=0, role="weight_decay")
     name = "trust"
     domain = Domain.TENSOR
-
-    def slots(self, param: Tensor) -> dict[str, Slot]:
-        return {}
 
     def update(self, u: Tensor, s: State, c: Context) -> tuple[Tensor, dict[str, Tensor]]:
         r = u + self.weight_decay * c.param
