@@ -148,7 +148,7 @@ def _where(entry: Entry) -> str:
         around = ", with matrix operations of torch between them" if kernels > 1 else ""
         generated = (
             f"For a matrix, {what}{around}: Triton on NVIDIA GPUs, C++ or Inductor on CPUs, and plain torch where none of them "
-            f"works, see [compiling and falling back](../compiling.md). `hbcore show {entry.name} --kernel` prints the Triton source."
+            f"works, see [compiling](../compiling.md). `hbcore show {entry.name} --kernel` prints the Triton source."
         )
     if "sparse" in capabilities:
         ranks = "It is not checked under FSDP2."
@@ -180,8 +180,8 @@ def _speed(name: str) -> str:
         return ""
     head = ("device", "parameters", "dtype", "options", "ms a step", "fastest other in the same run", "file")
     return (
-        f"{table(head, rows)}\n\nMeasured with noise as gradients, see [benchmarks](../project/benchmarks.md). Compare within a "
-        "row only: machines differ, and so do the versions of hbcore that were measured."
+        f"{table(head, rows)}\n\nMeasured with noise as gradients, see [benchmarks](../project/benchmarks.md). Compare "
+        "within a row only: machines differ, and so do the versions of hbcore that were measured."
     )
 
 

@@ -58,9 +58,9 @@ def explanation() -> str:
     """How all pictures are made, as Markdown."""
     rates = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
     return (
-        "The page of each optimizer has a picture of its path on \\((1 - x)^2 + 10 (y - x^2)^2\\), Rosenbrock's valley with milder "
-        "slopes. Its minimum is 0, at the cross. Most rules get a vector of two elements. Those for matrices get a 2 x 2 matrix whose "
-        "rows are two points: the loss is the sum of their values, and the rule sees both rows at once. All options are at their "
-        f"defaults, but for the learning rate: of {rates}, the one with the lowest mean over the last {LAST} of {STEPS} steps. Two "
-        "variables without noise show how a rule moves. They do not show how well it trains a model."
+        "The page of each optimizer has a picture of its path on \\((1 - x)^2 + 10 (y - x^2)^2\\), Rosenbrock's valley with "
+        "milder slopes. Its minimum is 0, at the cross. Most rules get a vector of two elements. Those for matrices get a "
+        "2 x 2 matrix whose rows are two points: the loss is the sum of their values, and the rule sees both rows at once. All "
+        f"options are at their defaults, but for the learning rate: of {rates}, the one with the lowest mean over the last {LAST} of "
+        f"{STEPS} steps. Two variables without noise show how a rule moves. They do not show how well it trains a model."
     )
