@@ -14,16 +14,6 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PENDING = (
-    "compare-and-tune.md",
-    "from-heavyball.md",
-    "from-other-libraries.md",
-    "from-torch-optim.md",
-    "testing.md",
-    "write-a-plugin.md",
-)
-"""Pages in the navigation that may be absent, and are left out then; links to them become text."""
-
 PROJECT = {
     "CHANGELOG.md": "project/changelog.md",
     "CONTRIBUTING.md": "project/contributing.md",
@@ -85,7 +75,7 @@ def _navigation(items: list[Any]) -> list[Any]:
             value = _navigation(value)
         elif value.endswith("/"):
             value = _folder(value)
-        elif value in PENDING and not (ROOT / "docs" / value).exists():
+        elif value in links.PENDING and not (ROOT / "docs" / value).exists():
             continue
         if value:
             kept.append({title: value})
@@ -120,7 +110,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     origin = origins.get(page.file.src_uri)
     if origin is None:
         return markdown
-    pending = {f"docs/{name}" for name in PENDING}
+    pending = {f"docs/{name}" for name in links.PENDING}
     return option_tables.fill(links.rewrite(markdown, origin, ROOT, sources(), pending))
 
 

@@ -88,6 +88,12 @@ def _preconditioned() -> Iterable[Bar]:
     return [Bar(shown, measured[key].ms, measured[key].own) for key, shown in names.items()]
 
 
+def _compared() -> Iterable[Bar]:
+    for run in results.load("cpu2-soap-compare")["runs"]:
+        label = f"{run['label']}, lr {run['lr']:g}, {run['summary']['ms_per_iteration']:.0f} ms an iteration"
+        yield Bar(label, run["summary"]["final_val_loss"], True)
+
+
 def _compressed(what: str) -> Callable[[], Iterable[Bar]]:
     names = {
         "fp32": "float32",
@@ -116,6 +122,7 @@ CHARTS = {
         ("h200-soap", "h200-soap-3", "h200-psgd"),
         _preconditioned,
     ),
+    "compare": Chart("Validation loss after 300 steps, two CPU cores", ("cpu2-soap-compare",), _compared),
     "compressed-time": Chart("AdamW on GPT-2 124M, H200: ms a step", ("h200-compressed",), _compressed("ms")),
     "compressed-bytes": Chart(
         "The same: bytes per parameter, of the parameter and the state", ("h200-compressed",), _compressed("bytes")

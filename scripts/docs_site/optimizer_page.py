@@ -151,7 +151,7 @@ def _where(entry: Entry) -> str:
             f"works, see [compiling](../compiling.md). `hbcore show {entry.name} --kernel` prints the Triton source."
         )
     if "sparse" in capabilities:
-        ranks = "It is not checked under FSDP2."
+        ranks = "Under FSDP2 it is refused: a table of sparse rows must stay whole."
     elif "joint" in capabilities:
         ranks = "Under FSDP2 each rank has its own rows of the vector, and sums are reduced over ranks."
     elif "matrix" in capabilities:

@@ -61,6 +61,6 @@ def explanation() -> str:
         "The page of each optimizer has a picture of its path on \\((1 - x)^2 + 10 (y - x^2)^2\\), Rosenbrock's valley with "
         "milder slopes. Its minimum is 0, at the cross. Most rules get a vector of two elements. Those for matrices get a "
         "2 x 2 matrix whose rows are two points: the loss is the sum of their values, and the rule sees both rows at once. All "
-        f"options are at their defaults, but for the learning rate: of {rates}, the one with the lowest mean over the last {LAST} of "
-        f"{STEPS} steps. Two variables without noise show how a rule moves. They do not show how well it trains a model."
+        f"options are at their defaults, but for the learning rate: of {rates}, the one with the lowest mean over the last "
+        f"{LAST} of {STEPS} steps. Two variables without noise show how a rule moves, and not how well it trains a model."
     )
