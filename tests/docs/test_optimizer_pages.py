@@ -13,7 +13,6 @@ import torch
 import hbcore
 from hbcore.engine.shared_options import OPTIONS
 
-pytest.importorskip("matplotlib")
 from docs_site import catalogue, optimizer_page, prose
 
 ROOT = Path(__file__).resolve().parents[2]
