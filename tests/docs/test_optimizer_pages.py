@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from docs_site import catalogue, optimizer_page, prose
 
 import hbcore
 from hbcore.engine.shared_options import OPTIONS
-
-from docs_site import catalogue, optimizer_page, prose
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [name for name in hbcore.list_optimizers() if hbcore.info(name).plugin in catalogue.FAMILIES]
