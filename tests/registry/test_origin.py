@@ -1,4 +1,4 @@
-"""What messages say to install is there where hbcore came from: a checkout, editable or not, a wheel, a repository, an index."""
+"""What messages say to install is there, wherever hbcore came from: a checkout, a wheel, a repository, an index."""
 
 from __future__ import annotations
 
