@@ -235,7 +235,8 @@ class Reader:
             return 1.0  # torch.optim.SGD does not count steps; assume it has taken one
         value = entry["step"]
         try:
-            step = float(local(value)) if isinstance(value, Tensor) else float(value)
+            number = local(value) if isinstance(value, Tensor) else value
+            step = -1.0 if isinstance(number, (str, bytes)) else float(number)
         except (TypeError, ValueError, RuntimeError):
             step = -1.0
         if not 0 <= step < 2**53:

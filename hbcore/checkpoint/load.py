@@ -197,4 +197,8 @@ def _numbers(core: OptimizerCore, theirs: Mapping[str, Any], ours: dict[str, Any
         core.chain.check({**ours, **values}, f"{core.name}, parameter group {g}")
     except HyperparameterError as error:
         raise CheckpointError(f"the checkpoint's numbers do not fit: {error}") from None
+    except Exception as error:  # of the class's own ``chain``, which was given them
+        raise CheckpointError(
+            f"the checkpoint's numbers do not fit: {core.name}, parameter group {g}: {type(error).__name__}: {error}"
+        ) from error
     return values

@@ -38,6 +38,7 @@ class Patient:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
+        self.idle: dict[int, Trial] = {}  # steps taken -> a trial that refused, and so is as good as new
 
     @cached_property
     def sound(self) -> Saved:
@@ -52,7 +53,6 @@ class Patient:
         found = {}
         for steps in (0, 2):
             trial = self.trial(steps)
-            trial.optimizer.state_dict()  # as the trials that are compared do
             trial.train(1)
             found[steps] = everything(trial)
         return found
@@ -66,9 +66,9 @@ class Patient:
 
     def survives(self, random: Random) -> None:
         """Load one damaged state dict, and expect that it is refused as a whole, or loaded as a whole."""
-        steps = random.choice((0, 2))
+        steps, then_trains = random.choice((0, 2)), random.random() < 0.25
         spoiled, faults = damaged(self.sound, random)
-        trial, given = self.trial(steps), copy.deepcopy(spoiled)
+        trial, given = self.idle.pop(steps, None) or self.trial(steps), copy.deepcopy(spoiled)
         what = "; ".join(fault.what for fault in faults) or "nothing damaged"
         before = everything(trial)
         with warnings.catch_warnings(record=True) as heard:
@@ -78,8 +78,11 @@ class Patient:
             except CheckpointError as error:
                 _expect_named(str(error), faults, what)
                 _expect_same(everything(trial), before, f"{what}, refused")
-                trial.train(1)
-                _expect_same(everything(trial), self.next[steps], f"{what}, refused, and a step")
+                if then_trains:
+                    trial.train(1)
+                    _expect_same(everything(trial), self.next[steps], f"{what}, refused, and a step")
+                else:
+                    self.idle[steps] = trial
                 return
             except Exception as error:
                 raise AssertionError(f"{what}: expected a CheckpointError, found {type(error).__name__}: {error}") from error
