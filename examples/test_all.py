@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from importlib import import_module
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from distributed import jobs
 from distributed.ranks import on_ranks
 
+from hbcore.registry import Registry
 from hbcore.testing import CHECKS, Check, Subject
 
 if sys.version_info >= (3, 11):
@@ -44,6 +46,7 @@ def project(package: str) -> dict[str, Any]:
 
 
 def specs() -> list[Any]:
+    """Of every optimizer, from the manifests."""
     return [spec for package in PACKAGES for spec in getattr(import_module(f"{package}.plugin"), "OPTIMIZERS", ())]
 
 
@@ -128,6 +131,8 @@ def test_every_example_is_a_package_to_publish(package: str) -> None:
     assert about["name"] == package and about["version"] == import_module(package).__version__
     assert about["entry-points"] == {"hbcore.plugins": {package: f"{package}.plugin"}}
     assert about["license"] == "BSD-2-Clause" and (HERE / package / "LICENSE").exists()
+    registry = Registry(lambda: [EntryPoint(package, f"{package}.plugin", "hbcore.plugins")])
+    assert all(registry.get(name) is CLASSES[name] for name in registry.list_optimizers())
     layout = {f"src/{package}/{name}" for name in ("__init__.py", "plugin.py", f"{rule}.py", "py.typed")}
     assert all((HERE / package / path).exists() for path in (*layout, "README.md", f"tests/test_{rule}.py"))
     imported = {

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 def conformance(
     *optimizers: str | type[Any],
     codec: str | Any = None,
+    only: Sequence[str] | None = None,
     ecc: Sequence[str] | None = None,
     ranks: int | None = None,
     compiled: bool = False,
@@ -39,7 +40,7 @@ def conformance(
     Args:
         optimizers: registered names or classes; one or more, or none and a ``codec``.
         codec: a codec's registered name, or a codec.
-        ecc, ranks, compiled: of optimizers, see :func:`hbcore.testing.run_checks`.
+        only, ecc, ranks, compiled: of optimizers, see :func:`hbcore.testing.run_checks`.
         bound: of a codec, see :func:`hbcore.testing.codec_subjects`.
         level, expected_failures: see :func:`hbcore.testing.run_checks`.
         marks: what pytest marks each case's test with, by its ``check`` and ``subject``: one mark, several, or ``()``.
@@ -65,7 +66,7 @@ def conformance(
     else:
         from hbcore.testing.runner import EVERY, cases
 
-        found = [c for one in optimizers for c in cases(one, None, ecc, ranks, compiled, level)]
+        found = [c for one in optimizers for c in cases(one, only, ecc, ranks, compiled, level)]
     reasons = results.reasons(found, expected_failures, EVERY)
     params = []
     for case, reason in zip(found, reasons, strict=True):

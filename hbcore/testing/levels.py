@@ -65,6 +65,7 @@ ADDED: dict[str, tuple[str, ...]] = {
         "rounding_is_unbiased",
         "every_operation_has_a_kernel",
     ),
+    "api-2": ("a_damaged_state_is_refused_or_loads_whole",),
 }
 """Level, the oldest first -> the names of the checks that it adds to the level before: of optimizers, of several processes and
 of codecs."""

@@ -15,7 +15,7 @@ from hbcore.testing import RANK_CHECKS, Case, conformance
 
 Array = NDArray[np.float64]
 
-SHAPES = ((5, 7), (8, 3), (13,), ())
+SHAPES = ((5, 7), (8, 3), (8, 3), (13,), ())
 STEPS = 10
 
 
