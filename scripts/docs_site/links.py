@@ -12,7 +12,6 @@ PENDING = (
     "from-heavyball.md",
     "from-other-libraries.md",
     "from-torch-optim.md",
-    "testing.md",
 )
 """Pages in the navigation that may be absent, and are left out then; links to them become text."""
 

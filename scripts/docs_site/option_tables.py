@@ -8,7 +8,7 @@ from docs_site import prose
 from docs_site.optimizer_page import shown, table
 from hbcore.engine.shared_options import OPTIONS, SCHEDULED
 
-_DIRECTIVE = re.compile(r"<!-- options: (.*?) -->", flags=re.DOTALL)
+_DIRECTIVE = re.compile(r"^<!-- options: (.*?) -->$", flags=re.MULTILINE)
 
 
 def fill(markdown: str) -> str:
