@@ -5,6 +5,7 @@
 #   make test-full        run all tests, numeric ones at every vector width, and mutants of the engine (hours);
 #                         writes tests/full/result.json
 #   make lint             run ruff and mypy
+#   make docs             build the documentation site                                   -> build/site/
 #   make wheels           build the six wheels                                           -> dist/
 #   make install          create the virtual environment only
 #   make clean            remove everything the other targets created, the environment included
@@ -37,7 +38,7 @@ endif
 KEY := $(PYVERSION)-$(firstword $(shell cat $(DECIDE) | cksum))
 INSTALLED := $(VENV)/.installed-$(KEY)
 
-.PHONY: demo test test-full lint wheels clean install help
+.PHONY: demo test test-full lint docs wheels clean install help
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -54,6 +55,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	@test ! -x $(BIN)/lint-imports || $(BIN)/lint-imports  # it needs Python 3.11
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 # Remove earlier builds: anything left in build/lib, deleted modules included, would end up in the wheels.
 wheels: $(INSTALLED)

@@ -71,3 +71,44 @@ def test_hooks_run_what_make_lint_runs():
     linters = re.findall(r"^\t\$\(BIN\)/((?:ruff|mypy).*)", MAKEFILE, flags=re.MULTILINE)
     assert [hook.removesuffix(" --force-exclude") for hook in hooks] == ["ruff check", "ruff format", "mypy"]
     assert linters == ["ruff check .", "ruff format --check .", "mypy"]
+
+
+RELEASE = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+
+
+def jobs_of(workflow: str) -> dict[str, str]:
+    """Name -> text of each job."""
+    parts = re.split(r"^  ([\w-]+):\n", workflow.split("\njobs:\n")[1], flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_a_release_publishes_what_was_checked_in_the_order_of_dependence():
+    assert re.search(r"^on:\n  push:\n    tags: \[\"v\*\"\]\n\n", RELEASE, flags=re.MULTILINE), "nothing but a tag releases"
+    jobs = jobs_of(RELEASE)
+    needs = {name: re.findall(r"^    needs: (.*)$", text, flags=re.MULTILINE) for name, text in jobs.items()}
+    assert needs == {"build": [], "attest": ["build"], "hbcore": ["attest"], "plugins": ["hbcore"]}
+    build = jobs["build"]
+    for script in (
+        "scripts/set_version.py --tag",
+        "scripts/check_wheels.sh",
+        "scripts/check_sdists.py",
+        "twine check --strict",
+    ):
+        assert script in build and build.index(script) < build.index("upload-artifact")
+    (plugins,) = re.findall(r"plugin: \[(.*)\]", jobs["plugins"])
+    assert (
+        plugins.split(", ") == re.search(r"^PLUGINS := (.*)$", MAKEFILE, flags=re.MULTILINE)[1].replace("plugins/", "").split()
+    )
+
+
+def test_a_release_gives_a_token_to_the_jobs_that_need_one():
+    assert re.findall(r"^permissions:\n((?: .*\n)+)", RELEASE, flags=re.MULTILINE) == ["  contents: read\n"]
+    for name, text in jobs_of(RELEASE).items():
+        granted = set(re.findall(r"^      ([\w-]+): write", text, flags=re.MULTILINE))
+        assert granted == {"build": set(), "attest": {"id-token", "attestations"}}.get(name, {"id-token"}), name
+        assert not granted or " -m pip" not in text, f"{name} has a token, and installs packages"
+    actions = set(re.findall(r"uses: (\S+)", RELEASE))
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+|pypa/gh-action-pypi-publish@release/v1", action) for action in actions), (
+        actions
+    )
+    assert "secrets." not in RELEASE and "password" not in re.sub("#.*", "", RELEASE)

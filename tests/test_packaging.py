@@ -80,6 +80,14 @@ class TestEachDistribution:
         folders = {path.parent for path in package(name).rglob("*.py")}
         assert not [folder for folder in folders if not (folder / "__init__.py").exists()]
 
+    def test_no_data_is_left_out_of_the_wheel(self, name):
+        """Files that are not Python are packaged if a pattern of ``package-data`` names them."""
+        tool = tomllib.loads((home(name) / "pyproject.toml").read_text())["tool"]["setuptools"]
+        patterns = tool["package-data"][name]
+        packaged = {path for pattern in patterns for path in package(name).glob(pattern)}
+        data = {p for p in package(name).rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+        assert data and not data - packaged
+
     def test_editable_install_is_a_plain_path(self, name):
         """An import-hook finder would hide py.typed from type checkers."""
         files = importlib.metadata.distribution(name).files or []

@@ -85,13 +85,19 @@ class Reader:
         """The state of parameter ``i``; empty if the checkpoint has none, so that it starts from scratch."""
         group = self.core.groups[self.g]
         param = group["params"][i]
-        if entry is None and self.record is not None and self.strict and param.requires_grad:
-            raise CheckpointError(f"{self._who(i)} has no state in the checkpoint; pass strict=False to start it from scratch.")
         if entry is not None and not isinstance(entry, Mapping):
             raise CheckpointError(f"{self._who(i)} has {entry!r:.80} as state in the checkpoint; expected a dict of tensors.")
         entry = {k: v for k, v in (entry or {}).items() if v is not None}  # torch.optim.SGD's momentum before its first step
+        if not entry and self.record is not None and self.strict and param.requires_grad:
+            raise CheckpointError(f"{self._who(i)} has no state in the checkpoint; pass strict=False to start it from scratch.")
         if not entry:
             return {}
+        for name, value in entry.items():
+            if name not in self.own and isinstance(value, Tensor) and not _has_values(value, param):
+                raise CheckpointError(
+                    f"{self._who(i)} has state {name!r} on the device {value.device}, in the layout {value.layout}, in the "
+                    "checkpoint; expected a dense tensor with values."
+                )
         used = {"step", *self.own}
         kept = weights.kept(self.core, param, entry, used)
         loaded: dict[str, Any] = {**weights.read(self, i, entry, used)}
@@ -216,7 +222,7 @@ class Reader:
     @staticmethod
     def _owned(param: Tensor, value: Any) -> Any:
         """A composite's entry: a tensor of the parameter's shape lies where the parameter does, others are as saved."""
-        if not isinstance(value, Tensor) or value.shape != param.shape or is_dtensor(value):
+        if not isinstance(value, Tensor) or value.shape != param.shape or is_dtensor(value) or not _has_values(value, param):
             return copy.deepcopy(value)
         if is_dtensor(param):
             return spread(value, param)
@@ -224,10 +230,13 @@ class Reader:
 
     def _step(self, i: int, entry: Mapping[str, Any]) -> float:
         if "step" not in entry:
+            if self.record is not None and self.strict:
+                raise CheckpointError(f"{self._who(i)} has no 'step' in the checkpoint; pass strict=False to count it as one.")
             return 1.0  # torch.optim.SGD does not count steps; assume it has taken one
         value = entry["step"]
         try:
-            step = float(local(value)) if isinstance(value, Tensor) else float(value)
+            number = local(value) if isinstance(value, Tensor) else value
+            step = -1.0 if isinstance(number, (str, bytes)) else float(number)
         except (TypeError, ValueError, RuntimeError):
             step = -1.0
         if not 0 <= step < 2**53:
@@ -267,6 +276,11 @@ class Reader:
 
     def _who(self, i: int) -> str:
         return self.core.name_of(self.g, i)
+
+
+def _has_values(value: Tensor, param: Tensor) -> bool:
+    """Whether a saved tensor is one that state can be copied from."""
+    return value.layout is torch.strided and (param.is_meta or not value.is_meta)
 
 
 def _without_ones(shape: Iterable[int]) -> list[int]:

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hbcore.checkpoint import foreign, save, schema
+from hbcore.checkpoint import foreign, save, schema, wellformed
 from hbcore.checkpoint.counterpart import counterpart_of, received
 from hbcore.checkpoint.entries import Reader
 from hbcore.distributed.placement import is_dtensor, local
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.corrections import Loaded
 from hbcore.engine.param_codec import note, settle
-from hbcore.errors import CheckpointError, HyperparameterError
+from hbcore.errors import CheckpointError, HyperparameterError, StateWarning
+from hbcore.warn import warn_at_caller
 
 if TYPE_CHECKING:
     from hbcore.optimizer import Optimizer
@@ -42,7 +43,13 @@ class Content(NamedTuple):
 
 @contextmanager
 def hooks(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Run torch's load hooks around a block, which receives the state dict returned by the pre-hooks."""
+    """Run torch's load hooks around a block, which receives the state dict returned by the pre-hooks.
+
+    Raises:
+        CheckpointError: ``state_dict`` is no dict.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise CheckpointError(f"a state dict is a dict with 'state' and 'param_groups'; got a {type(state_dict).__name__}.")
     state_dict = dict(state_dict)
     for pre in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = pre(optimizer, state_dict)
@@ -148,17 +155,7 @@ def read(optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool, comp
     name = core.name
     if foreign.is_heavyball(state_dict):
         raise CheckpointError(f"{name}: {foreign.remedy(name)}.")
-    if not isinstance(state_dict.get("state"), Mapping) or not isinstance(state_dict.get("param_groups"), (list, tuple)):
-        raise CheckpointError(f"{name}: a state dict needs 'state' and 'param_groups'; got {sorted(map(str, state_dict))}.")
-    saved = state_dict["param_groups"]
-    if len(saved) != len(core.groups):
-        raise CheckpointError(
-            f"{name}: the checkpoint has {len(saved)} param groups, the optimizer {len(core.groups)}; "
-            "build the optimizer with the same groups."
-        )
-    for g, theirs in enumerate(saved):
-        if not isinstance(theirs, Mapping) or not isinstance(theirs.get("params"), (list, tuple)):
-            raise CheckpointError(f"{name}: param group {g} of the checkpoint has no list of 'params'.")
+    wellformed.check(name, state_dict, len(core.groups))
     state_dict = received(core, counterpart_of(type(optimizer)), state_dict)
     saved = state_dict["param_groups"]
     known = {key for theirs in saved for key in theirs["params"]}
@@ -184,8 +181,11 @@ def read(optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool, comp
 
 def _match(core: OptimizerCore, theirs: Mapping[str, Any], ours: Mapping[str, Any], g: int, strict: bool) -> list[Any]:
     """For each of our parameters, its state's key in the checkpoint; None if it has none."""
-    keys, names, wanted = list(theirs["params"]), theirs.get("param_names"), ours.get("param_names")
-    by_name = dict(zip(names, keys, strict=False)) if names and wanted else None
+    keys, names, wanted = list(theirs["params"]), list(theirs.get("param_names") or ()), list(ours.get("param_names") or ())
+    by_name = dict(zip(names, keys, strict=True)) if names and wanted and names != wanted else None
+    if by_name is not None and len(by_name) != len(keys):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise CheckpointError(f"{core.name}: param group {g} of the checkpoint has several parameters named {twice!r}.")
     if (by_name is None or strict) and len(keys) != len(ours["params"]):
         raise CheckpointError(
             f"{core.name}: param group {g} has {len(keys)} parameters in the checkpoint and "
@@ -194,13 +194,13 @@ def _match(core: OptimizerCore, theirs: Mapping[str, Any], ours: Mapping[str, An
         )
     if by_name is None:
         return keys
-    missing = [n for n in wanted or () if n not in by_name]
+    missing = [n for n in wanted if n not in by_name]
     if missing and strict:
         raise CheckpointError(
             f"{core.name}: param group {g} of the checkpoint has no {', '.join(map(repr, missing[:5]))}; "
             f"it has {', '.join(map(repr, list(by_name)[:5]))}, ... Pass strict=False to start those from scratch."
         )
-    return [by_name.get(n) for n in wanted or ()]
+    return [by_name.get(n) for n in wanted]
 
 
 def _numbers(core: OptimizerCore, theirs: Mapping[str, Any], ours: dict[str, Any], g: int) -> dict[str, Any]:
@@ -210,8 +210,17 @@ def _numbers(core: OptimizerCore, theirs: Mapping[str, Any], ours: dict[str, Any
         keep.add("param_names")  # an optimizer without names takes the checkpoint's, as in torch
     structural = {k for k in core.chain.keys if k not in core.chain.dynamic(ours)}
     values = {k: copy.deepcopy(v) for k, v in theirs.items() if k not in keep and k not in structural}
+    if schema.KEY in theirs and (missing := [k for k in core.chain.dynamic(ours) if k not in theirs]):
+        warn_at_caller(
+            f"param group {g} of the checkpoint has no {', '.join(map(repr, missing))}; this optimizer's own apply.",
+            StateWarning,
+        )
     try:
         core.chain.check({**ours, **values}, f"{core.name}, parameter group {g}")
     except HyperparameterError as error:
         raise CheckpointError(f"the checkpoint's numbers do not fit: {error}") from None
+    except Exception as error:  # of the class's own ``chain``, which was given them
+        raise CheckpointError(
+            f"the checkpoint's numbers do not fit: {core.name}, parameter group {g}: {type(error).__name__}: {error}"
+        ) from error
     return values

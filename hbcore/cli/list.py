@@ -9,6 +9,8 @@ from typing import Any
 
 from hbcore import registry
 from hbcore.cli import text
+from hbcore.registry import hints
+from hbcore.registry.origin import pip_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     elif registry.plugins():
         print(f"no optimizer matches {args.pattern!r}; 'hbcore list' shows all", file=sys.stderr)
     else:
-        print("no plugins found; pip install hb_adam (or hb_muon, hb_psgd, hb_soap)", file=sys.stderr)
+        others = ", ".join(family for family in hints.FAMILIES if family != "hb_adam")
+        print(f"no plugins found; {pip_line('hb_adam')} (or {others})", file=sys.stderr)
     return 0
 
 

@@ -40,6 +40,7 @@ COMMANDS = (
     Command("tune", "hbcore.cli.tune:add_arguments,run", "look for an optimizer's hyperparameters in many short trainings"),
     Command("migrate", "hbcore.cli.migrate:add_arguments,run", "convert another library's optimizer checkpoint"),
     Command("bench", "hbcore.cli.bench:add_arguments,run", "time optimizer steps against other libraries and copy speed"),
+    Command("new-plugin", "hbcore.cli.new_plugin:add_arguments,run", "make a package for an optimizer of your own"),
 )
 
 

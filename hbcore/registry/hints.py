@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from hbcore.registry.origin import pip_line
 from hbcore.registry.spec import fold
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
@@ -69,11 +70,6 @@ def codec_home(name: str) -> Home | None:
     """:func:`home`, of a codec."""
     held = {codec: Home(plugin, codec, True) for plugin, names in CODECS.items() for codec in names}
     return held.get(name.casefold())
-
-
-def pip_line(plugin: str) -> str:
-    """The command that installs the plugin."""
-    return f"pip install {plugin}"
 
 
 def suggestions(name: str, known: Iterable[str], absent: Iterable[str] = ()) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from hbcore.errors import PluginError, RegistryError, UnknownCodecError, UnknownOptimizerError
 from hbcore.registry import blocks, hints
 from hbcore.registry.discovery import BlockedPlugin, Snapshot
-from hbcore.registry.hints import Home, pip_line
+from hbcore.registry.hints import Home
 from hbcore.registry.index import Index
 from hbcore.registry.loading import Plugin, PluginFailure
+from hbcore.registry.origin import pip_line
 from hbcore.registry.spec import Alias, fold, split
 
 
@@ -107,7 +108,7 @@ def _from_home(present: Mapping[str, Plugin], home: Home | None) -> str:
         return f"The nearest relative that hbcore has is {home.name} ({of}). "
     if installed is None:
         return f"{home.name} comes with {home.plugin}: {pip_line(home.plugin)}. "
-    return f"{home.name} comes with a newer version of {installed}: pip install --upgrade {home.plugin}. "
+    return f"{home.name} comes with a newer version of {installed}: {pip_line(home.plugin, upgrade=True)}. "
 
 
 def _unusable(snapshot: Snapshot, what: str, plugin: str, unknown: type[RegistryError], key: str = "") -> RegistryError | None:

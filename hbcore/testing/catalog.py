@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from hbcore.testing import checks_gradients, checks_hostile, checks_numerics, checks_protocol, checks_shapes, checks_state
+from hbcore.testing import (
+    checks_damage,
+    checks_gradients,
+    checks_hostile,
+    checks_numerics,
+    checks_protocol,
+    checks_shapes,
+    checks_state,
+)
 from hbcore.testing.subject import Check
 
 CHECKS: tuple[Check, ...] = (
@@ -12,4 +20,5 @@ CHECKS: tuple[Check, ...] = (
     *checks_numerics.CHECKS,
     *checks_state.CHECKS,
     *checks_hostile.CHECKS,
+    *checks_damage.CHECKS,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import tempfile
 import warnings
@@ -84,7 +85,9 @@ def bfloat16_weights_follow_small_updates(subject: Subject) -> None:
             trial.step(lambda p=trial.params["weight"]: p.float().sum())  # type: ignore[misc]
         means[dtype] = -float(trial.params["weight"].detach().double().mean())
     exact, found = means[torch.float32], means[torch.bfloat16]
-    assert abs(found - exact) <= 0.05 * abs(exact), (
+    # Elements move by whole last bits, and the fewer do, the farther off chance takes the mean: steps of unit norm are small.
+    chance = math.sqrt(abs(exact) * 2.0**-7 / 1024)
+    assert abs(found - exact) <= max(0.05 * abs(exact), 4 * chance), (
         f"expected the mean of bfloat16 weights to move by {exact:g} in 300 small steps with stochastic_rounding=True, like "
         f"that of float32 weights; found {found:g}"
     )

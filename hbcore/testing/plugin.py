@@ -1,15 +1,34 @@
-"""The pytest plugin: ``--hbcore-optimizer NAME`` and the fixture ``hbcore_conformance``. Imports torch only when used."""
+"""The pytest plugin: ``--hbcore-plugin NAME``, ``--hbcore-optimizer NAME`` and the fixture ``hbcore_conformance``.
+
+pytest loads it in every run, so it imports torch only when it is used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from hbcore.testing.selection import Selection
+
+SUITE = Path(__file__).with_name("suite.py")
+OPTIONS = ("plugin", "optimizer", "level", "ranks")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options; the first may be repeated."""
+    """Add the options; the first two may be repeated."""
     group = parser.getgroup("hbcore")
+    group.addoption(
+        "--hbcore-plugin",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run hbcore's conformance checks on every optimizer and codec that this plugin declares; if no paths are given, "
+        "run nothing else",
+    )
     group.addoption(
         "--hbcore-optimizer",
         action="append",
@@ -19,6 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "(pytest --pyargs hbcore.testing.suite has one)",
     )
     group.addoption(
+        "--hbcore-level", metavar="LEVEL", help="run exactly the checks of this level, such as api-1; by default, the newest"
+    )
+    group.addoption(
         "--hbcore-ranks",
         type=int,
         metavar="N",
@@ -26,34 +48,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse names that are unknown, and collect the suite for ``--hbcore-plugin``: in place of a folder that nobody named."""
+    if not any(config.getoption(f"--hbcore-{option}") for option in OPTIONS) and config.getoption("--hbcore-ranks") is None:
+        return
+    from hbcore.errors import RegistryError
+
+    selection = _selection(config)
+    try:
+        selection.validate()
+    except (RegistryError, ValueError) as error:
+        raise pytest.UsageError(str(error)) from None
+    if selection.plugins:
+        named = config.args if config.args_source is pytest.Config.ArgsSource.ARGS else []
+        wanted = any(Path(arg).name in (SUITE.name, "hbcore.testing.suite") for arg in named)
+        config.args[:] = [*named, *([] if wanted else [str(SUITE)])]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Create one test for each optimizer of ``--hbcore-optimizer`` and each check that applies to it."""
+    """Create one test for each check that applies to what the options name."""
     if "hbcore_conformance" not in metafunc.fixturenames:
         return
-    cases = []
-    for name in metafunc.config.getoption("--hbcore-optimizer"):
-        from hbcore.testing import CHECKS, RANK_CHECKS, subjects
-
-        every = (*CHECKS, *RANK_CHECKS) if metafunc.config.getoption("--hbcore-ranks") else CHECKS
-        for subject in subjects(name):
-            applicable = [c for c in every if c.applies(subject.capabilities) and (c.stored or not subject.options)]
-            cases += [pytest.param((check, subject), id=f"{subject}-{check.name}") for check in applicable]
-    metafunc.parametrize("hbcore_conformance", cases, indirect=True)
+    selection = _selection(metafunc.config)
+    found = selection.cases() if selection.plugins or selection.optimizers else []
+    metafunc.parametrize("hbcore_conformance", [pytest.param(case, id=str(case)) for case in found], indirect=True)
 
 
 @pytest.fixture
 def hbcore_conformance(request: pytest.FixtureRequest) -> Callable[[], None]:
-    """A function that runs one check on one optimizer."""
-    check, subject = request.param
+    """A function that runs one check on one optimizer or codec."""
+    case: Callable[[], None] = request.param
+    return case
 
-    def run() -> None:
-        from hbcore.testing import RANK_CHECKS
-        from hbcore.testing.ranks import Pool
 
-        if check not in RANK_CHECKS:
-            check.run(subject)
-            return
-        with Pool() as pool:
-            check.run(subject, pool, request.config.getoption("--hbcore-ranks"))
+def _selection(config: pytest.Config) -> Selection:
+    from hbcore.testing.selection import Selection
 
-    return run
+    plugins, optimizers, level, ranks = (config.getoption(f"--hbcore-{option}") for option in OPTIONS)
+    return Selection(tuple(plugins), tuple(optimizers), level, ranks)

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from unittest import SkipTest
 
 from hbcore import registry
+from hbcore.testing import levels, results
 from hbcore.testing.catalog import CHECKS
 from hbcore.testing.checks_ranks import RANK_CHECKS
-from hbcore.testing.ranks import Pool
-from hbcore.testing.subject import Check, Subject
+from hbcore.testing.results import Case, Finding, OnResult, Result
+from hbcore.testing.subject import Subject
 
 COMPRESSED = "bf16+8"
 """The codec with which every optimizer is tested too, if it is installed."""
 
-
-@dataclass(frozen=True)
-class Finding:
-    """A check that an optimizer fails.
-
-    Attributes:
-        check: the name of the check.
-        subject: the optimizer and its options, ``"Lion(ecc='bf16+8')"``.
-        message: what was expected and what was found.
-    """
-
-    check: str
-    subject: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.subject} fails {self.check}: {self.message}"
+EVERY = tuple(c.name for c in (*CHECKS, *RANK_CHECKS))
+"""The names of all checks of optimizers."""
 
 
 def subjects(optimizer: str | type[Any], ecc: Sequence[str] | None = None) -> list[Subject]:
@@ -54,79 +37,98 @@ def subjects(optimizer: str | type[Any], ecc: Sequence[str] | None = None) -> li
     return [Subject(cls, _capabilities(cls), options) for options in variants]
 
 
+def cases(
+    optimizer: str | type[Any],
+    only: Iterable[str] | None = None,
+    ecc: Sequence[str] | None = None,
+    ranks: int | None = None,
+    compiled: bool = False,
+    level: str | None = None,
+) -> list[Case]:
+    """The checks that apply to an optimizer and its variants; see :func:`run_checks`."""
+    if ranks is not None and ranks < 1:
+        raise ValueError(f"ranks={ranks!r} is no number of processes; pass 2, or None for the checks of one process.")
+    every = {c.name: c for c in (CHECKS if ranks is None else (*CHECKS, *RANK_CHECKS))}
+    names = levels.names_of(level)
+    chosen = [c for c in every.values() if c.name in names]
+    if only is not None:
+        chosen = [every[levels.known(name, every)] for name in only]
+    whole = ecc is not None or only is not None
+    return [
+        Case(c, subject, ranks if c in RANK_CHECKS else None, compiled)
+        for subject in subjects(optimizer, ecc)
+        for c in chosen
+        if c.applies(subject.capabilities) and (whole or c.stored or "ecc" not in subject.options)
+    ]
+
+
+def run_checks(
+    optimizer: str | type[Any],
+    only: Iterable[str] | None = None,
+    ecc: Sequence[str] | None = None,
+    ranks: int | None = None,
+    compiled: bool = False,
+    *,
+    level: str | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+    on_result: OnResult | None = None,
+) -> list[Result]:
+    """Run every applicable check of a level, or those named in ``only``, and return a result for each.
+
+    Compressed state is checked for what a codec can be at fault for, and for everything if you name its codec or the check.
+
+    Args:
+        optimizer, ecc: see :func:`subjects`.
+        only: names of checks, of any level.
+        ranks: also run :data:`RANK_CHECKS`, on that many processes under FSDP2. Scripts then need the usual
+            ``if __name__ == "__main__":``, because the processes import them.
+        compiled: compile the graphs of checks that train with Inductor, which takes longer than all checks together.
+        level: ``"api-1"``: exactly the checks of that level, whatever later releases of hbcore add; by default the newest.
+        expected_failures: the name of a check -> the reason why it fails. A key ``"Lion(ecc='bf16+8')-name"`` is of that
+            variant alone.
+        on_result: called with each :class:`Result` as it comes.
+
+    Raises:
+        RegistryError: see :func:`subjects`.
+        ValueError: a name of a check or a level is unknown, a check of ranks is named in ``only`` without ``ranks``, ``ranks``
+            is less than 1, or a reason is empty.
+    """
+    chosen = cases(optimizer, only, ecc, ranks, compiled, level)
+    return results.run(chosen, results.reasons(chosen, expected_failures, EVERY), on_result)
+
+
 def check(
     optimizer: str | type[Any],
     only: Iterable[str] | None = None,
     ecc: Sequence[str] | None = None,
     ranks: int | None = None,
     compiled: bool = False,
+    level: str | None = None,
 ) -> list[Finding]:
-    """Run every applicable check, or those named in ``only``, and return the failures.
+    """Run every applicable check of a level, or those named in ``only``, and return the failures.
 
-    Compressed state is checked for what a codec can be at fault for, and for everything if you name its codec or the check.
-
-    Args:
-        optimizer, ecc: see :func:`subjects`.
-        only: names of checks.
-        ranks: also run :data:`RANK_CHECKS`, on that many processes under FSDP2.
-        compiled: compile the graphs of checks that train with Inductor, which takes longer than all checks together.
-
-    Raises:
-        RegistryError: see :func:`subjects`.
-        ValueError: a name in ``only`` is unknown, or names a check of ranks without ``ranks``; ``ranks`` is less than 1.
+    Args, raises: see :func:`run_checks`.
     """
-    if ranks is not None and ranks < 1:
-        raise ValueError(f"ranks={ranks!r} is no number of processes; pass 2, or None for the checks of one process.")
-    every = CHECKS if ranks is None else (*CHECKS, *RANK_CHECKS)
-    chosen = every if only is None else [_named(name, every) for name in only]
-    whole = ecc is not None or only is not None
-    findings = []
-    with ExitStack() as stack:
-        extra = () if ranks is None else (stack.enter_context(Pool()), ranks)
-        for subject in subjects(optimizer, ecc):
-            for c in chosen:
-                if c.applies(subject.capabilities) and (whole or c.stored or "ecc" not in subject.options):
-                    findings += _run(c, subject, *(extra if c in RANK_CHECKS else ()), compiled=compiled)
-    return findings
+    return results.findings(run_checks(optimizer, only, ecc, ranks, compiled, level=level))
 
 
 def assert_conforms(
-    optimizer: str | type[Any], ecc: Sequence[str] | None = None, ranks: int | None = None, compiled: bool = False
+    optimizer: str | type[Any],
+    ecc: Sequence[str] | None = None,
+    ranks: int | None = None,
+    compiled: bool = False,
+    *,
+    level: str | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+    on_result: OnResult | None = None,
 ) -> None:
-    """Raise an AssertionError that lists all findings, if there are any.
+    """Raise an AssertionError that lists the checks that fail, and those that pass and were expected to fail, if there are any.
 
-    Args:
-        optimizer, ecc: see :func:`subjects`.
-        ranks: also check it on that many processes under FSDP2, see :func:`check`. Scripts then need the usual
-            ``if __name__ == "__main__":``, because the processes import them.
-        compiled: see :func:`check`.
-
-    Raises:
-        RegistryError: see :func:`subjects`.
-        ValueError: ``ranks`` is less than 1.
+    Args, raises: see :func:`run_checks`.
     """
-    findings = check(optimizer, ecc=ecc, ranks=ranks, compiled=compiled)
-    if findings:
-        raise AssertionError("\n".join([f"{len(findings)} checks failed:", *map(str, findings)]))
-
-
-def _run(c: Check, subject: Subject, *ranked: Any, compiled: bool) -> list[Finding]:
-    try:
-        c.run(subject, *ranked, compiled=compiled)
-    except SkipTest:
-        return []
-    except AssertionError as error:
-        return [Finding(c.name, str(subject), str(error))]
-    except Exception as error:  # an exception is a finding like any other
-        return [Finding(c.name, str(subject), f"it raised {type(error).__name__}: {error}")]
-    return []
-
-
-def _named(name: str, every: Sequence[Check]) -> Check:
-    for c in every:
-        if c.name == name:
-            return c
-    raise ValueError(f"no check is named {name!r}; choose from {', '.join(c.name for c in every)}")
+    results.raise_if_red(
+        run_checks(optimizer, None, ecc, ranks, compiled, level=level, expected_failures=expected_failures, on_result=on_result)
+    )
 
 
 def _capabilities(cls: type[Any]) -> frozenset[str]:

@@ -43,8 +43,8 @@ class Check:
         """The function's name, which states the property."""
         return self.function.__name__
 
-    def run(self, subject: Subject, *ranked: Any, compiled: bool = False) -> None:
-        """Check one optimizer; ``ranked`` is what checks of several processes take besides it."""
+    def run(self, subject: Any, *ranked: Any, compiled: bool = False) -> None:
+        """Check one optimizer, or codec; ``ranked`` is what checks of several processes take besides it."""
         with nullcontext() if compiled or not self.compiles else patch.object(torch, "compile", lambda graph, **_: graph):
             self.function(subject, *ranked)
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from hbcore.checkpoint import load, save
+from hbcore.checkpoint import load, save, wellformed
 from hbcore.engine.core import Group
 from hbcore.engine.curvature import evaluate, needed
 from hbcore.engine.param_codec import restoring
 from hbcore.engine.report import Report
 from hbcore.engine.skipping import nonfinite
 from hbcore.engine.step_hooks import step_outside_graphs
-from hbcore.errors import CheckpointError, OptionError
+from hbcore.errors import OptionError
 from hbcore.optimizer import Optimizer
 
 
@@ -207,21 +207,16 @@ class Composite(torch.optim.Optimizer):
     def _parts(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Optimizer, dict[str, Any]]]:
         """Each child and its part of a state dict."""
         self._hand_down()
-        saved, state = state_dict.get("param_groups"), state_dict.get("state")
-        if not isinstance(saved, (list, tuple)) or not isinstance(state, Mapping) or len(saved) != len(self.param_groups):
-            count = len(saved) if isinstance(saved, (list, tuple)) else "no"
-            raise CheckpointError(
-                f"{type(self).__name__}: the checkpoint has {count} param groups, the optimizer {len(self.param_groups)}; "
-                "build the optimizer with the same groups."
-            )
-        listed = {key for group in saved for key in group.get("params", ())}
+        wellformed.check(type(self).__name__, state_dict, len(self.param_groups))
+        saved, state = state_dict["param_groups"], state_dict["state"]
+        listed = {key for group in saved for key in group["params"]}
         strangers = {key: entry for key, entry in state.items() if key not in listed}
         for i, child in enumerate(self.children):
             if i == 1:  # the first child has the user's own entries, and raises if there are others
                 strangers = {}
             mine = {id(group) for group in child.param_groups}
             groups = [theirs for own, theirs in zip(self.param_groups, saved, strict=True) if id(own) in mine]
-            keys = {key for group in groups for key in group.get("params", ())}
+            keys = {key for group in groups for key in group["params"]}
             yield child, {"state": {**{k: v for k, v in state.items() if k in keys}, **strangers}, "param_groups": groups}
 
     def _hand_down(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from hbcore.checkpoint.migrations import Migration
 from hbcore.errors import CheckpointError, StateWarning
 from hbcore.rules.moments import ScaleByAdam
 
-FIXTURES = sorted((Path(__file__).parent.parent / "fixtures" / "state").glob("*.pt"))
 EVERY = [AdamW, SGD, Muon, SOAP, PSGDKron, SFAdamW]
 
 
@@ -33,27 +31,6 @@ def trained():
 
 
 # --- versions ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:MuonAdamW. the parameters have no names")
-@pytest.mark.parametrize("path", FIXTURES, ids=lambda p: p.stem)
-def test_a_frozen_checkpoint_loads_and_goes_on_as_it_went(path):
-    saved = torch.load(path, weights_only=True)
-    params = [nn.Parameter(p) for p in saved["params"]]
-    name = path.stem.split("-")[0]
-    options = {"ns_dtype": "float32"} if "Muon" in name else {"precond_rule": "pro"} if name == "PSGDKron" else {}
-    optimizer = hbcore.get(name)(params, lr=0.5, compile="eager", **options)
-    optimizer.load_state_dict(saved["optimizer"])
-    for step in range(6, 9):
-        generator = torch.Generator().manual_seed(step)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator)
-        optimizer.step()
-    assert distance(params, saved["after"]) < 1e-5
-
-
-def test_there_is_a_fixture_of_every_optimizer():
-    assert {p.stem.split("-")[0] for p in FIXTURES} >= {cls.__name__ for cls in EVERY}
 
 
 def test_a_migration_carries_older_state_over(trained, monkeypatch):

@@ -13,13 +13,20 @@ from types import ModuleType
 
 import pytest
 
-from hbcore.registry import Registry
+from hbcore.registry import Registry, origin
 from hbcore.registry.discovery import installed
 
 MANIFEST = """\
 from hbcore.api import Alias, CodecSpec, OptimizerSpec, hookimpl
 API = (1, 0)
 """
+
+
+@pytest.fixture(autouse=True)
+def from_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages read as if hbcore had been installed from an index; ``test_origin.py`` has the other cases."""
+    monkeypatch.setattr(origin, "HOME", tmp_path)
+    monkeypatch.setattr(origin, "recorded", dict)
 
 
 class Site:

@@ -296,5 +296,9 @@ BROKEN: dict[str, type[Any] | Subject | tuple[type[Any], ...]] = {
         broken(load_state_dict=refuses_too_late),
     ),
     "names_of_attributes_are_only_keys": loading(sets_attributes),
+    "a_damaged_state_is_refused_or_loads_whole": (
+        broken(load_state_dict=torch.optim.Optimizer.load_state_dict),
+        broken(load_state_dict=refuses_too_late),
+    ),
 }
 """Check -> what does not pass it: classes, or a subject that declares what is not so."""

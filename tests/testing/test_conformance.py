@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import hbcore
-from hbcore.testing import CHECKS, Check, Subject
+from hbcore.testing import CHECKS, Case, Subject, conformance
 
-VARIANTS = {"plain": {}, "ecc": {"ecc": "bf16+8"}, "cpp": {"compile": "cpp"}}
+NAMES = hbcore.list_optimizers()
+CODEC = "bf16+8"
 COMPRESSED = {"AdamW", "AdEMAMix", "MSAMLaProp", "Muon", "PSGDKron", "SFAdamW", "SOAP"}
 """These, one of each kind of rule, conform in ``make test``, with compressed state in what a codec can be at fault for. In CI
 they do so in everything, and all others with plain state; ``make test-full`` tries these with compressed state too, and all of
@@ -21,36 +21,48 @@ COMPILED = {"AdamW": "ecc", "MSAMLaProp": "plain", "OrthoLaProp": "plain", "SOAP
 matrix rule. It runs the graphs of all others as they are, and ``make test-full`` compiles them too."""
 
 
-def subject_of(name: str, variant: str) -> Subject:
-    return Subject(hbcore.get(name), hbcore.info(name).spec.capabilities, VARIANTS[variant])
+def subject_of(name: str, **options: Any) -> Subject:
+    return Subject(hbcore.get(name), hbcore.info(name).spec.capabilities, options)
 
 
-def cases() -> Iterator[Any]:
-    for name in hbcore.list_optimizers():
-        for variant in VARIANTS:
-            for check in CHECKS:
-                if not check.applies(hbcore.info(name).spec.capabilities) or (variant == "cpp" and check.compiles):
-                    continue
-                seldom = check.compiles and COMPILED.get(name) != variant
-                marks = _marks(name, variant, check)
-                yield pytest.param(check, name, variant, not seldom, id=f"{name}-{variant}-{check.name}", marks=marks)
-                if seldom:
-                    marks = pytest.mark.full
-                    yield pytest.param(check, name, variant, True, id=f"{name}-{variant}-{check.name}-compiled", marks=marks)
+def variant(case: Case) -> tuple[str, str]:
+    return case.subject.cls.__name__, "ecc" if case.subject.options else "plain"
 
 
-def _marks(name: str, variant: str, check: Check) -> Any:
+def seldom(case: Case) -> Any:
     """Which of the runs try this: see :data:`COMPRESSED`."""
-    if variant == "cpp":
-        return pytest.mark.full
-    if variant == "plain":
+    name, state = variant(case)
+    if state == "plain":
         return () if name in COMPRESSED else pytest.mark.broad
-    return pytest.mark.full if name not in COMPRESSED else () if check.stored else pytest.mark.broad
+    return pytest.mark.full if name not in COMPRESSED else () if case.check.stored else pytest.mark.broad
 
 
-@pytest.mark.parametrize(("check", "name", "variant", "compiles"), list(cases()))
-def test_every_optimizer_conforms(check: Check, name: str, variant: str, compiles: bool) -> None:
-    check.run(subject_of(name, variant), compiled=compiles)
+def seldom_compiled(case: Case) -> Any:
+    """Which of the runs compile this: see :data:`COMPILED`."""
+    name, state = variant(case)
+    return () if COMPILED.get(name) == state else pytest.mark.full
+
+
+@conformance(*NAMES, ecc=[CODEC], marks=seldom)
+def test_every_optimizer_conforms(check: Case) -> None:
+    check()
+
+
+@conformance(*NAMES, only=[c.name for c in CHECKS if c.compiles], ecc=[CODEC], compiled=True, marks=seldom_compiled)
+def test_every_optimizer_conforms_when_compiled(check: Case) -> None:
+    check()
+
+
+def on_cpp() -> list[Any]:
+    subjects = [subject_of(name, compile="cpp") for name in NAMES]
+    cases = [Case(c, s) for s in subjects for c in CHECKS if c.applies(s.capabilities) and not c.compiles]
+    return [pytest.param(case, id=str(case)) for case in cases]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("check", on_cpp())
+def test_every_optimizer_conforms_on_the_cpp_backend(check: Case) -> None:
+    check()
 
 
 def test_as_many_phases_as_a_segment_of_any_optimizer_has_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +70,7 @@ def test_as_many_phases_as_a_segment_of_any_optimizer_has_are_compiled(monkeypat
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     phases = {}
     for name in hbcore.list_optimizers():
-        trial = subject_of(name, "plain").loose((6, 4), (5,), compile="inductor")
+        trial = subject_of(name).loose((6, 4), (5,), compile="inductor")
         trial.train(2)
         report = trial.optimizer.report
         phases[name] = 1 + report.compiles - report.programs  # if one segment alone has more than one

@@ -63,10 +63,10 @@ def test_it_is_asked_for_by_its_argument(monkeypatch):
         check("SGD", only=NAMES)
     with pytest.raises(ValueError, match="ranks=0 is no number of processes"):
         check("SGD", ranks=0)
-    asked = {}
-    monkeypatch.setattr("hbcore.testing.runner.check", lambda optimizer, **how: asked.update(how) or [])
+    asked = []
+    monkeypatch.setattr("hbcore.testing.results.run", lambda cases, *how: asked.extend(cases) or [])
     assert_conforms("SGD", ranks=2)
-    assert asked["ranks"] == 2
+    assert {case.check.name for case in asked if case.ranks == 2} == set(NAMES)
 
 
 def test_a_class_that_no_other_process_can_import_is_told_so(pool):
@@ -87,7 +87,9 @@ def test_the_option_of_pytest_runs_them():
 
 def test_compressed_state_is_checked_for_what_a_codec_can_be_at_fault_for(monkeypatch):
     ran = []
-    monkeypatch.setattr("hbcore.testing.runner._run", lambda c, subject, **_: ran.append((c.name, str(subject))) or [])
+    monkeypatch.setattr(
+        "hbcore.testing.results.run", lambda cases, *how: ran.extend((c.check.name, str(c.subject)) for c in cases) or []
+    )
     check("SGD")
     assert ("every_hook_runs_once", "SGD()") in ran and ("every_hook_runs_once", "SGD(ecc='bf16+8')") not in ran
     assert ("resuming_changes_no_bit", "SGD(ecc='bf16+8')") in ran

@@ -15,7 +15,7 @@ import hbcore
 from hb_adam import SGD, AdamW
 from hb_soap import SOAP
 from hbcore.registry.spec import CAPABILITIES, OptimizerSpec
-from hbcore.testing import CHECKS, Finding, Subject, assert_conforms, check, subjects
+from hbcore.testing import CHECKS, Result, Subject, assert_conforms, check, subjects
 
 
 class NeedsClosure(SGD):
@@ -62,7 +62,7 @@ def test_what_raises_is_a_finding_and_the_list_of_them_an_assertion(monkeypatch)
 
     [found, _] = check(Raises, only=["every_hook_runs_once"])
     assert "RuntimeError: no room" in found.message
-    monkeypatch.setattr("hbcore.testing.runner.check", lambda optimizer, **how: [Finding("c", "S()", "m")])
+    monkeypatch.setattr("hbcore.testing.runner.run_checks", lambda *a, **how: [Result("c", "S()", "failed", "m")])
     with pytest.raises(AssertionError, match=r"1 checks failed:\nS\(\) fails c: m"):
         assert_conforms("AdamW")
 

@@ -1,0 +1,17 @@
+"""Signum for hbcore. The class is imported on first use, and torch with it; discovery runs this module and needs neither."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hb_signum.plugin import OPTIMIZERS
+from hbcore.api import lazy
+
+if TYPE_CHECKING:
+    from hb_signum.signum import ScaleBySignum as ScaleBySignum
+    from hb_signum.signum import Signum as Signum
+
+__version__ = "0.1.0"
+
+_TARGETS = {spec.name: spec.target for spec in OPTIMIZERS} | {"ScaleBySignum": "hb_signum.signum:ScaleBySignum"}
+__getattr__, __dir__, __all__ = lazy(__name__, _TARGETS, ("__version__",))
