@@ -181,7 +181,7 @@ def recorded(converted: Converted, target: Target) -> dict[str, Any]:
             f"the checkpoint has groups of {[len(g['params']) for g in groups]} parameters, and {core.name} of "
             f"{[len(g['params']) for g in core.groups]}; build it with the same groups, without names if it sorts by them."
         )
-    state = {key: dict(entry) for key, entry in converted.state_dict["state"].items()}
+    state = {key: dict(entry) for key, entry in converted.state_dict["state"].items() if entry}
     result = []
     for g, group in enumerate(groups):
         entries = [state.get(key) for key in group["params"]]
@@ -191,7 +191,8 @@ def recorded(converted: Converted, target: Target) -> dict[str, Any]:
         progress = converted.progress[g] if converted.progress else {}
         frozen = tuple(i for i, entry in enumerate(entries) if not entry)
         record = schema.Record(rules, "plain", core.settings.seed, dict(progress), converted.training, frozen=frozen)
-        result.append({**group, schema.KEY: record.dump()})
+        own = {k: core.groups[g][k] for k in core.chain.dynamic(core.groups[g])}  # what the source has no counterpart of
+        result.append({**own, **group, schema.KEY: record.dump()})
     return {"state": state, "param_groups": result}
 
 

@@ -7,12 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-PENDING = (
-    "compare-and-tune.md",
-    "from-heavyball.md",
-    "from-other-libraries.md",
-    "from-torch-optim.md",
-)
+PENDING = ()
 """Pages in the navigation that may be absent, and are left out then; links to them become text."""
 
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
