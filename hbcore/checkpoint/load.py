@@ -142,12 +142,12 @@ def read(core: OptimizerCore, state_dict: Mapping[str, Any], strict: bool, compo
     corrections: dict[Tensor, Loaded] = {}
     for g, (theirs, ours) in enumerate(zip(saved, core.groups, strict=True)):
         records.append(schema.read(theirs.get(schema.KEY), g))
+        frozen = _frozen(name, records[-1], theirs, g)
         groups.append(_numbers(core, theirs, ours, g))
         reader = Reader(core, g, records[-1], theirs, strict, composite)
         for i, key in enumerate(_match(core, theirs, ours, g, strict)):
             entry = None if key is None else state_dict["state"].get(key)
-            frozen = records[-1] is not None and key in [theirs["params"][k] for k in records[-1].frozen]
-            loaded = {} if entry is None and frozen else reader.read(i, entry)
+            loaded = {} if entry is None and key in frozen else reader.read(i, entry)
             corrections.update(reader.corrections)
             if loaded:
                 state[ours["params"][i]] = loaded
@@ -155,6 +155,17 @@ def read(core: OptimizerCore, state_dict: Mapping[str, Any], strict: bool, compo
     if strict and (strangers := [k for k in state_dict["state"] if k not in known and k not in own]):
         raise CheckpointError(f"{name}: the checkpoint has state for {strangers[:5]}, which is in none of its param groups.")
     return Content(groups, records, state, copy.deepcopy(own), corrections)
+
+
+def _frozen(name: str, record: schema.Record | None, theirs: Mapping[str, Any], g: int) -> list[Any]:
+    """The keys of the parameters that were not trained when the checkpoint was saved."""
+    keys, frozen = theirs["params"], () if record is None else record.frozen
+    if any(not 0 <= i < len(keys) for i in frozen):
+        raise CheckpointError(
+            f"{name}: the {schema.KEY!r} entry of param group {g} of the checkpoint has parameters {list(frozen)[:5]} as 'frozen', "
+            f"and the group has {len(keys)}."
+        )
+    return [keys[i] for i in frozen]
 
 
 def _match(core: OptimizerCore, theirs: Mapping[str, Any], ours: Mapping[str, Any], g: int, strict: bool) -> list[Any]:
