@@ -162,8 +162,8 @@ def _frozen(name: str, record: schema.Record | None, theirs: Mapping[str, Any], 
     keys, frozen = theirs["params"], () if record is None else record.frozen
     if any(not 0 <= i < len(keys) for i in frozen):
         raise CheckpointError(
-            f"{name}: the {schema.KEY!r} entry of param group {g} of the checkpoint has parameters {list(frozen)[:5]} as 'frozen', "
-            f"and the group has {len(keys)}."
+            f"{name}: param group {g} of the checkpoint has {len(keys)} parameters, and its {schema.KEY!r} entry has "
+            f"{list(frozen)[:5]} as 'frozen'."
         )
     return [keys[i] for i in frozen]
 
