@@ -19,6 +19,7 @@ from hbcore.checkpoint.entries import Reader
 from hbcore.distributed.placement import is_dtensor, local
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.corrections import Loaded
+from hbcore.engine.entry_forms import fixed
 from hbcore.engine.param_codec import note, settle
 from hbcore.errors import CheckpointError, HyperparameterError, StateWarning
 from hbcore.warn import warn_at_caller
@@ -204,6 +205,11 @@ def _numbers(core: OptimizerCore, theirs: Mapping[str, Any], ours: dict[str, Any
             f"param group {g} of the checkpoint has no {', '.join(map(repr, missing))}; this optimizer's own apply.",
             StateWarning,
         )
+    for key in (key for key in core.chain.keys if isinstance(ours[key], tuple) and values.get(key) is not None):
+        if not isinstance(fixed(values[key]), tuple):  # the class's ``chain`` may take it apart
+            raise CheckpointError(
+                f"{core.name}, parameter group {g}: {key}={values[key]!r:.60} is not {len(ours[key])} numbers in the checkpoint."
+            )
     try:
         core.chain.check({**ours, **values}, f"{core.name}, parameter group {g}")
     except HyperparameterError as error:
