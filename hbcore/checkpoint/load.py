@@ -208,7 +208,7 @@ def _numbers(core: OptimizerCore, theirs: Mapping[str, Any], ours: dict[str, Any
     for key in (key for key in core.chain.keys if isinstance(ours[key], tuple) and values.get(key) is not None):
         if not isinstance(fixed(values[key]), tuple):  # the class's ``chain`` may take it apart
             raise CheckpointError(
-                f"{core.name}, parameter group {g}: {key}={values[key]!r:.60} is not {len(ours[key])} numbers in the checkpoint."
+                f"{core.name}, parameter group {g}: {key}={values[key]!r:.60} is not {len(ours[key])} numbers there."
             )
     try:
         core.chain.check({**ours, **values}, f"{core.name}, parameter group {g}")
