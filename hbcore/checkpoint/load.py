@@ -20,6 +20,7 @@ from hbcore.checkpoint.entries import Reader
 from hbcore.distributed.placement import is_dtensor, local
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.corrections import Loaded
+from hbcore.engine.entry_forms import fixed
 from hbcore.engine.param_codec import note, settle
 from hbcore.errors import CheckpointError, HyperparameterError, StateWarning
 from hbcore.warn import warn_at_caller
@@ -164,12 +165,12 @@ def read(optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool, comp
     corrections: dict[Tensor, Loaded] = {}
     for g, (theirs, ours) in enumerate(zip(saved, core.groups, strict=True)):
         records.append(schema.read(theirs.get(schema.KEY), g))
+        frozen = _frozen(name, records[-1], theirs, g)
         groups.append(_numbers(core, theirs, ours, g))
         reader = Reader(core, g, records[-1], theirs, strict, composite)
         for i, key in enumerate(_match(core, theirs, ours, g, strict)):
             entry = None if key is None else state_dict["state"].get(key)
-            frozen = records[-1] is not None and key in [theirs["params"][k] for k in records[-1].frozen]
-            loaded = {} if entry is None and frozen else reader.read(i, entry)
+            loaded = {} if entry is None and key in frozen else reader.read(i, entry)
             corrections.update(reader.corrections)
             if loaded:
                 state[ours["params"][i]] = loaded
@@ -177,6 +178,17 @@ def read(optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool, comp
     if strict and (strangers := [k for k in state_dict["state"] if k not in known and k not in own]):
         raise CheckpointError(f"{name}: the checkpoint has state for {strangers[:5]}, which is in none of its param groups.")
     return Content(groups, records, state, copy.deepcopy(own), corrections)
+
+
+def _frozen(name: str, record: schema.Record | None, theirs: Mapping[str, Any], g: int) -> list[Any]:
+    """The keys of the parameters that were not trained when the checkpoint was saved."""
+    keys, frozen = theirs["params"], () if record is None else record.frozen
+    if any(not 0 <= i < len(keys) for i in frozen):
+        raise CheckpointError(
+            f"{name}: param group {g} of the checkpoint has {len(keys)} parameters, and its {schema.KEY!r} entry has "
+            f"{list(frozen)[:5]} as 'frozen'."
+        )
+    return [keys[i] for i in frozen]
 
 
 def _match(core: OptimizerCore, theirs: Mapping[str, Any], ours: Mapping[str, Any], g: int, strict: bool) -> list[Any]:
@@ -215,6 +227,11 @@ def _numbers(core: OptimizerCore, theirs: Mapping[str, Any], ours: dict[str, Any
             f"param group {g} of the checkpoint has no {', '.join(map(repr, missing))}; this optimizer's own apply.",
             StateWarning,
         )
+    for key in (key for key in core.chain.keys if isinstance(ours[key], tuple) and values.get(key) is not None):
+        if not isinstance(fixed(values[key]), tuple):  # the class's ``chain`` may take it apart
+            raise CheckpointError(
+                f"{core.name}, parameter group {g}: {key}={values[key]!r:.60} is not {len(ours[key])} numbers there."
+            )
     try:
         core.chain.check({**ours, **values}, f"{core.name}, parameter group {g}")
     except HyperparameterError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,19 +73,19 @@ def read(text: Any, group: int) -> Record | None:
         return None
     try:
         data = json.loads(text, parse_constant=_no_constant)
-        format_ = int(data["format"])
+        format_ = _integer(data["format"])
         record = Record(
-            {str(k): int(v) for k, v in data["rules"].items()},
+            {str(k): _integer(v) for k, v in data["rules"].items()},
             str(data["codec"]),
-            int(data.get("seed", 0)),
-            {str(k): float(v) for k, v in data.get("progress", {}).items()},
+            _integer(data.get("seed", 0)),
+            {str(k): _number(v) for k, v in data.get("progress", {}).items()},
             bool(data.get("training", True)),
             {str(k): dict(v) for k, v in data.get("options", {}).items()},
-            tuple(map(int, data.get("frozen", ()))),
+            tuple(map(_integer, data.get("frozen", ()))),
             tuple(map(str, data.get("own", ()))),
             str(data.get("param_codec", "")),
         )
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"param group {group}: its {KEY!r} entry is not hbcore's ({error}); got {text!r:.120}.") from None
     if format_ > FORMAT:
         raise CheckpointError(
@@ -114,6 +115,18 @@ def given_again(optimizer: str, groups: Iterable[Any]) -> dict[str, Any]:
             continue
         found.update(record.options.get(optimizer, {}) if record is not None else {})
     return found
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r:.40} is no integer")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not abs(value) < math.inf:
+        raise ValueError(f"{value!r:.40} is no finite number")
+    return float(value)
 
 
 def _no_constant(name: str) -> float:

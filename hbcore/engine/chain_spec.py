@@ -172,11 +172,6 @@ class ChainSpec:
             value = group[key]
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise HyperparameterError(f"{where}: {key} is a tensor of shape {tuple(value.shape)}; pass one element.")
-            default = self.defaults.get(key)  # the class's ``chain`` may take it apart
-            if isinstance(default, tuple) and value is not None and not isinstance(fixed(value), tuple):
-                raise HyperparameterError(
-                    f"{where}: {key}={value!r} is not {len(default)} numbers; pass a tuple of {len(default)}."
-                )
         try:
             return self._stages({k: _plain(group[k]) for k in self.keys})
         except HyperparameterError as error:

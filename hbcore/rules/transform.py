@@ -149,14 +149,16 @@ class Transform:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, default = getattr(self, f.name), f.default
             if "hyper" not in f.metadata:
                 continue
-            if not isinstance(default, tuple):
-                if isinstance(value, (tuple, list)):
-                    raise HyperparameterError(f"{f.name}={value!r} is a {type(value).__name__}; pass one number.")
-            elif not isinstance(value, (tuple, list)) or len(value) != len(default):
-                raise HyperparameterError(f"{f.name}={value!r} is not {len(default)} numbers; pass a tuple of {len(default)}.")
+            value, default = getattr(self, f.name), f.default
+            if isinstance(default, tuple):
+                if not isinstance(value, (tuple, list)) or len(value) != len(default):
+                    raise HyperparameterError(
+                        f"{f.name}={value!r} is not {len(default)} numbers; pass a tuple of {len(default)}."
+                    )
+            elif type(value) in (tuple, list):
+                raise HyperparameterError(f"{f.name}={value!r} is a {type(value).__name__}; pass one number.")
         for key, value, bounds in self.hypers():
             for i, number in enumerate(value if isinstance(value, (tuple, list)) else (value,)):
                 label = f"{key}[{i}]" if isinstance(value, (tuple, list)) else key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -90,8 +91,9 @@ def _record(saved: Saved, random: Random) -> Damage | None:
     if not isinstance(text, str):
         return None
     values: tuple[Any, ...] = (
-        text[: len(text) // 2], "", "{}", "[]", "null", "1", '"text"', text.encode(), 5, [text], json.loads(text), "[" * 5000,
+        text[: len(text) // 2], "", "{}", "[]", "null", "1", '"text"', text.encode(), 5, [text], {"format": 1}, "[" * 5000,
         text + text, "\udcff", "[1" + "0" * 5000 + "]",
+        re.sub(r": \d+", ": 1e999", text), re.sub(r": \d+", f": 1{'0' * 400}", text), re.sub(r": \d+", ": 1.5", text),
     )  # fmt: skip
     group["hbcore"] = random.choice(values)
     return Damage(f"the record of group {g} is {group['hbcore']!r:.60}", (*names, "hbcore"))
@@ -102,13 +104,13 @@ def _record_field(saved: Saved, random: Random) -> Damage | None:
     try:
         record = json.loads(group["hbcore"])
         key = random.choice(sorted({*record, "frozen", "own", "param_codec", "options"}))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
     values: tuple[Any, ...] = (
         None, 0, 99, -1, 1.5, "text", "bf16+8", "a=b", "exp_avg=none", "cast:float31", [], [0], [99], [-1], ["x"], {}, {"x": 1},
         {"adam": 2}, {"adam": "two"}, {"x": "1e999"}, {"x": {"lr": 1}}, True, False, [[0]], 1e400, 10**40,
     )  # fmt: skip
-    record[key] = random.choice(values)
+    record[key] = random.choice([v for v in values if (key, v) != ("frozen", [0])])  # which says that there need be no state
     if random.random() < 0.2:
         del record[key]
     group["hbcore"] = json.dumps(record)
