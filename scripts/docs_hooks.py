@@ -62,7 +62,7 @@ def optimizer_pages() -> dict[str, str]:
 
 
 def on_config(config: Any) -> Any:
-    """Fill in the parts of the navigation that are folders, and leave out pages that are not there."""
+    """Fill in the parts of the navigation that are folders."""
     config.nav = _navigation(config.nav)
     return config
 
@@ -75,10 +75,7 @@ def _navigation(items: list[Any]) -> list[Any]:
             value = _navigation(value)
         elif value.endswith("/"):
             value = _folder(value)
-        elif value in links.PENDING and not (ROOT / "docs" / value).exists():
-            continue
-        if value:
-            kept.append({title: value})
+        kept.append({title: value})
     return kept
 
 
@@ -110,8 +107,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     origin = origins.get(page.file.src_uri)
     if origin is None:
         return markdown
-    pending = {f"docs/{name}" for name in links.PENDING}
-    return option_tables.fill(links.rewrite(markdown, origin, ROOT, sources(), pending))
+    return option_tables.fill(links.rewrite(markdown, origin, ROOT, sources()))
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-
-PENDING = ()
-"""Pages in the navigation that may be absent, and are left out then; links to them become text."""
 
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
 
-def rewrite(markdown: str, origin: str, root: Path, pages: Mapping[str, str], pending: Collection[str] = ()) -> str:
+def rewrite(markdown: str, origin: str, root: Path, pages: Mapping[str, str]) -> str:
     """The page with links that work where it is shown.
 
     A link to a file that is a page leads there. One to any other file of the repository becomes its text, since the site has no
-    sources, and so does one to a page that is still pending. One to nothing stays as it is, for mkdocs to complain about.
+    sources. One to nothing stays as it is, for mkdocs to complain about.
 
     Args:
         markdown: the page.
         origin: the file that it comes from, relative to ``root``.
         root: the repository.
         pages: file relative to ``root`` -> page.
-        pending: files of pages that are not there yet.
     """
     here = posixpath.dirname(pages[origin])
 
@@ -36,7 +32,7 @@ def rewrite(markdown: str, origin: str, root: Path, pages: Mapping[str, str], pe
         for known in (file, f"{file}/README.md"):
             if known in pages:
                 return f"[{text}]({posixpath.relpath(pages[known], here)}{anchor})"
-        return text if file in pending or (root / file).exists() else match[0]
+        return text if (root / file).exists() else match[0]
 
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)  # code has no links
     return "".join(part if part.startswith("```") else _LINK.sub(replace, part) for part in parts)

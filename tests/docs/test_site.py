@@ -88,17 +88,9 @@ def test_a_page_that_loads_from_elsewhere_is_noticed():
     assert loads.found == ["https://b.org/c.css", "//d.org/e.js", "f.png"]
 
 
-def test_pending_pages_are_all_that_the_navigation_may_lack():
-    text = (ROOT / "mkdocs.yml").read_text()
-    named = {page for page in re.findall(r": ([\w/-]+\.md)$", text, flags=re.MULTILINE)}
-    absent = {page for page in named if page not in docs_hooks.sources().values()}
-    assert absent <= set(links.PENDING) <= named
-
-
-def test_the_navigation_leaves_out_what_is_pending_and_fills_in_folders(monkeypatch):
-    monkeypatch.setattr(links, "PENDING", ("nowhere.md",))
-    items = docs_hooks._navigation([{"A": [{"B": "nowhere.md"}]}, {"C": "index.md"}, {"D": "missing.md"}, {"E": "optimizers/"}])
-    assert items[:2] == [{"C": "index.md"}, {"D": "missing.md"}], "mkdocs complains about a page that is not pending"
+def test_the_navigation_fills_in_folders():
+    items = docs_hooks._navigation([{"A": [{"B": "nowhere.md"}]}, {"C": "index.md"}, {"E": "optimizers/"}])
+    assert items[:2] == [{"A": [{"B": "nowhere.md"}]}, {"C": "index.md"}], "mkdocs complains about a page that is absent"
     assert items[2]["E"][0] == "optimizers/index.md"
     listed = [page for family in items[2]["E"][1:] for pages in family.values() for page in pages]
     assert sorted(listed) == sorted(f"optimizers/{e.name}.md" for e in catalogue.entries())
