@@ -10,8 +10,9 @@ import hbcore
 from hbcore import registry
 
 NAMES = (
-    *("PSGDKron", "LATHER", "KLSOAP", "SOAP", "SOLP", "MuonAdamW", "Scion"),  # the slowest first: workers end together
-    *("AdamW", "SGD", "Lion", "LaProp", "ADOPT", "NAdam", "AdEMAMix", "SFAdamW", "Adafactor"),
+    *("KLSOAP", "SOAP", "PSGDKron", "MuonAdamW", "Scion"),  # the slowest first: workers end together
+    *("AdamW", "SGD", "Lion", "ADOPT", "AdEMAMix", "SFAdamW", "Adafactor"),
+    *("SOLP", "LATHER", "LaProp", "NAdam"),
 )
 
 DECAY = 1e-4

@@ -60,18 +60,64 @@ class Text:
         return rows[:, :-1], rows[:, 1:]
 
 
+class Pass:
+    """A model whose gradients stay where they are, and its forward and backward pass: on a GPU one CUDA graph."""
+
+    def __init__(self, text: Text) -> None:
+        self.text, self.setting = text, text.setting
+        self.model = build_model(self.setting.config, 0).to(self.setting.device)
+        self.inputs, self.targets = text.batch(torch.Generator())
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
+        self.graph: Any = None
+        if self.setting.device == "cuda":
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._run()
+            self.graph = graph
+
+    def reset(self, seed: int) -> None:
+        """The weights that a seed begins with."""
+        fresh = build_model(self.setting.config, seed)
+        with torch.no_grad():
+            for p, q in zip(self.model.parameters(), fresh.parameters(), strict=True):
+                p.copy_(q)
+
+    def backward(self, generator: torch.Generator) -> None:
+        """The gradients of the next batch."""
+        inputs, targets = self.text.batch(generator)
+        self.inputs.copy_(inputs)
+        self.targets.copy_(targets)
+        if self.graph is None:
+            self._run()
+        else:
+            self.graph.replay()
+
+    def _run(self) -> None:
+        torch._foreach_zero_([p.grad for p in self.model.parameters() if p.grad is not None])
+        with torch.autocast(self.setting.device, torch.bfloat16, cache_enabled=False):
+            loss = self.model.loss(self.inputs, self.targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
 class Run:
     """A model and its optimizer."""
 
-    def __init__(self, trial: Trial, text: Text) -> None:
-        self.text, self.setting = text, text.setting
-        self.model = build_model(self.setting.config, trial.seed).to(self.setting.device)
+    def __init__(self, trial: Trial, pass_: Pass) -> None:
+        self.text, self.setting, self.pass_ = pass_.text, pass_.setting, pass_
+        pass_.reset(trial.seed)
+        self.model = pass_.model
         cls = hbcore.get(trial.name)
         self.free = hasattr(cls, "eval") and "modes" in hbcore.registry.info(trial.name).spec.capabilities
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            named = self.model.named_parameters()
-            self.optimizer: Any = cls(named, lr=trial.lr, weight_decay=trial.weight_decay, seed=trial.seed, **trial.options)
+            given = {"lr": trial.lr, "weight_decay": trial.weight_decay, "seed": trial.seed, "consume_grad": False}
+            self.optimizer: Any = cls(self.model.named_parameters(), **given, **trial.options)
         self.lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.generator = torch.Generator().manual_seed(trial.seed)
 
@@ -83,11 +129,8 @@ class Run:
             scale *= min(1.0, (steps - t) / ((1 - WARMUP) * steps))
         for group, lr in zip(self.optimizer.param_groups, self.lrs, strict=True):
             group["lr"] = lr * scale
-        with torch.autocast(self.setting.device, torch.bfloat16):
-            loss = self.model.loss(*self.text.batch(self.generator))
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.pass_.backward(self.generator)
         self.optimizer.step()
-        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def held_out(self) -> float:
@@ -101,9 +144,9 @@ class Run:
         return loss
 
 
-def train(trial: Trial, text: Text) -> dict[str, Any]:
+def train(trial: Trial, pass_: Pass) -> dict[str, Any]:
     """Train to the end, or until the loss is not a number: the held-out curve as ``[step, loss]`` pairs."""
-    run, setting, curve = Run(trial, text), text.setting, list[tuple[int, float]]()
+    run, setting, curve = Run(trial, pass_), pass_.setting, list[tuple[int, float]]()
     for t in range(setting.steps):
         run.step(t)
         if (t + 1) % setting.every == 0:
@@ -114,15 +157,15 @@ def train(trial: Trial, text: Text) -> dict[str, Any]:
     return {**found, "loss": curve[-1][1], "curve": curve}
 
 
-def timed(trial: Trial, text: Text, steps: int = 120) -> float:
+def timed(trial: Trial, pass_: Pass, steps: int = 120) -> float:
     """Milliseconds a step, forward and backward included, over all steps after a third of them."""
-    run, start = Run(trial, text), 0.0
+    run, start = Run(trial, pass_), 0.0
     for t in range(steps):
         if t == steps // 3:
-            _wait(text.setting.device)
+            _wait(run.setting.device)
             start = time.perf_counter()
         run.step(t)
-    _wait(text.setting.device)
+    _wait(run.setting.device)
     return (time.perf_counter() - start) / (steps - steps // 3) * 1e3
 
 
