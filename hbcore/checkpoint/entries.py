@@ -126,6 +126,7 @@ class Reader:
         param = self.core.groups[self.g]["params"][i]
         steps = self.migrations.get(rule, [])
         stored: dict[str, dict[str, Tensor]] = {}
+        found, missing = False, []
         for slot in slots:
             codec = self._codec_of(slot, entry)
             parts = codec.parts(slot.name, compute_dtype(param.dtype))
@@ -133,9 +134,11 @@ class Reader:
             used.update(there)
             if len(there) == len(parts):
                 stored[slot.name] = {part: self.tensor(i, slot, codec, part, entry[part]) for part in parts}
-            elif not steps and (there or rule in self.saved or stored) and self.strict:
-                missing = next(part for part in parts if part not in entry)
-                raise CheckpointError(f"{self._who(i)} has no {missing!r} in the checkpoint, which {rule!r} needs.")
+            else:
+                found = found or bool(there)
+                missing += [part for part in parts if part not in entry]
+        if missing and not steps and (found or stored or rule in self.saved) and self.strict:
+            raise CheckpointError(f"{self._who(i)} has no {missing[0]!r} in the checkpoint, which {rule!r} needs.")
         if steps:
             return self._migrated(i, rule, slots, stored, entry, step, used)
         loaded: dict[str, Tensor] = {}

@@ -18,9 +18,10 @@ from hbcore.distributed.placement import local
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.corrections import FINGERPRINT, PREFIX, Loaded, fingerprint
 from hbcore.engine.param_codec import narrow_dtype
-from hbcore.errors import CheckpointError, HbcoreError
+from hbcore.errors import CheckpointError, HbcoreError, StateWarning
 from hbcore.state.codec import Cast, StateCodec
 from hbcore.state.expected import Logical
+from hbcore.warn import warn_at_caller
 
 if TYPE_CHECKING:
     from hbcore.checkpoint.entries import Reader
@@ -65,8 +66,7 @@ def read(reader: Reader, i: int, entry: Mapping[str, Any], used: set[Any]) -> di
         raise CheckpointError(f"{core.name_of(reader.g, i)} has no {missing[0]!r} in the checkpoint, which {RULE!r} needs.")
     slots = [Logical(RULE, name, param.shape, 0.0, Cast(dtype), False) for name, dtype in dtypes.items()]
     parts = {slot.name: reader.tensor(i, slot, slot.codec, slot.name, entry[slot.name]) for slot in slots}
-    total = entry.get(FINGERPRINT)
-    total = total.detach().clone() if isinstance(total, Tensor) and total.numel() == 1 else None
+    total = _fingerprint(reader, i, entry)
     if ours is not None and stores and ours.name == codec.name:
         reader.corrections[param] = Loaded(codec, None, total)
         return parts
@@ -75,6 +75,24 @@ def read(reader: Reader, i: int, entry: Mapping[str, Any], used: set[Any]) -> di
         return {}
     own = {name: d for name, d in ours.parts("param", torch.float32).items() if name != "param"}
     return {name: torch.zeros_like(param, dtype=d, requires_grad=False) for name, d in own.items()}
+
+
+def _fingerprint(reader: Reader, i: int, entry: Mapping[str, Any]) -> Tensor | None:
+    """The fingerprint of the weights that an entry's corrections belong to; None if it was saved without.
+
+    Raises:
+        CheckpointError: it is no tensor of one element.
+    """
+    who, found = reader.core.name_of(reader.g, i), entry.get(FINGERPRINT)
+    if found is None:
+        warn_at_caller(
+            f"{who} has no {FINGERPRINT!r} in the checkpoint; its corrections are taken to fit the present weights.",
+            StateWarning,
+        )
+        return None
+    if not isinstance(found, Tensor) or found.numel() != 1:
+        raise CheckpointError(f"{who} has {found!r:.80} for state {FINGERPRINT!r} in the checkpoint; expected one number.")
+    return found.detach().clone()
 
 
 def kept(core: OptimizerCore, param: Tensor, entry: Mapping[Any, Any], used: set[Any]) -> set[str]:

@@ -42,7 +42,7 @@ def _group_params(saved: Saved, random: Random) -> Damage:
     params = group["params"]
     values: tuple[Any, ...] = (
         [], params[:-1], [*params, 999], [*params[:-1], 999], params[:1] * len(params), params[::-1], None, "text", 3,
-        [[k] for k in params], [str(k) for k in params], [None] * len(params), dict.fromkeys(params), tuple(params),
+        [[k] for k in params], [str(k) for k in params], [None] * len(params), dict(enumerate(params)), tuple(params),
         [{} for _ in params], [math.nan] * len(params),
     )  # fmt: skip
     group["params"] = random.choice(values)
@@ -57,7 +57,7 @@ def _group_names(saved: Saved, random: Random) -> Damage | None:
     known, given = tuple(map(str, given)), list(given)
     values: tuple[Any, ...] = (
         given[::-1], given[:-1], [*given, "more"], ["other", *given[1:]], given[:1] * len(given), None, [], "text", 5,
-        [[n] for n in given], [None] * len(given), list(range(len(given))), {n: n for n in given},
+        [[n] for n in given], [None] * len(given), list(range(len(given))), dict(enumerate(given)),
     )  # fmt: skip
     group["param_names"] = random.choice(values)
     return Damage(f"group {g} has param_names {group['param_names']!r}", (*names, *known, "param_names"))

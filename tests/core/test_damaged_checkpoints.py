@@ -108,6 +108,28 @@ def test_a_number_that_is_missing_is_told():
         optimizer.load_state_dict(saved)
 
 
+def test_a_rule_is_not_loaded_in_part_without_a_record_either():
+    optimizer, _ = trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["hbcore"], saved["state"][0]["exp_avg"]
+    with pytest.raises(CheckpointError, match=r"head.weight.* has no 'exp_avg'"):
+        optimizer.load_state_dict(saved)
+
+
+def test_corrections_without_the_mark_of_their_weights_are_told():
+    params = [nn.Parameter(torch.ones(4))]
+    optimizer = AdamW([("w", params[0])], param_ecc="bf16+8", compile="eager")
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["param#sum"] = "text"
+    with pytest.raises(CheckpointError, match=r"w.* has 'text' for state 'param#sum'"):
+        optimizer.load_state_dict(saved)
+    del saved["state"][0]["param#sum"]
+    with pytest.warns(StateWarning, match=r"w.* has no 'param#sum' in the checkpoint"):
+        optimizer.load_state_dict(saved)
+
+
 def test_numbers_that_the_class_takes_apart_are_looked_at_first():
     optimizer, _ = trained(Muon)
     for value in (-1.0, (), {}):
