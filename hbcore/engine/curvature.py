@@ -36,8 +36,9 @@ from hbcore.engine.param_codec import restoring
 from hbcore.errors import FallbackWarning, OptionError
 from hbcore.rules import route
 from hbcore.rules.curvature import Curvature
+from hbcore.rules.noise import stream_key
 from hbcore.rules.numerics import compute_dtype
-from hbcore.rules.row_noise import normal, stream_key
+from hbcore.rules.row_noise import normal
 from hbcore.warn import warn_at_caller
 
 Closure = Callable[[], Any]

@@ -15,12 +15,19 @@ LOW = 0xFFFFFFFF
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
+STRIDE = 0x9E3779B97F4A7C15  # odd, so that no two steps of 2^63 have the same key
 
 
-def noise_key(seed_key: str, name: str, step: int) -> int:
-    """A 63-bit key for one draw, from seed and parameter, slot and step. The same on every rank."""
-    digest = hashlib.blake2b(f"{seed_key}/{name}/{step}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+def stream_key(name: str, what: str) -> int:
+    """A 64-bit key, as a signed integer, for what is drawn for ``name`` for one purpose. The same on every rank."""
+    digest = hashlib.blake2b(f"{name}/{what}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def noise_key(stream: int, step: int) -> int:
+    """A 63-bit key for one draw, from a :func:`stream_key` and the step: hashing both in every step would take longer than a
+    kernel launch, for each parameter."""
+    return (stream + step * STRIDE) & (2**63 - 1)
 
 
 def philox4x32(seed: Tensor | int, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

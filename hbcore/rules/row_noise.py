@@ -10,7 +10,6 @@ by at most 4e-7, or 4e-7 times their pair's distance from 0 where that is more t
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
@@ -28,17 +27,11 @@ UNIT = 2.0**-24
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def stream_key(name: str, what: str) -> int:
-    """A 64-bit key, as a signed integer, for what is drawn for the row ``name`` for one purpose. The same on every rank."""
-    digest = hashlib.blake2b(f"{name}/{what}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
 def bits(keys: Tensor, numel: int, step: int, draw: int = 0) -> Tensor:
     """Sixteen random bits for each element of each row.
 
     Args:
-        keys: int64 ``[rows]``, see :func:`stream_key`, on any device.
+        keys: int64 ``[rows]``, see :func:`hbcore.rules.noise.stream_key`, on any device.
         numel: the elements of a row.
         step, draw: from 0; modulo 2^32.
 

@@ -16,7 +16,7 @@ import hbcore
 from hb_muon import Muon
 from hbcore.api import Context, Domain, Extension, Optimizer, Parallel, Slot, State, Transform, hyper, zeros
 from hbcore.errors import FallbackWarning, OptionError, RuleError
-from hbcore.rules.noise import noise_key, normal_of, philox4x32, stochastic_round_bf16, uniform_of, words
+from hbcore.rules.noise import noise_key, normal_of, philox4x32, stochastic_round_bf16, stream_key, uniform_of, words
 
 NUMBERS = 200_000
 
@@ -367,7 +367,7 @@ def test_stochastic_rounding_draws_by_names_and_step_alone() -> None:
     before, grad = p.detach().float(), torch.linspace(0.1, 3, 40).to(torch.bfloat16)
     p.grad = grad.clone()
     hbcore.get("SGD")([("w", p)], lr=0.001, momentum=0.0, stochastic_rounding=True, seed=7, compile="eager").step()
-    bits = torch.stack(philox4x32(noise_key("7/w", "noise.param", 1), torch.arange(10)), 1).flatten() & 0xFFFF
+    bits = torch.stack(philox4x32(noise_key(stream_key("7/w", "noise.param"), 1), torch.arange(10)), 1).flatten() & 0xFFFF
     assert torch.equal(p.detach(), stochastic_round_bf16(before - grad.float() * 0.001, bits))
 
 

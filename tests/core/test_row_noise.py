@@ -11,7 +11,8 @@ from core.rules import matrix, optimizer_with, parameter, stepped
 from hbcore.api import Slot, zeros
 from hbcore.engine.stacks import stack as stack_module
 from hbcore.rules import launching, row_noise
-from hbcore.rules.row_noise import bits, normal, stream_key, uniform
+from hbcore.rules.noise import stream_key
+from hbcore.rules.row_noise import bits, normal, uniform
 
 KEYS = torch.tensor([3, -5, 2**62 + 77, 0, -(2**63)])
 KINDS = {"bits": bits, "uniform": uniform, "normal": normal}

@@ -17,7 +17,7 @@ import hbcore
 from hb_psgd import PSGDLRA
 from hb_psgd.lra_rule import NOT_YET, default_rank
 from hbcore.errors import HyperparameterError, OptionError
-from hbcore.rules import row_noise
+from hbcore.rules import noise, row_noise
 
 SHAPES = ((5, 7), (13,), (2, 3, 4), (1,), ())
 STEPS = 24
@@ -30,7 +30,7 @@ def drawn(call, step, shapes, rest=()):
     """
     numbers = []
     for i, shape in shapes.items():
-        key = row_noise.stream_key(f"0/0.{i}/0.0", "psgd_lra")
+        key = noise.stream_key(f"0/0.{i}/0.0", "psgd_lra")
         count = int(np.prod([*shape, *rest]))
         numbers.append(row_noise.normal(torch.tensor([key]), count, step, call).double().numpy().reshape(-1, *rest))
     return np.concatenate(numbers)

@@ -16,7 +16,7 @@ from hbcore.engine.graph.program import NOISE, STACK, Bits, Program, keyed
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.planning.partition import Partition
 from hbcore.engine.stacks.flat_stack import View
-from hbcore.rules.noise import noise_key
+from hbcore.rules.noise import noise_key, stream_key
 from hbcore.rules.transform import Slot, Transform
 from hbcore.state.steps import Address
 
@@ -176,7 +176,7 @@ class SegmentBatch(Batch):
         self._addresses = Addresses(self._locals)
         self._strides = list(map(Tensor.stride, self._locals))
         noise = [name for name in segment.dtypes if name.startswith(NOISE)]
-        self._keyed = keyed(noise, segment.noise)
+        self._streams = {name: [stream_key(m.seed_key, name) for m in self.members] for name in keyed(noise, segment.noise)}
         columns: dict[str, list[Tensor]] = {"param": [], "grad": []}
         for name in segment.dtypes:
             if name != "grad" and name not in noise:
@@ -250,9 +250,9 @@ class SegmentBatch(Batch):
             self.every_row = [index.setdefault(pair, len(index)) for pair in pairs]
             self.rows = [self.every_row[i] for i in self.here]
             self._base, self._pairs = base, list(index)
-        for name in self._keyed:
-            steps = [int(base[self.positions[i]]) + ahead for i in self.here]
-            self.keys[name] = [noise_key(m.seed_key, name, t) for m, t in zip(self.members, steps, strict=True)]
+        steps = [int(base[self.positions[i]]) + ahead for i in self.here] if self._streams else []
+        for name, streams in self._streams.items():
+            self.keys[name] = list(map(noise_key, streams, steps))
         return [(group, count + ahead) for group, count in self._pairs]
 
 

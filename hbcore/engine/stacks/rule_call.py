@@ -18,7 +18,7 @@ from hbcore.errors import RuleError
 from hbcore.rules.author_errors import naming
 from hbcore.rules.contract import check_state, checked, title
 from hbcore.rules.declared import kind
-from hbcore.rules.noise import noise_key
+from hbcore.rules.noise import stream_key
 from hbcore.rules.transform import Transform
 
 MISSING = object()
@@ -188,4 +188,4 @@ def _check_count(rule: Transform, method: str, results: Iterator[Any], count: in
 
 def phase_of(name: str) -> float:
     """The place of a row in the interval between two refreshes, in [0, 1); by its name, so that it is the same everywhere."""
-    return (noise_key(name, "stagger", 0) & 0xFFFFFFFF) / 2**32
+    return (stream_key(name, "stagger") & 0xFFFFFFFF) / 2**32

@@ -19,8 +19,8 @@ from hbcore.distributed.placement import Shards
 from hbcore.engine.group_scalars import Due
 from hbcore.engine.stacks.key import StackKey
 from hbcore.rules.contract import slots_of
+from hbcore.rules.noise import stream_key
 from hbcore.rules.numerics import compute_dtype
-from hbcore.rules.row_noise import stream_key
 from hbcore.rules.transform import Slot, Transform
 from hbcore.rules.views import Block
 from hbcore.state.codec import StateCodec, part_name
