@@ -81,6 +81,9 @@ class SharedOptions(Declared):
         default=None,
         doc=f"how matrix rules multiply float32: {', '.join(PRECISIONS)}; None is split on GPUs for data centers, else ieee",
     )
+    offload: str | None = option(
+        default=None, doc='"cpu" keeps state in pinned host memory, from where it visits the GPU during a step'
+    )
     consume_grad: bool = option(default=True, doc="step() clears p.grad once it is used")
     multi_tensor: bool = option(
         default=True, doc="run many parameters together; False runs one at a time, with the same results but for flat rules"
@@ -141,6 +144,7 @@ class Options(TypedDict, total=False):
     update_clipping: Any
     skip_nonfinite: bool
     matmul_precision: str | None
+    offload: str | None
     consume_grad: bool
     multi_tensor: bool
     capturable: bool

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.program import CARRIED, Phase, Program
-from hbcore.engine.planning.segments import SegmentBatch
+from hbcore.engine.planning.segment_batch import SegmentBatch
 from hbcore.rules.transform import Domain
 
 

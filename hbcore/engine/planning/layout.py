@@ -15,9 +15,11 @@ from hbcore.engine.graph.program import NONFINITE
 from hbcore.engine.graph.scalar_inputs import Amp, device_values, numbers
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.group_scalars import Due, GroupScalars, advanced, carried
+from hbcore.engine.offload import Operations
 from hbcore.engine.planning.compiling import Compiler
-from hbcore.engine.planning.operations import Operation, operations_of
-from hbcore.engine.planning.segments import Addresses, Member, SegmentBatch, batches_of
+from hbcore.engine.planning.operations import operations_of
+from hbcore.engine.planning.segment_batch import Addresses, SegmentBatch, batches_of
+from hbcore.engine.planning.segments import Member
 from hbcore.engine.stacks.level import Readings, levels_of
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.steps import Selection
@@ -85,12 +87,12 @@ class Layout:
             compiler.trace(batch.segment)
         self._selection = Selection([m.counter for m in members], [m.primed for m in members])
         self.priming = self._selection.partial
-        self._state = Addresses([t for m in members for t in m.stored.values()])
+        self._state = Addresses([m.twins[n].home if n in m.twins else t for m in members for n, t in m.stored.items()])
         self._model_numel = float(sum(m.numel for m in members))
         self._stepping = stepping(members)
         self._coming: dict[int, GroupScalars] = {}
         self._due: dict[int, dict[str, Due]] = {}
-        self.operations: list[Operation] = []
+        self.operations = Operations()
         watch.settled()
 
     def holds(self) -> bool:
@@ -180,7 +182,9 @@ class Layout:
             m.primed = False
 
     def release(self) -> None:
-        """Let go of the step's gradients, and of the memory for stack inputs."""
+        """Let go of the step's gradients, of the memory for stack inputs, and of that for offloaded state, once it is home."""
+        if self.operations.journeys is not None:
+            self.operations.journeys.close()
         for batch in self.batches:
             batch.release()
         for level in self.levels:
@@ -193,6 +197,7 @@ class Layout:
 
     def drop(self) -> None:
         """Let go of every tensor, at once: the layout is not used any more."""
+        self.operations = Operations()
         for batch in self.batches:
             batch.drop()
 

@@ -19,6 +19,7 @@ from hbcore.engine.planning.flat_init import belongs, companions, is_flat
 from hbcore.engine.planning.layout import Layout, Watch
 from hbcore.engine.planning.partition import Partition, example, partition
 from hbcore.engine.planning.segments import Member, Segment, SegmentKey
+from hbcore.engine.planning.shares import shares_of
 from hbcore.engine.planning.state_init import StateInit
 from hbcore.engine.precision import autocast_off, autocasting
 from hbcore.errors import CompileError, ParameterError, SparseGradientError
@@ -50,6 +51,7 @@ class Plan:
         self._parted: set[int] = set()
         self._specs: list[SegmentSpec] = []
         self._forks: list[tuple[Transform, ...]] = []
+        self._shares: dict[Tensor, int] = {}
         self._partitions: dict[tuple[int, tuple[bool, ...], torch.dtype, str], Partition] = {}
         core.state.revision.watchers.add(self)
 
@@ -134,6 +136,8 @@ class Plan:
         present = {p for group in self.core.groups for p in group["params"]}
         for m in [m for p, m in self.members.items() if p not in present]:
             self._part(self.members.pop(m.param))
+        if present != self._shares.keys():
+            self._shares = shares_of(self.core)
         for g, group in enumerate(self.core.groups):
             for i, p in enumerate(group["params"]):
                 if not p.numel() or p.grad is None:
@@ -211,7 +215,8 @@ class Plan:
         alone = None if self.core.settings.multi_tensor else (g, i)
         mesh = None if shards is None else (shards.mesh, shards.placements)
         spec, received = part.segments[level], local(grad).dtype
-        key = SegmentKey(spec, here.device, here.dtype, received, dense or not here.numel(), alone, mesh)
+        share = self._shares[p]
+        key = SegmentKey(spec, here.device, here.dtype, received, dense or not here.numel(), alone, mesh, share)
         if key not in self.segments:
             transforms = spec.transforms(example(spec, self.core.groups[g]))
             slots = {name: slot for t in transforms for name, slot in t.slots(p).items()}

@@ -14,6 +14,7 @@ from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.scalar_inputs import numbers
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.group_scalars import carried
+from hbcore.engine.offload import Twin, applies, homed
 from hbcore.engine.planning.flat_init import FlatInit, NewMember, belongs, move_in
 from hbcore.engine.planning.partition import Partition
 from hbcore.engine.planning.segments import Member, Segment, aligned, is_transient
@@ -78,7 +79,8 @@ class StateInit:
 
     def _member(self, n: NewMember, address: Address, views: list[View]) -> Member:
         p, state, part = n.param, self.core.state[n.param], local(n.param.detach())
-        names = ["step", *self._elementwise(n, part, state)]
+        elementwise = self._elementwise(n, part, state)
+        names = ["step", *elementwise]
         touched = float(state.get("step", 0.0)) > 0
         for i, view in zip(n.partition.rules, views, strict=False):
             touched = self._move_in(n, n.partition.transforms[i], view, state) or touched
@@ -87,6 +89,9 @@ class StateInit:
             raise RuleError(f"two rules of one chain claim the slot {twice[0]!r} of a parameter; rename one of them.")
         state["step"] = address.view()
         held = {name: state[name] for name in names}
+        away = elementwise if applies(self.core.settings.offload, part.device) else ()
+        numbers = {name for segment in n.segments for name in segment.key.spec.numbers}
+        twins = {name: Twin.of(held, name, part.device) for name in away if name not in numbers}
         return Member(
             param=p,
             local=part,
@@ -99,9 +104,10 @@ class StateInit:
             seed_key=self.core.seed_key(n.group, p),
             views=views,
             held=held,
-            stored={name: local(t) for name, t in held.items()},
+            stored={name: twins[name].tensor if name in twins else local(t) for name, t in held.items()},
             addresses={name: local(t).data_ptr() for name, t in held.items()},
             primed=touched or not n.partition.primes,
+            twins=twins,
         )
 
     def _elementwise(self, n: NewMember, part: Tensor, state: dict[str, Any]) -> list[str]:
@@ -134,6 +140,8 @@ class StateInit:
                 elif old.dtype != dtype or not aligned(old, part):
                     moved = torch.empty_like(part, dtype=dtype, requires_grad=False).copy_(old)
                     state[name] = spread_like(moved, n.param)
+                if applies(self.core.settings.offload, part.device):
+                    state[name] = homed(state[name], part.device)
         return names
 
     def _share(self, n: NewMember, name: str, number: Tensor) -> None:
@@ -208,7 +216,8 @@ class StateInit:
                 elsewhere = rule.flat or (shards is not None and owner_of[n.param] != shards.rank)
                 for k, block in enumerate(() if elsewhere else rule.blocks(n.param.shape)):
                     spec, device = segment.key.spec, segment.key.device
-                    key = StackKey(spec, i, self._read(n, spec, i), step, block.shape, n.param.dtype, device)
+                    reads, away = self._read(n, spec, i), applies(self.core.settings.offload, device)
+                    key = StackKey(spec, i, reads, step, block.shape, n.param.dtype, device, away)
                     rules[key] = (rule, dict(spec.feeds))
                     names = rows.setdefault(key, [])
                     level.append((block, key, len(names)))

@@ -116,6 +116,7 @@ class TritonExecutable:
 
     def run(self, phase: int, batch: Batch) -> int:
         assert self.tables is not None
+        self.tables.follow()
         for name in self.program.phases[phase].sums:
             if name in batch.model:
                 self.tables.model[self.layout.reductions.index(name)] = batch.model[name]
