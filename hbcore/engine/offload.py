@@ -25,8 +25,9 @@ APPLIES = ("cuda",)
 """The device types of parameters whose state can live elsewhere."""
 
 SHARE = 64 << 20
-"""Bytes of state that the parameters of one segment have at most, if they are several. The first share is fetched, and the last
-one stored, while nothing travels the other way; and a share's kernels should be few beside the millisecond of its copies."""
+"""Bytes of state that visit the device together: those of a segment's parameters, or of a piece of one where it can be cut.
+The first share is fetched, and the last one stored, while nothing travels the other way, so it should be small beside the
+whole; and a share's few kernels and tables should be little beside the millisecond of its copies."""
 
 RESIDENT = 4 * SHARE
 """Bytes that twins may have on a device before a fetch waits for a store: one share comes, one is worked on, two leave."""
@@ -64,27 +65,29 @@ class Twin:
         homes, name: where its home is found, which users may replace.
         tensor: the place, which has memory while it is open.
         size: the bytes of that.
+        elements: which of the home's elements it has, if it has not all of them.
     """
 
     homes: Mapping[str, Tensor]
     name: str
     tensor: Tensor
     size: int
+    elements: slice | None = None
 
     @classmethod
-    def of(cls, homes: Mapping[str, Tensor], name: str, device: torch.device) -> Twin:
-        """A closed twin of ``homes[name]``, with its strides."""
-        home = homes[name]
+    def of(cls, homes: Mapping[str, Tensor], name: str, device: torch.device, elements: slice | None = None) -> Twin:
+        """A closed twin of ``homes[name]``, with its strides, or of some elements of it."""
+        home = _some(homes[name], elements)
         with torch.inference_mode(False):
             tensor = torch.empty_strided(home.size(), home.stride(), dtype=home.dtype, device=device)
-        twin = cls(homes, name, tensor, tensor.untyped_storage().nbytes())
+        twin = cls(homes, name, tensor, tensor.untyped_storage().nbytes(), elements)
         twin.close()
         return twin
 
     @property
     def home(self) -> Tensor:
         """The tensor in host memory."""
-        return self.homes[self.name]
+        return _some(self.homes[self.name], self.elements)
 
     def open(self) -> None:
         """Take memory, uninitialised."""
@@ -93,6 +96,10 @@ class Twin:
     def close(self) -> None:
         """Give it back."""
         self.tensor.untyped_storage().resize_(0)
+
+
+def _some(t: Tensor, elements: slice | None) -> Tensor:
+    return t if elements is None else t.view(-1)[elements]
 
 
 def twins_of(homes: dict[str, Tensor], names: Iterable[str], device: torch.device) -> dict[str, Twin]:

@@ -23,12 +23,13 @@ from hbcore.rules.transform import Transform
 
 
 class NewMember(NamedTuple):
-    """A parameter that the plan does not know, or not as it is now."""
+    """A parameter that the plan does not know, or not as it is now; ``pieces`` are segments for so many pieces of it."""
 
     group: int
     param: Tensor
     partition: Partition
     segments: tuple[Segment, ...]
+    pieces: tuple[Segment, ...] = ()
 
 
 class FlatKey(NamedTuple):

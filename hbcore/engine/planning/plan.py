@@ -15,11 +15,11 @@ from hbcore.engine.graph.program import shared_words
 from hbcore.engine.graph.scalar_inputs import NO_AMP, Amp, capturing
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.planning.compiling import Compiler
-from hbcore.engine.planning.flat_init import belongs, companions, is_flat
+from hbcore.engine.planning.flat_init import NewMember, belongs, companions, is_flat
 from hbcore.engine.planning.layout import Layout, Watch
 from hbcore.engine.planning.partition import Partition, example, partition
 from hbcore.engine.planning.segments import Member, Segment, SegmentKey
-from hbcore.engine.planning.shares import shares_of
+from hbcore.engine.planning.shares import Share, divisible, shares_of
 from hbcore.engine.planning.state_init import StateInit
 from hbcore.engine.precision import autocast_off, autocasting
 from hbcore.errors import CompileError, ParameterError, SparseGradientError
@@ -51,7 +51,7 @@ class Plan:
         self._parted: set[int] = set()
         self._specs: list[SegmentSpec] = []
         self._forks: list[tuple[Transform, ...]] = []
-        self._shares: dict[Tensor, int] = {}
+        self._shares: dict[Tensor, Share] = {}
         self._partitions: dict[tuple[int, tuple[bool, ...], torch.dtype, str], Partition] = {}
         core.state.revision.watchers.add(self)
 
@@ -165,7 +165,7 @@ class Plan:
         groups = init.rejoining() | self._parted
         self._parted = set()
         for n in companions(self.members.values(), groups, init.params()) if groups else ():
-            init.add(*n)
+            init.add(n)
 
     def _grouped(self, active: Iterable[Member]) -> list[Member]:
         """The members of the coming layout; plans for sparse gradients put others in their place."""
@@ -197,7 +197,17 @@ class Plan:
                 "Delete the state (del optimizer.state[p]) to start it afresh, or build a new optimizer."
             )
         if known is None or known.group != g or known.segments != segments or not init.holds(known):
-            init.add(g, p, part, segments)
+            init.add(NewMember(g, p, part, segments, self._pieces(part, p, g, i, segments[0])))
+
+    def _pieces(self, part: Partition, p: Tensor, g: int, i: int, whole: Segment) -> tuple[Segment, ...]:
+        """The segments of a parameter whose offloaded state is too much for one; none if it cannot be cut."""
+        first, count = self._shares[p]
+        if count == 1 or part.rules or part.segments[0].numbers or p.is_complex() or not p.is_contiguous():
+            return ()
+        self._compiler.trace(whole)
+        if not divisible(whole.program):
+            return ()
+        return tuple(self._segment(part, 0, p, g, i, share) for share in range(first, first + count))
 
     def _partition(self, g: int, group: Group, p: Tensor) -> Partition:
         branches = route.branches(self._forks[g], p)
@@ -208,14 +218,14 @@ class Plan:
             self._partitions[key] = partition(spec, group, p, self.core.settings.promote)
         return self._partitions[key]
 
-    def _segment(self, part: Partition, level: int, p: Tensor, g: int, i: int) -> Segment:
+    def _segment(self, part: Partition, level: int, p: Tensor, g: int, i: int, share: int | None = None) -> Segment:
         grad = self._gradient(p, g, i)
         here, shards = local(p.detach()), shards_of(p)
         dense = is_dense(here) if not part.rules else here.is_contiguous()  # a stack's rows lie in logical order
         alone = None if self.core.settings.multi_tensor else (g, i)
         mesh = None if shards is None else (shards.mesh, shards.placements)
         spec, received = part.segments[level], local(grad).dtype
-        share = self._shares[p]
+        share = self._shares[p].first if share is None else share
         key = SegmentKey(spec, here.device, here.dtype, received, dense or not here.numel(), alone, mesh, share)
         if key not in self.segments:
             transforms = spec.transforms(example(spec, self.core.groups[g]))

@@ -74,6 +74,9 @@ class SegmentBatch(Batch):
         if self.shards is not None:
             self.numels = [float(m.numel) for m in self.members]
             self.starts = [sum(shards_before(m)) for m in self.members]
+        self._pieces = [m.elements for m in self.members if m.elements is not None]
+        if self._pieces:
+            self.numels, self.starts = [float(m.numel) for m in self.members], [e.start for e in self._pieces]
         self._scalars = () in self._strides
         self._viewed = self.shards is not None or any(p.is_complex() for p in self._params)
         self._contiguous = all(map(Tensor.is_contiguous, self._locals))
@@ -92,6 +95,8 @@ class SegmentBatch(Batch):
         try:
             if self._viewed:
                 grads, now = list(map(local, grads)), [local(p.detach()) for p in self._params]
+            if self._pieces:
+                grads, now = cut(grads, self._pieces), cut([p.detach() for p in now], self._pieces)
             if self._contiguous:  # the usual case, and a third of the time
                 alike = all(map(Tensor.is_contiguous, grads))
             else:
@@ -166,10 +171,16 @@ class SegmentBatch(Batch):
 def batches_of(members: Iterable[Member]) -> list[SegmentBatch]:
     """One :class:`SegmentBatch` for each segment, in order of appearance; ``members`` are all active ones."""
     segments: dict[Segment, list[tuple[Member, int]]] = {}
-    for i, m in enumerate(members):
-        for segment in m.segments[: m.reach]:
-            segments.setdefault(segment, []).append((m, i))
+    for i, whole in enumerate(members):
+        for m in whole.pieces or (whole,):
+            for segment in m.segments[: m.reach]:
+                segments.setdefault(segment, []).append((m, i))
     return [SegmentBatch(segment, [m for m, _ in some], [i for _, i in some]) for segment, some in segments.items()]
+
+
+def cut(tensors: Iterable[Tensor], pieces: Iterable[slice]) -> list[Tensor]:
+    """A piece of each tensor, in logical order; a view of one that is contiguous."""
+    return [t.reshape(-1)[elements] for t, elements in zip(tensors, pieces, strict=True)]
 
 
 def shards_before(member: Member) -> list[int]:

@@ -80,6 +80,9 @@ class Member:
         seed_key: what its noise is drawn by.
         primed: whether its rules that prime did so.
         twins: of the segments' state that is offloaded.
+        pieces: members in place of this one, each with some of its elements, if all of its state is too much to visit the
+            device at once.
+        elements: those that a piece has of its parameter.
     """
 
     param: Tensor
@@ -97,6 +100,8 @@ class Member:
     addresses: dict[str, int]
     primed: bool = True
     twins: Mapping[str, Twin] = field(default_factory=dict)
+    pieces: Sequence[Member] = ()
+    elements: slice | None = None
 
     @property
     def numel(self) -> int:

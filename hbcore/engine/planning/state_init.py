@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.group_scalars import carried
 from hbcore.engine.offload import Twin, applies, homed
 from hbcore.engine.planning.flat_init import FlatInit, NewMember, belongs, move_in
-from hbcore.engine.planning.partition import Partition
 from hbcore.engine.planning.segments import Member, Segment, aligned, is_transient
+from hbcore.engine.planning.shares import pieces_of
 from hbcore.engine.stacks.bound_rule import BoundRule
 from hbcore.engine.stacks.flat_stack import FlatView, View
 from hbcore.engine.stacks.key import StackKey
@@ -43,9 +44,9 @@ class StateInit:
         self._reads: dict[tuple[int, int], tuple[int, ...]] = {}
         self._flat = FlatInit(core)
 
-    def add(self, group: int, param: Tensor, partition: Partition, segments: tuple[Segment, ...]) -> None:
-        """Take in ``param`` with the others."""
-        self._new.append(NewMember(group, param, partition, segments))
+    def add(self, new: NewMember) -> None:
+        """Take in a parameter with the others."""
+        self._new.append(new)
 
     def rejoining(self) -> set[int]:
         """The groups in which a part of a flat rule's vector is planned anew, and therefore all of it."""
@@ -89,10 +90,10 @@ class StateInit:
             raise RuleError(f"two rules of one chain claim the slot {twice[0]!r} of a parameter; rename one of them.")
         state["step"] = address.view()
         held = {name: state[name] for name in names}
-        away = elementwise if applies(self.core.settings.offload, part.device) else ()
+        away = [] if n.pieces or not applies(self.core.settings.offload, part.device) else elementwise
         numbers = {name for segment in n.segments for name in segment.key.spec.numbers}
         twins = {name: Twin.of(held, name, part.device) for name in away if name not in numbers}
-        return Member(
+        member = Member(
             param=p,
             local=part,
             shards=shards_of(p),
@@ -109,6 +110,7 @@ class StateInit:
             primed=touched or not n.partition.primes,
             twins=twins,
         )
+        return replace(member, pieces=pieces_of(member, n.pieces)) if n.pieces else member
 
     def _elementwise(self, n: NewMember, part: Tensor, state: dict[str, Any]) -> list[str]:
         """Complete the state of the segments' slots, in the parameter's memory order; return its names."""
