@@ -170,7 +170,8 @@ class Lane:
     def leave(self, written: Iterable[Twin], kept: Iterable[Twin]) -> None:
         """An operation was enqueued that writes these: store all that is here but for ``kept``."""
         self._changed.update(written)
-        going = [t for t in self._here if t not in set(kept)]
+        kept = set(kept)
+        going = [t for t in self._here if t not in kept]
         changed = [t for t in going if t in self._changed]
         event = self._travel(1, [(t.home, t.tensor) for t in changed])
         for t in going:

@@ -318,7 +318,7 @@ COMMON = [
 ]  # fmt: skip
 ALONE = [
     gradients_are_released, under(torch.inference_mode), complex_parameters, in_bfloat16, weights_are_switched,
-    with_options(ecc="int8"), with_options(ecc="bf16+16", stochastic_rounding=True), with_options(storage_dtype="bfloat16"),
+    with_options(ecc="int8"), with_options(ecc="bf16+8", stochastic_rounding=True), with_options(storage_dtype="bfloat16"),
     with_options(caution=True), with_options(skip_nonfinite=True), with_options(mars=True),
     with_options(gradient_clipping=("l2_clip_", 0.1)), with_options(gradient_clipping=("global_l2norm_clip", 0.1)),
     with_options(update_clipping="adaptive_gradient_clipping_"),
