@@ -46,6 +46,7 @@ class Settings:
     skip_nonfinite: bool = False  # options newer than 0.1.0 have a default, which its pickles lack
     matmul_precision: str | None = None
     offload: str | None = None
+    report_norms: bool = False
 
     def stages(self, h: Any, rule: Iterable[Transform]) -> tuple[Transform, ...]:
         """``rule`` with the transforms the options insert, in order, for a group's hyperparameters ``h``."""
@@ -120,6 +121,7 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
         skip_nonfinite=bool(values["skip_nonfinite"]),
         matmul_precision=values["matmul_precision"],
         offload=values["offload"],
+        report_norms=bool(values["report_norms"]),
         consume_grad=bool(values["consume_grad"]),
         multi_tensor=bool(values["multi_tensor"]),
         capturable=bool(values["capturable"]),

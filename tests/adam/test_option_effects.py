@@ -265,6 +265,14 @@ def test_offload_changes_where_state_lives_and_nothing_else():
     assert same([p], [stepped(GRAD, GRAD)[0]]) and optimizer.state[p]["exp_avg"].device.type == "cpu"
 
 
+@promises("report_norms")
+def test_report_norms_says_how_far_a_step_went():
+    p, optimizer = stepped(GRAD, report_norms=True)
+    assert same([p], [stepped(GRAD)[0]])
+    update, weight = optimizer.norms()[0]
+    assert math.isclose(update, LR) and math.isclose(weight, float(p.detach().square().mean().sqrt()))
+
+
 @promises("capturable")
 def test_capturable_steps_decide_on_the_device_whether_they_count():
     p, optimizer = stepped(GRAD, capturable=True)

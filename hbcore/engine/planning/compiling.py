@@ -68,6 +68,10 @@ class Compiler:
                     f"{error} skip_nonfinite=True needs rules that can be fused: one that runs parameter by parameter would "
                     "change some before the rest are looked at."
                 ) from error
+            if self._settings.report_norms:
+                raise RuleError(
+                    f"{error} report_norms=True needs rules that can be fused, in whose passes it adds up squares."
+                ) from error
             if any(t.domain == Domain.MODEL or t.scalars() for t in segment.transforms):
                 raise  # one parameter at a time sees no model, nor carries what all of them share
             fell_back(self._report, f"the chain cannot be fused: {error} It runs one parameter at a time", SLOWER)

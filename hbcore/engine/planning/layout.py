@@ -20,6 +20,7 @@ from hbcore.engine.planning.compiling import Compiler
 from hbcore.engine.planning.operations import operations_of
 from hbcore.engine.planning.segment_batch import Addresses, SegmentBatch, batches_of
 from hbcore.engine.planning.segments import Member
+from hbcore.engine.report import Reported
 from hbcore.engine.stacks.level import Readings, levels_of
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.steps import Selection
@@ -158,6 +159,8 @@ class Layout:
         for level in self.levels:
             for note in level.notes:
                 core.report.note(note)
+        if core.settings.report_norms:
+            core.report.norms = [Reported([m.param for m in b.everyone], **b.reported) for b in self.batches if b.reported]
         primed = [m for m in self.members if not m.primed] if self.priming else []
         for m in primed:
             m.primed = True

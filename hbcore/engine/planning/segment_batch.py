@@ -50,8 +50,8 @@ class SegmentBatch(Batch):
     Attributes:
         everyone: its active members, also those of which this rank has no part.
         every_row: the row of scalars of each of them.
-        whole: reduction over whole tensors that are sharded -> a vector, an element for each of them.
         carried: carried number that depends on a reduction -> its new values, an element for each of them.
+        reported: what the step says of them, likewise.
     """
 
     def __init__(self, segment: Segment, members: list[Member], positions: list[int]) -> None:
@@ -81,8 +81,8 @@ class SegmentBatch(Batch):
         self._viewed = self.shards is not None or any(p.is_complex() for p in self._params)
         self._contiguous = all(map(Tensor.is_contiguous, self._locals))
         self.every_row: list[int] = []
-        self.whole: dict[str, Tensor] = {}
         self.carried: dict[str, Tensor] = {}
+        self.reported: dict[str, Tensor] = {}
         self._base: list[float] | None = None
         self._pairs: list[tuple[int, float]] = []
         self._opened: list[int] = []
@@ -154,7 +154,7 @@ class SegmentBatch(Batch):
             base: the step counts of all active members, the same list while they advance together.
             ahead: what to add to them.
         """
-        for made in (self.sums, self.model, self.whole, self.carried):
+        for made in (self.sums, self.model, self.whole, self.carried, self.reported):
             made.clear()
         if self._base is not base:
             index: dict[tuple[int, float], int] = {}
