@@ -345,6 +345,33 @@ def test_whatever_users_do_gives_the_same_bits(name, backend, scenario, opened):
     assert not opened[0] and opened[1][0] > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_tables_that_are_made_while_twins_have_no_memory_are_filled_in_later():
+    """As gradients need that lie otherwise in memory; and the twins may get their memory where they had it before."""
+    if not pytest.importorskip("hbcore.engine.backends.triton.device_lib").INTERPRETED:
+        pytest.skip("runs under Triton's interpreter")
+    [p] = parameters(((4, 4),))
+    optimizer = hbcore.get("AdamW")([p], compile="triton", consume_grad=False, offload="cpu")
+    run(optimizer, [p], gradients(2, ((4, 4),)))
+    layout = optimizer.core.plan.layout
+    [batch] = layout.batches
+    assert layout.collect()
+    executable, moves = batch.segment.executable, batch.moves
+    executable.tables = None
+    executable.prepare(batch)
+    [launch] = executable.tables.launches
+    assert 0 in launch.table[0]
+    for twin in twins_of(optimizer):
+        twin.open()
+    executable.tables.follow()
+    columns = executable.layout.columns
+    assert launch.table[0, : len(columns)].tolist() == [batch.tensors[name][0].data_ptr() for name in columns]
+    assert batch.moves == moves
+    layout.release()
+    for twin in twins_of(optimizer):
+        twin.close()
+
+
 @pytest.mark.parametrize("kind", ["split", "sam"])
 def test_optimizers_made_of_optimizers(kind, opened):
     def result(**away):
