@@ -21,7 +21,7 @@ import hbcore
 from hbcore.cli.bench.shapes import shapes_of
 
 STEPS, WINDOWS, COMPARED = 10, 7, 5
-BLOCK, BLOCKS = 64 << 20, 8
+BLOCK, BLOCKS = 32 << 20, 16
 """The copies that bandwidth is measured with: as large as a share of state, several to a window."""
 
 

@@ -46,7 +46,7 @@ class Memory:
         stacks: the inputs of matrix rules, which have memory only during a step on a GPU, and always elsewhere.
         slots: the state and what is derived from it, slot by slot; with ``offload="cpu"`` most of these bytes are the host's.
         host: the state that ``offload="cpu"`` keeps in host memory, which is not among :attr:`state`. In a step some of it is
-            on the device for a moment: a few shares of 64 MiB, and what matrix rules use at once.
+            on the device for a moment: a few shares of 32 MiB, and what matrix rules use at once.
     """
 
     elements: int

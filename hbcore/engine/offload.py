@@ -24,10 +24,10 @@ TARGETS = ("cpu",)
 APPLIES = ("cuda",)
 """The device types of parameters whose state can live elsewhere."""
 
-SHARE = 64 << 20
+SHARE = 32 << 20
 """Bytes of state that visit the device together: those of a segment's parameters, or of a piece of one where it can be cut.
 The first share is fetched, and the last one stored, while nothing travels the other way, so it should be small beside the
-whole; and a share's few kernels and tables should be little beside the millisecond of its copies."""
+whole; and what the host does for a share should be little beside the half of a millisecond that its copies take."""
 
 RESIDENT = 4 * SHARE
 """Bytes that twins may have on a device before a fetch waits for a store: one share comes, one is worked on, two leave."""
@@ -260,9 +260,13 @@ class Journeys:
         self._follow = [n.follow for n in needs]
         self._coming: list[tuple[Lane, Any]] = []
 
+    def begin(self) -> None:
+        """Fetch the first operation's state, while the host has yet to fill in the step's numbers."""
+        self._coming = self._fetch(0)
+
     def run(self, k: int, operation: Operation) -> int:
         """Run the ``k``-th of the operations that use state; fetch the next one's before, and store what it changed after."""
-        events = self._coming if k else self._fetch(0)
+        events = self._coming or self._fetch(k)
         self._coming = self._fetch(k + 1)
         for lane, event in events:
             lane.await_(event)

@@ -46,7 +46,7 @@ def same(ours, theirs):
     return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.fixture(params=[64 << 20, 1 << 18])
+@pytest.fixture(params=[32 << 20, 1 << 18])
 def share(request, monkeypatch):
     monkeypatch.setattr(offload, "SHARE", request.param)
     monkeypatch.setattr(offload, "RESIDENT", 4 * request.param)

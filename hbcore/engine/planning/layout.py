@@ -113,7 +113,9 @@ class Layout:
 
     def fill(self, amp: Amp) -> None:
         """Bring the step's numbers to where the operations read them. Everything compiles before anything is written."""
-        core = self.core
+        core, journeys = self.core, self.operations.journeys
+        if journeys is not None:
+            journeys.begin()
         base, ahead = self._selection.coming(trusted=core.chain.settings.capturable)
         carries, every = dict[int, dict[str, float]](), core.all_scalars()
         for g, transforms in self._stepping.items():
@@ -136,6 +138,8 @@ class Layout:
             for level in self.levels:
                 level.curved.take(pairs, self._due)
         if changed:
+            if journeys is not None:
+                journeys.close()
             self.operations = operations_of(self.batches, self.levels, core)
             core.report.backend = "+".join(sorted({b.segment.backend for b in self.batches} - {""})) or core.report.backend
 
@@ -159,7 +163,7 @@ class Layout:
         for level in self.levels:
             for note in level.notes:
                 core.report.note(note)
-        if core.settings.report_norms:
+        if core.chain.settings.report_norms:
             core.report.norms = [Reported([m.param for m in b.everyone], **b.reported) for b in self.batches if b.reported]
         primed = [m for m in self.members if not m.primed] if self.priming else []
         for m in primed:
