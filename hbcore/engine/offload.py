@@ -57,7 +57,7 @@ def sent_home(offload: str | None, param: Tensor, state: dict[str, Any]) -> dict
     return {name: homed(t, param.device) if isinstance(t, Tensor) and t.ndim else t for name, t in state.items()}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # a tensor without memory has no repr
 class Twin:
     """A state tensor's place on the device.
 
@@ -186,9 +186,11 @@ class Lane:
         """Store what is left, wait until all is at home, and give all memory back."""
         if not self._here and not self._leaving:
             return
+        if self._cuda:
+            self._streams[0].synchronize()  # of a step that failed, whose fetches nobody waited for
         self.leave((), ())
-        for stream in self._streams:
-            stream.synchronize()
+        if self._cuda:
+            self._streams[1].synchronize()
         for t in self._leaving:
             self._close(t)
         self._leaving.clear()
