@@ -128,6 +128,22 @@ def test_state_that_is_too_much_for_one_share_comes_in_pieces(opened):
     assert not any(m.pieces for m in clipped.core.plan.members.values()), "a sum over a tensor needs all of it"
 
 
+def test_state_travels_once_for_passes_that_need_not_wait_for_others(opened, monkeypatch):
+    """Caution and clipping take several passes over each tensor, and its state one journey."""
+    journeys = []
+    monkeypatch.setattr(offload.Lane, "_travel", lambda lane, way, copies: journeys.append((way, len(copies))))
+    shapes = ((10, 8),) * 4
+    for options in (
+        {"caution": True},
+        {"caution": True, "gradient_clipping": "global_l2norm_clip", "update_clipping": "l2_clip_"},
+    ):
+        params = parameters(shapes)
+        optimizer = hbcore.get("AdamW")(params, offload="cpu", compile="eager", **options)
+        journeys.clear()
+        run(optimizer, params, gradients(1, shapes))
+        assert sum(n for way, n in journeys if way == 0) == sum(n for way, n in journeys if way == 1) == 4 * 2
+
+
 def simple(build):
     params = parameters()
     optimizer = build(params)

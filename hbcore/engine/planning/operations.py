@@ -43,21 +43,20 @@ def operations_of(batches: Sequence[SegmentBatch], levels: Sequence[Level], core
     done, finished = dict.fromkeys(batches, 0), 0
     while finished < len(levels) or any(k < b.segment.phases for b, k in done.items()):
         for b in batches:
-            k, segment = done[b], b.segment
-            if k == segment.phases or segment.level > finished or _waits(b, k, contributing):
-                continue
-            if b.members:
-                assert segment.executable is not None
-                needs[len(operations)] = b.needs(k)
-                operations.append(partial(segment.executable.run, k, b))
-            done[b] += 1
-            for r in segment.program.phases[k].reduces if segment.program else ():
-                if r.domain == Domain.TENSOR and b.shards is not None:
-                    operations.append(partial(_reduce_over_ranks, b, r))
-                if r.domain == Domain.MODEL:
-                    contributing[r.name].discard(b)
-                    if not contributing[r.name]:
-                        operations.append(partial(_reduce_over_model, r, batches, core))
+            segment = b.segment  # with as many phases as can run: offloaded state is here then
+            while (k := done[b]) < segment.phases and segment.level <= finished and not _waits(b, k, contributing):
+                if b.members:
+                    assert segment.executable is not None
+                    needs[len(operations)] = b.needs(k)
+                    operations.append(partial(segment.executable.run, k, b))
+                done[b] += 1
+                for r in segment.program.phases[k].reduces if segment.program else ():
+                    if r.domain == Domain.TENSOR and b.shards is not None:
+                        operations.append(partial(_reduce_over_ranks, b, r))
+                    if r.domain == Domain.MODEL:
+                        contributing[r.name].discard(b)
+                        if not contributing[r.name]:
+                            operations.append(partial(_reduce_over_model, r, batches, core))
         feeding = (b for b in batches if b.segment.level == finished and b.segment.key.spec.feeds)
         if finished < len(levels) and all(done[b] == b.segment.phases for b in feeding):
             needs[len(operations)] = levels[finished].needs()
