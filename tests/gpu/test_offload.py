@@ -63,7 +63,7 @@ def test_a_run_is_the_same_bit_for_bit(name, options, share):
     assert same(params, expected) and same(state(away), state(plain))
 
 
-@pytest.mark.filterwarnings("ignore::hbcore.errors.StateWarning")
+@pytest.mark.filterwarnings("ignore::hbcore.errors.StateWarning", "ignore:.*max_lr")
 @pytest.mark.parametrize("name", EVERY)
 def test_every_optimizer_runs_the_same(name, monkeypatch):
     monkeypatch.setattr(offload, "SHARE", 1 << 18)
