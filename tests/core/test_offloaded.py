@@ -4,6 +4,7 @@ everything but streams and pinning is as on a GPU, for which there is ``tests/gp
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from core.kit import SHAPES, backward, convnet, gradients, loss_of, mlp, one_of_each, parameters, run, train
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import hbcore
 from hb_adam import SparseAdam
@@ -463,3 +465,19 @@ def test_memory_tells_where_state_is(name):
     assert away.state + away.host == plain.state and plain.host == 0
     assert away.total == plain.total - away.host and away.state < 100
     assert ("in host memory" in str(away)) is (away.host > 0)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SFAdamW", "Muon", "SOAP", "PSGDLRA"])
+def test_homes_that_users_replace_are_let_go_of_at_once(name):
+    params = parameters(((10, 8), (6, 4), (6, 4), (5,)))
+    optimizer = hbcore.get(name)(params, lr=0.01, offload="cpu", compile="eager")
+    run(optimizer, params, gradients(3, ((10, 8), (6, 4), (6, 4), (5,))))
+    slots = [(some, key) for some in optimizer.state.values() for key in some if key != "step"]
+    held = [StorageWeakRef(some[key].untyped_storage()) for some, key in slots]
+    gc.disable()
+    try:
+        for some, key in slots:
+            some[key] = some[key].new_empty(0)
+        assert held and all(storage.expired() for storage in held)
+    finally:
+        gc.enable()
