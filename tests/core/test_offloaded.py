@@ -342,9 +342,14 @@ ALONE = [
     with_options(update_clipping="adaptive_gradient_clipping_"),
 ]  # fmt: skip
 CASES = [("AdamW", "eager", s) for s in (*COMMON, *ALONE)]
+CASES += [("SOAP", "eager", s) for s in COMMON]
 CASES += [
-    (name, "eager", s) for name in ("SOAP", "SFAdamW", "PSGDLRA") for s in COMMON if (name, s) != ("PSGDLRA", channels_last)
+    pytest.param(name, "eager", s, marks=pytest.mark.broad)
+    for name in ("SFAdamW", "PSGDLRA")
+    for s in COMMON
+    if (name, s) != ("PSGDLRA", channels_last)
 ]
+CASES += [("PSGDLRA", "eager", s) for s in (late_parameters_and_missing_gradients, loaded(False), loaded(True))]
 CASES += [("SFAdamW", "eager", weights_are_switched), ("Muon", "eager", late_parameters_and_missing_gradients)]
 CASES += [("AdamW", "cpp", s) for s in (simple, late_parameters_and_missing_gradients, state_is_replaced_moved_and_written_to)]
 
