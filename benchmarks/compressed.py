@@ -29,6 +29,7 @@ CASES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "fp32, ecc bf16+8": ("AdamW", torch.float32, {"ecc": "bf16+8"}),
     "fp32, ecc bf16+16": ("AdamW", torch.float32, {"ecc": "bf16+16"}),
     "fp32, ecc int8": ("AdamW", torch.float32, {"ecc": "int8"}),
+    "fp32, storage bfloat16": ("AdamW", torch.float32, {"storage_dtype": "bfloat16"}),
     "bf16": ("AdamW", torch.bfloat16, {}),
     "bf16, stochastic": ("AdamW", torch.bfloat16, {"stochastic_rounding": True}),
     "bf16+8, ecc bf16+8": ("AdamW", torch.bfloat16, PACKED),

@@ -35,7 +35,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device; printed as a table.
+    """Bytes on the device, and of the state in host memory; printed as a table.
 
     Attributes:
         elements: the model's elements, frozen ones too.
@@ -44,7 +44,9 @@ class Memory:
         state: what the optimizer keeps from step to step and saves, ``param_ecc``'s corrections among it.
         derived: what it keeps and does not save, since it follows from the state.
         stacks: the inputs of matrix rules, which have memory only during a step on a GPU, and always elsewhere.
-        slots: the state and what is derived from it, slot by slot.
+        slots: the state and what is derived from it, slot by slot; with ``offload="cpu"`` most of these bytes are the host's.
+        host: the state that ``offload="cpu"`` keeps in host memory, which is not among :attr:`state`. In a step some of it is
+            on the device for a moment: a few shares of 32 MiB, and what matrix rules use at once.
     """
 
     elements: int
@@ -54,26 +56,33 @@ class Memory:
     derived: int
     stacks: int
     slots: tuple[Slot, ...]
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All that is on the device."""
         return sum(getattr(self, title) for title in TITLES)
 
     @property
     def per_parameter(self) -> Mapping[str, float]:
         """The bytes for each of the model's elements, by the attributes' names, and ``"total"``."""
-        return {title: getattr(self, title) / max(self.elements, 1) for title in (*TITLES, "total")}
+        return {title: getattr(self, title) / max(self.elements, 1) for title in (*TITLES, "total", "host")}
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """The table: a name, bytes for each element, and bytes."""
         each = self.per_parameter
         for title in TITLES:
             yield title, f"{each[title]:.3g}", f"{getattr(self, title):,}"
-            for slot in self.slots if title == "state" else ():
-                name = f"  {slot.name} ({', '.join(slot.dtypes)})"
-                yield name, f"{slot.bytes / max(self.elements, 1):.3g}", f"{slot.bytes:,}"
+            yield from self._slots() if title == "state" and not self.host else ()
         yield "total", f"{each['total']:.3g}", f"{self.total:,}"
+        if self.host:
+            yield "in host memory", f"{each['host']:.3g}", f"{self.host:,}"
+            yield from self._slots()
+
+    def _slots(self) -> Iterator[tuple[str, str, str]]:
+        for slot in self.slots:
+            name = f"  {slot.name} ({', '.join(slot.dtypes)})"
+            yield name, f"{slot.bytes / max(self.elements, 1):.3g}", f"{slot.bytes:,}"
 
     def __str__(self) -> str:
         rows = [(f"{self.elements:,} elements", "B each", "bytes"), *self.rows()]
@@ -111,15 +120,16 @@ def memory(model: nn.Module | Iterable[Any], optimizer: str | type[Optimizer | C
         built: Any = cls(groups, **options)
     cores = [child.core for child in (built.children if isinstance(built, Composite) else [built])]
     members = [(core, group, p) for core in cores for group in core.groups for p in group["params"]]
-    slots, derived = _slots(members)
+    slots, derived, host = _slots(members)
     return Memory(
         elements=sum(p.numel() for *_, p in members),
         parameters=sum(p.nbytes for *_, p in members),
         gradient=sum(p.nbytes for *_, p in members if p.requires_grad),
-        state=sum(slot.bytes for slot in slots) - derived,
+        state=sum(slot.bytes for slot in slots) - derived - host,
         derived=derived,
         stacks=max(_inputs(members).values(), default=0),
         slots=slots,
+        host=host,
     )
 
 
@@ -134,11 +144,11 @@ def _on_meta(member: Any) -> Any:
     return nn.Parameter(torch.empty_like(member, device="meta"), requires_grad=member.requires_grad)
 
 
-def _slots(members: Iterable[tuple[OptimizerCore, Group, Tensor]]) -> tuple[tuple[Slot, ...], int]:
-    """Every slot, and the bytes of those that are derived."""
+def _slots(members: Iterable[tuple[OptimizerCore, Group, Tensor]]) -> tuple[tuple[Slot, ...], int, int]:
+    """Every slot, the bytes of those that are derived, and of those in host memory."""
     found: dict[tuple[str, str], tuple[dict[str, None], int]] = {}
     shared: set[tuple[int, str]] = set()
-    derived = 0
+    derived = host = 0
     for core, group, p in members:
         if not p.requires_grad or not p.numel():
             continue
@@ -156,7 +166,10 @@ def _slots(members: Iterable[tuple[OptimizerCore, Group, Tensor]]) -> tuple[tupl
             dtypes.update(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in stored.values()))
             found[key] = dtypes, total + size
             derived += size if slot.derived else 0
-    return tuple(Slot(name, rule, tuple(dtypes), size) for (name, rule), (dtypes, size) in found.items()), derived
+            stays = slot.derived or (slot.scalar and not (slot.kind and slot.kind.shared))
+            host += size if settings.offload is not None and not stays else 0
+    made = (Slot(name, rule, tuple(dtypes), size) for (name, rule), (dtypes, size) in found.items())
+    return tuple(made), derived, host
 
 
 def _inputs(members: Iterable[tuple[OptimizerCore, Group, Tensor]]) -> dict[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Self
 
-from hbcore.checkpoint import dry_step, load, save, schema
+from hbcore.checkpoint import dry_step, load, pickled, save, schema
 from hbcore.checkpoint.counterpart import Counterpart
 from hbcore.declaration import Declaration, declare, entries
 from hbcore.engine import weight_modes
@@ -21,6 +21,7 @@ from hbcore.engine.entry_forms import fixed
 from hbcore.engine.graph.scalar_inputs import Amp, capturing
 from hbcore.engine.idle_options import begin
 from hbcore.engine.new_group import completed
+from hbcore.engine.norms import Norms, read
 from hbcore.engine.options import Settings, resolve
 from hbcore.engine.param_codec import narrow, note, settle
 from hbcore.engine.params import check_params
@@ -29,7 +30,7 @@ from hbcore.engine.report import Report
 from hbcore.engine.shared_options import SharedOptions
 from hbcore.engine.step_hooks import observed, step_outside_graphs
 from hbcore.rules.transform import Transform
-from hbcore.state.slots import StateMap, compacted
+from hbcore.state.slots import StateMap
 
 
 class Optimizer(SharedOptions, torch.optim.Optimizer):
@@ -215,6 +216,20 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         """
         return weight_modes.averaged(self.core)
 
+    def norms(self) -> dict[str | int, Norms]:
+        """How far the last step moved each parameter, and how large it is: root mean squares over its elements, as floats.
+
+        The change is that of the weights that steps compute with: with ``lr`` and decay, before it is rounded to a 16-bit
+        parameter, and in full with ``param_ecc``. A complex element counts as two numbers. Asking waits for the device.
+
+        Returns:
+            ``(update, weight)`` of every parameter in the last step, by its name, or by its place in all groups.
+
+        Raises:
+            OptionError: the optimizer was not built with ``report_norms=True``.
+        """
+        return read((self.core,), self.core.groups)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at any time. Its hyperparameters default to the constructor's.
 
@@ -269,31 +284,16 @@ class Optimizer(SharedOptions, torch.optim.Optimizer):
         return self.settings.capturable
 
     def __getstate__(self) -> dict[str, Any]:
-        """What deepcopy and pickle carry: no plan, no compiled code, and each step counter on its own."""
-        core = self.core
-        core.skipping.settle()
-        return {
-            "_progress": core.group_scalars,  # the keys are those of 0.1.0, whose pickles load
-            "_training": core.modes.training,
-            "_structure": (core.settings, core.chain.defaults, core.chain.hyper),
-            "defaults": self.defaults,
-            "state": {p: compacted(s) for p, s in core.state.items()},
-            "param_groups": core.groups,
-        }
+        return {**pickled.content(self.core), "defaults": self.defaults}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rest = dict(state)
         if "_structure" not in rest:  # some users reset an optimizer so, with {"state": ...} and perhaps "param_groups"
             self.param_groups, self.state = rest.get("param_groups", self.param_groups), rest.get("state", self.core.state)
             return
-        settings, defaults, hyper = rest.pop("_structure")
-        newer = {k: self.formerly.get(k, v) for k, v in entries(self).items() if k not in defaults}
-        chain = ChainSpec(type(self).chain, settings, {**defaults, **newer}, hyper)
+        newer = {k: self.formerly.get(k, v) for k, v in entries(self).items() if k not in rest["_structure"][1]}
+        self.core = pickled.restored(type(self), rest, newer)
         rest["defaults"] = {**newer, **rest["defaults"]}
-        core = self.core = OptimizerCore(type(self).__name__, chain, self.sparse_gradients)
-        core.state, core.groups = StateMap(rest.pop("state")), [{**newer, **g} for g in rest.pop("param_groups")]
-        core.group_scalars, core.modes.training = rest.pop("_progress"), rest.pop("_training", True)
-        core.options = schema.given_again(core.name, core.groups)
         super().__setstate__(rest)
 
     def __repr__(self) -> str:

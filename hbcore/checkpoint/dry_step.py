@@ -8,6 +8,7 @@ from hbcore.checkpoint.save import whole_entry
 from hbcore.distributed.exchange import all_reduce, owners
 from hbcore.distributed.placement import is_dtensor, local, shards_of
 from hbcore.engine.core import OptimizerCore
+from hbcore.engine.offload import sent_home
 
 
 def is_dry(core: OptimizerCore) -> bool:
@@ -35,4 +36,4 @@ def allocate(core: OptimizerCore) -> None:
     for group in core.groups:
         for p in group["params"]:
             if p.grad is not None:
-                core.state[p] = whole_entry(core, group, p, owned)
+                core.state[p] = sent_home(core.settings.offload, p, whole_entry(core, group, p, owned))

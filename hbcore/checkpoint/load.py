@@ -21,6 +21,7 @@ from hbcore.distributed.placement import is_dtensor, local
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.corrections import Loaded
 from hbcore.engine.entry_forms import fixed
+from hbcore.engine.offload import sent_home
 from hbcore.engine.param_codec import note, settle
 from hbcore.errors import CheckpointError, HyperparameterError, StateWarning
 from hbcore.warn import warn_at_caller
@@ -173,7 +174,8 @@ def read(optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool, comp
             loaded = {} if entry is None and key in frozen else reader.read(i, entry)
             corrections.update(reader.corrections)
             if loaded:
-                state[ours["params"][i]] = loaded
+                p = ours["params"][i]
+                state[p] = sent_home(core.settings.offload, p, loaded)
     own = {k: v for k, v in state_dict["state"].items() if not isinstance(k, int) and k not in known}
     if strict and (strangers := [k for k in state_dict["state"] if k not in known and k not in own]):
         raise CheckpointError(f"{name}: the checkpoint has state for {strangers[:5]}, which is in none of its param groups.")

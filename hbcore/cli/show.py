@@ -13,7 +13,7 @@ from hbcore.cli import text
 from hbcore.errors import OptionError, UnknownCodecError, UnknownOptimizerError
 from hbcore.registry import blocks
 
-STORAGE = ("ecc", "param_ecc", "storage_dtype")
+STORAGE = ("ecc", "param_ecc", "storage_dtype", "offload")
 """The arguments that are options of an optimizer."""
 
 
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ecc", metavar="CODEC", help="show the state that an optimizer has with this codec: 'bf16+8'")
     parser.add_argument("--param-ecc", metavar="CODEC", help="the same, with parameters stored by this codec")
     parser.add_argument("--storage-dtype", metavar="DTYPE", help="the same, with state in this dtype: 'bfloat16'")
+    parser.add_argument("--offload", metavar="WHERE", help="the same, with state in host memory: 'cpu'")
     parser.add_argument("--kernel", action="store_true", help="print the Triton kernels generated for float32 parameters")
 
 

@@ -146,6 +146,7 @@ class ChainSpec:
             scaled=self.settings.capturable,
             skip_nonfinite=self.settings.skip_nonfinite,
             stochastic=self.settings.stochastic_rounding,
+            norms=self.settings.report_norms,
         )
 
     def admit(self, group: Group, where: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hbcore.engine.chain_spec import seen
 from hbcore.engine.core import Group, OptimizerCore
+from hbcore.engine.offload import applies
 from hbcore.engine.param_codec import narrow
 from hbcore.rules.domain import ORDER
 from hbcore.rules.numerics import compute_dtype
@@ -50,6 +51,10 @@ def idle(core: OptimizerCore, given: Mapping[str, Any]) -> Iterator[str]:
             yield f"{option}={given[option]!r} does nothing: {needed[1]}"
 
 
+def _is_elsewhere(core: OptimizerCore, group: Group, p: Tensor) -> bool:
+    return applies(core.settings.offload, p.device) or p.is_meta
+
+
 def _multiplies(core: OptimizerCore, group: Group, p: Tensor) -> bool:
     return any(t.domain == Domain.MATRIX for t in core.chain.chain(group, p))
 
@@ -87,6 +92,7 @@ def _remembers(t: Transform, p: Tensor) -> bool:
 
 
 NEEDED = {
+    "offload": (_is_elsewhere, "state of parameters in host memory is there by itself"),
     "caution": (_may_turn, "every update has its gradient's sign"),
     "promote": (_works_in_less, "no rule takes these parameters' updates in fewer bits"),
     "matmul_precision": (_multiplies, "no rule multiplies these parameters as matrices"),

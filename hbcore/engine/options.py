@@ -11,6 +11,7 @@ import torch
 
 from hbcore import registry
 from hbcore.engine.backends import select as fallback
+from hbcore.engine.offload import TARGETS
 from hbcore.engine.shared_options import OPTIONS, REMOVED, SCHEDULED
 from hbcore.errors import OptionError, RuleError, StateWarning
 from hbcore.rules import clipping, division, roles, route, stages
@@ -44,6 +45,8 @@ class Settings:
     compile: str
     skip_nonfinite: bool = False  # options newer than 0.1.0 have a default, which its pickles lack
     matmul_precision: str | None = None
+    offload: str | None = None
+    report_norms: bool = False
 
     def stages(self, h: Any, rule: Iterable[Transform]) -> tuple[Transform, ...]:
         """``rule`` with the transforms the options insert, in order, for a group's hyperparameters ``h``."""
@@ -117,6 +120,8 @@ def resolve(optimizer: str, own: Iterable[str], given: Mapping[str, Any]) -> tup
         ),
         skip_nonfinite=bool(values["skip_nonfinite"]),
         matmul_precision=values["matmul_precision"],
+        offload=values["offload"],
+        report_norms=bool(values["report_norms"]),
         consume_grad=bool(values["consume_grad"]),
         multi_tensor=bool(values["multi_tensor"]),
         capturable=bool(values["capturable"]),
@@ -191,6 +196,18 @@ def _check_choices(optimizer: str, values: Mapping[str, Any]) -> None:
     if values["matmul_precision"] not in (None, *PRECISIONS):
         raise OptionError(
             f"{optimizer}: matmul_precision={values['matmul_precision']!r} is not one of {', '.join(PRECISIONS)}, or None."
+        )
+    if values["offload"] not in (None, *TARGETS):
+        raise OptionError(f"{optimizer}: offload={values['offload']!r} is not one of {', '.join(TARGETS)}, or None.")
+    if values["offload"] is not None and values["capturable"]:
+        raise OptionError(
+            f"{optimizer}: offload={values['offload']!r} waits for copies at the end of a step, which a CUDA graph cannot do; "
+            "pass capturable=False or offload=None."
+        )
+    if values["offload"] is not None and values["param_ecc"]:
+        raise OptionError(
+            f"{optimizer}: offload={values['offload']!r} does not support param_ecc, whose corrections belong to weights on "
+            "the device; pass ecc to store state in fewer bits, or offload=None."
         )
 
 

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Reported(NamedTuple):
+    """Root mean squares of some parameters' last changes, and of their weights: vectors with an element for each."""
+
+    params: Sequence[Tensor]
+    update: Tensor
+    weight: Tensor
 
 
 @dataclass
@@ -17,6 +29,7 @@ class Report:
         compiles: number of kernels or graphs compiled so far.
         launches: number of kernels launched by the last step; 0 if the backend does not count them.
         skipped: number of steps that ``skip_nonfinite=True`` skipped since the optimizer was built.
+        norms: what ``report_norms=True`` says of the last step, on its devices; ``optimizer.norms()`` reads it.
     """
 
     backend: str = "none yet"
@@ -26,6 +39,21 @@ class Report:
     compiles: int = 0
     launches: int = 0
     skipped: int = 0
+    norms: list[Reported] = field(default_factory=list, repr=False, compare=False)
+
+    @classmethod
+    def joined(cls, reports: Sequence[Report]) -> Report:
+        """One report of several optimizers that step together."""
+        return cls(
+            backend="+".join(sorted({part for r in reports for part in r.backend.split("+")})),
+            reasons=list(dict.fromkeys(reason for r in reports for reason in r.reasons)),
+            notes=list(dict.fromkeys(note for r in reports for note in r.notes)),
+            programs=sum(r.programs for r in reports),
+            compiles=sum(r.compiles for r in reports),
+            launches=sum(r.launches for r in reports),
+            skipped=max(r.skipped for r in reports),
+            norms=[norms for r in reports for norms in r.norms],
+        )
 
     def note(self, text: str) -> None:
         """Add a note once."""

@@ -81,6 +81,12 @@ class SharedOptions(Declared):
         default=None,
         doc=f"how matrix rules multiply float32: {', '.join(PRECISIONS)}; None is split on GPUs for data centers, else ieee",
     )
+    offload: str | None = option(
+        default=None, doc='"cpu" keeps state in pinned host memory, from where it visits the GPU during a step'
+    )
+    report_norms: bool = option(
+        default=False, doc="optimizer.norms() has the root mean squares of each parameter's last change, and of its weights"
+    )
     consume_grad: bool = option(default=True, doc="step() clears p.grad once it is used")
     multi_tensor: bool = option(
         default=True, doc="run many parameters together; False runs one at a time, with the same results but for flat rules"
@@ -141,6 +147,8 @@ class Options(TypedDict, total=False):
     update_clipping: Any
     skip_nonfinite: bool
     matmul_precision: str | None
+    offload: str | None
+    report_norms: bool
     consume_grad: bool
     multi_tensor: bool
     capturable: bool

@@ -76,12 +76,12 @@ def averaged(core: OptimizerCore) -> Iterator[None]:
                 state: Mapping[str, Any] = core.state.get(p, {})
                 if "param_ema" in state and float(state.get("step", 0)) > 0:
                     [ema] = [t for t in core.chain.bound(group, p) if isinstance(t, ParameterEMA)]
-                    own, tensors = _weights(core, p), _tensors(core, p)
+                    own, tensors = _weights(core, p), _readable(core, p)
                     slot = ema.slots(seen(p))["param_ema"]
                     value = codec_of("param_ema", slot, core.settings.codec).read(tensors, "param_ema", compute_dtype(p.dtype))
                     average = ema.average({"param_ema": value}, state["step"].double().cpu())
                     before += [(t, t.clone()) for t in own.values()]
-                    _write(tensors, _stored(core, own, average))
+                    _write(own, _stored(core, own, average))
     core.modes.averaging = True
     note(core)
     try:
@@ -123,9 +123,15 @@ def _weights(core: OptimizerCore, p: Tensor) -> dict[str, Tensor]:
 
 
 def _tensors(core: OptimizerCore, p: Tensor) -> dict[str, Tensor]:
-    """Everything that a swap may read or write of a parameter, this rank's parts."""
+    """Everything that a swap may write of a parameter, this rank's parts."""
     stored = {name: local(value) for name, value in core.state[p].items() if isinstance(value, Tensor)}
     return {**stored, "param": local(p.detach())}
+
+
+def _readable(core: OptimizerCore, p: Tensor) -> dict[str, Tensor]:
+    """The same to be read, on the parameter's device: offloaded state is copied there."""
+    tensors = _tensors(core, p)
+    return {name: t.to(tensors["param"].device) for name, t in tensors.items()}
 
 
 def _write(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -137,7 +143,7 @@ def _other(core: OptimizerCore, p: Tensor, t: Transform, weights: Mapping[str, T
     """What ``t.swap`` makes of ``weights``, and of the rule's slots if they change, as stored. Writes nothing."""
     codec, dtype = fitting(core.settings.codec, p.shape, by_rows(p)), compute_dtype(p.dtype)
     packed = _codec(core, weights)
-    tensors = {**_tensors(core, p), **weights}
+    tensors = {**_readable(core, p), **weights}
     slots = t.slots(seen(p))
     values = {name: codec_of(name, slot, codec).read(tensors, name, dtype) for name, slot in slots.items()}
     param = packed.read(tensors, "param", dtype) if packed is not None else tensors["param"].to(dtype)

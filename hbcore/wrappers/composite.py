@@ -13,6 +13,7 @@ from typing_extensions import Self
 from hbcore.checkpoint import load, save, wellformed
 from hbcore.engine.core import Group
 from hbcore.engine.curvature import evaluate, needed
+from hbcore.engine.norms import Norms, read
 from hbcore.engine.param_codec import restoring
 from hbcore.engine.report import Report
 from hbcore.engine.skipping import nonfinite
@@ -80,16 +81,7 @@ class Composite(torch.optim.Optimizer):
     @property
     def report(self) -> Report:
         """How the last step ran, over all children."""
-        reports = [child.report for child in self.children]
-        return Report(
-            backend="+".join(sorted({part for r in reports for part in r.backend.split("+")})),
-            reasons=list(dict.fromkeys(reason for r in reports for reason in r.reasons)),
-            notes=list(dict.fromkeys(note for r in reports for note in r.notes)),
-            programs=sum(r.programs for r in reports),
-            compiles=sum(r.compiles for r in reports),
-            launches=sum(r.launches for r in reports),
-            skipped=max(r.skipped for r in reports),
-        )
+        return Report.joined([child.report for child in self.children])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -148,6 +140,10 @@ class Composite(torch.optim.Optimizer):
             for child in keeping:
                 stack.enter_context(child.ema_weights())
             yield
+
+    def norms(self) -> dict[str | int, Norms]:
+        """See :meth:`hbcore.optimizer.Optimizer.norms`; of the children built with ``report_norms=True``."""
+        return read([child.core for child in self.children], self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the child returned by :meth:`child_for`.

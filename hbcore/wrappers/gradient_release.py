@@ -196,5 +196,7 @@ def _check(optimizer: Optimizer) -> None:
         raise OptionError(
             f"{name}: skip_nonfinite=True needs all gradients before the first parameter moves, but backward has one at a time."
         )
+    if optimizer.settings.report_norms:
+        raise OptionError(f"{name}: report_norms=True speaks of one step of all parameters; backward steps each one by itself.")
     if optimizer.settings.capturable:
         raise OptionError(f"{name}: gradient release does not support capturable=True; pass capturable=False.")

@@ -258,6 +258,21 @@ def test_matmul_precision_is_about_matrix_rules_alone():
         assert same([p], [plain]) and optimizer.settings.matmul_precision == choice
 
 
+@promises("offload")
+def test_offload_changes_where_state_lives_and_nothing_else():
+    """``core/test_offloaded.py`` has it at work."""
+    p, optimizer = stepped(GRAD, GRAD, offload="cpu")
+    assert same([p], [stepped(GRAD, GRAD)[0]]) and optimizer.state[p]["exp_avg"].device.type == "cpu"
+
+
+@promises("report_norms")
+def test_report_norms_says_how_far_a_step_went():
+    p, optimizer = stepped(GRAD, report_norms=True)
+    assert same([p], [stepped(GRAD)[0]])
+    update, weight = optimizer.norms()[0]
+    assert math.isclose(update, LR) and math.isclose(weight, float(p.detach().square().mean().sqrt()))
+
+
 @promises("capturable")
 def test_capturable_steps_decide_on_the_device_whether_they_count():
     p, optimizer = stepped(GRAD, capturable=True)

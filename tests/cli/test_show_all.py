@@ -171,6 +171,16 @@ def test_the_bytes_are_those_of_the_codecs_that_are_asked_for(capsys, given, sta
     assert found.err == ""
 
 
+def test_state_in_host_memory_takes_none_of_the_device(capsys):
+    assert main(["show", "AdamW", "--offload", "cpu", "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert (memory["state"], memory["host"], memory["total"]) == (0.0, 8.0, 8.0)
+    assert main(["show", "AdamW", "--offload", "cpu"]) == 0
+    assert "host" in capsys.readouterr().out
+    assert main(["show", "AdamW", "--offload", "disk"]) != 0
+    assert "offload='disk' is not one of cpu" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["bf16+8", "SplitOpt"])
 def test_what_has_no_state_of_its_own_has_no_codec(capsys, name):
     assert main(["show", name, "--ecc", "bf16+8"]) != 0

@@ -45,6 +45,8 @@ VALUES = {
 HOW = {
     "division_backend": "about what may be zero; whether a rule divides, only its code tells",
     "matmul_precision": "how a GPU multiplies; a CPU has one way",
+    "offload": "where state lives; the same on a CPU, see test_offloaded.py",
+    "report_norms": "about what a step did",
     "seed": "other random numbers of the same kind",
     "skip_nonfinite": "acts where a gradient is not finite",
     "consume_grad": "about gradients after the step",

@@ -324,3 +324,21 @@ def ddp(rank: int, name: str | type[Any], options: dict[str, Any]) -> bytes:
     out = io.BytesIO()
     torch.save([p.detach() for p in model.parameters()], out)
     return out.getvalue()
+
+
+def norms(rank: int, name: str | type[Any], options: dict[str, Any], how: str) -> dict[Any, tuple[float, float]]:
+    """What the optimizer says of a third step."""
+    model, optimizer = build(name, {**options, "report_norms": True}, how)
+    train(model, optimizer, range(3))
+    reported: dict[Any, tuple[float, float]] = optimizer.norms()
+    return reported
+
+
+def offloaded(rank: int) -> str:
+    """What refuses to offload the state of sharded parameters."""
+    model, optimizer = build("AdamW", {"offload": "cpu"}, "fsdp")
+    try:
+        train(model, optimizer, range(1))
+    except hbcore.OptionError as error:
+        return str(error)
+    return ""

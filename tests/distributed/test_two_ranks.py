@@ -139,3 +139,19 @@ def test_param_ecc_after_the_wrapper_is_refused_and_nothing_is_narrowed():
     for said, params in on_ranks(2, jobs.param_ecc_under_ddp, "wrapper"):
         assert "Make the optimizer first, then wrap the model" in said
         assert {p.dtype for p in params} == {torch.float32}
+
+
+@pytest.mark.parametrize("case", ["AdamW", "AdamW-8bit-triton", "Muon"])
+def test_norms_of_sharded_parameters_are_those_of_the_whole(case):
+    name, options = CASES[case]
+    alone = jobs.norms(0, name, options, "alone")
+    assert alone.keys() == jobs.SHAPES.keys()
+    for result in on_ranks(2, jobs.norms, name, options, "fsdp"):
+        assert result.keys() == alone.keys()
+        for key, pair in alone.items():
+            assert result[key] == pytest.approx(pair, rel=1e-5)
+
+
+def test_sharded_state_is_not_offloaded():
+    for said in on_ranks(2, jobs.offloaded):
+        assert "is sharded, which offload='cpu' does not support; shard the model with fully_shard(" in said

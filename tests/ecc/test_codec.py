@@ -15,7 +15,7 @@ from core.kit import combined, distance, parameters, run, same, values
 from hb_adam import SGD, AdamW
 from hb_ecc.codec import BF16Plus8, BF16Plus16, FP16Plus8, FP16Plus16
 from hbcore.engine.graph.program import direct_reduce
-from hbcore.engine.planning.segments import at_least_1d
+from hbcore.engine.planning.segment_batch import at_least_1d
 from hbcore.errors import StateWarning
 from hbcore.registry import Registry
 from hbcore.state.codec import Cast, StateCodec

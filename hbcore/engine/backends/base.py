@@ -23,6 +23,7 @@ class Batch:
         values: one row per distinct (group, step): the program's scalar inputs as numbers, or as 0-d tensors if they live on
             a device (``capturable=True``).
         sums: reduction -> one 0-d tensor per parameter; filled by the phases.
+        whole: reduction over whole tensors -> the same as a vector, where it is made as one.
         keys: noise input -> each parameter's key for this step; of inputs that share a word, the first one's.
         bits: where inputs lie in words that they share.
         dense: whether every tensor is dense in memory, in any order of dimensions.
@@ -42,6 +43,7 @@ class Batch:
     numels: list[float] | None = None
     starts: list[int] | None = None
     bits: Mapping[str, Bits] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
     _word: tuple[Any, Tensor] | None = None
     _flat: dict[str, list[Tensor]] = field(default_factory=dict)
 

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from hbcore.engine.graph.program import CARRIED, NOISE, REDUCERS, Bits, Phase, Program, Reduction, module_of
+from hbcore.engine.graph.program import CARRIED, NOISE, REDUCERS, REPORT, Bits, Phase, Program, Reduction, module_of
 from hbcore.errors import TraceError
 from hbcore.rules.transform import Domain
 from hbcore.state.blocks import BLOCK
@@ -48,8 +48,9 @@ def split(
     carries = {name: node for name, node in results.items() if name.startswith(CARRIED)}
     finals = {name: node for name, node in results.items() if name in numbers and node.meta.get("input") != name}
     finals.update({name: node for name, node in carries.items() if node.meta["kind"] != "host"})
+    finals.update({name: node for name, node in results.items() if name.startswith(REPORT)})
     carries = {name: node for name, node in carries.items() if name not in finals}
-    results = {name: node for name, node in results.items() if not name.startswith(CARRIED) and name not in numbers}
+    results = {name: node for name, node in results.items() if not name.startswith((CARRIED, REPORT)) and name not in numbers}
     _check_kinds(graph, results, finals, per_block)
     stores = {name: node for name, node in results.items() if node.meta.get("input") != name}
     live = _live(graph, (*stores.values(), *finals.values()))

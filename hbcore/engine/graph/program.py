@@ -102,6 +102,9 @@ STACK = "stack."
 CARRIED = "carried."
 """Prefix of numbers that a param group carries from step to step."""
 
+REPORT = "report."
+"""Prefix of numbers that a step says of each tensor, for ``report_norms=True``; kept nowhere."""
+
 NONFINITE = "skip_nonfinite_amax0"
 """The reduction of ``skip_nonfinite=True``: above 0 if some gradient of the model holds an inf or a NaN. The first segments
 compute it; the segments after a matrix rule are given it."""
@@ -151,8 +154,9 @@ class Program:
     """The input of the backends: host scalar arithmetic, then one or more passes over the parameters.
 
     ``per_block`` are the tensors that have one entry for each block of 32 elements (:mod:`hbcore.state.blocks`), and ``bits``
-    says where random inputs for rounding lie in words. ``finish`` computes new values of scalar slots, and of carried numbers
-    that depend on reductions, once all phases ran; its inputs and results are vectors, an element for each parameter.
+    says where random inputs for rounding lie in words. ``finish`` computes new values of scalar slots, of carried numbers that
+    depend on reductions, and what is reported, once all phases ran; its inputs and results are vectors, an element for each
+    parameter.
     """
 
     label: str

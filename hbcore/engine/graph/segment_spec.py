@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hbcore.engine.entry_forms import fixed, getter, length_of
 from hbcore.engine.graph.draws import Draws
-from hbcore.engine.graph.program import CARRIED, NOISE, NONFINITE, STACK
+from hbcore.engine.graph.program import CARRIED, NOISE, NONFINITE, REPORT, STACK
 from hbcore.engine.graph.where import where
 from hbcore.errors import RuleError
 from hbcore.rules.author_errors import naming
@@ -44,10 +44,11 @@ Give = Callable[[Transform, Iterable[Any]], None]
 
 
 def unless(skip: Tensor | None, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The new values of stored tensors, or the old ones if ``skip``; what groups carry is the host's to take back."""
+    """The new values of stored tensors, or the old ones if ``skip``; what groups carry is the host's to take back, and what is
+    reported has none."""
     if skip is None:
         return dict(stored)
-    return {n: v if n.startswith(CARRIED) else torch.where(skip, tensors[n], v) for n, v in stored.items()}
+    return {n: v if n.startswith((CARRIED, REPORT)) else torch.where(skip, tensors[n], v) for n, v in stored.items()}
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class SegmentSpec:
         feeds: inputs of the matrix rule after this segment, with dtypes: ``(("update", bfloat16), ...)``.
         slots: each transform's slots, without shapes, for the whole chain; None to ask the transforms.
         draws: the random inputs of this segment's transforms.
+        norms: report the root mean squares of the step and of the weights.
     """
 
     chain: Chain
@@ -94,6 +96,7 @@ class SegmentSpec:
     feeds: tuple[tuple[str, torch.dtype], ...] = ()
     slots: tuple[tuple[tuple[str, Slot], ...], ...] | None = None
     draws: tuple[str, ...] = ()
+    norms: bool = False
 
     def fits(self, group: Mapping[str, Any]) -> bool:
         """Whether the group still has this spec's structure; its numbers may differ."""
@@ -203,6 +206,10 @@ class SegmentSpec:
         noise = tensors.get(f"{NOISE}param")
         plain = {"param": narrowed(update, tensors["param"].dtype, noise)}
         stored.update(packed.write(tensors, "param", update, noise) if packed else plain)
+        if self.norms:
+            after = update if skip is None else torch.where(skip, param, update)
+            for name, x in (("update", after - param), ("weight", after)):
+                stored[REPORT + name] = (reduce(x * x, "sum", Domain.TENSOR, "report_norms") / numel).sqrt()
         return unless(skip, tensors, stored)
 
     def given(self, param: torch.dtype) -> dict[str, torch.dtype]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hbcore.engine.backends.base import Backend, Executable
 from hbcore.engine.backends.eager import DirectExecutable
 from hbcore.engine.backends.select import candidates, compile_first, fell_back
 from hbcore.engine.core import OptimizerCore
+from hbcore.engine.graph.program import Program
 from hbcore.engine.graph.scalar_inputs import capturing
 from hbcore.engine.graph.trace import trace
-from hbcore.engine.planning.segments import Segment, SegmentBatch
+from hbcore.engine.planning.segment_batch import SegmentBatch
+from hbcore.engine.planning.segments import Segment, SegmentKey
 from hbcore.engine.stacks.inner_segment import InnerSegments
 from hbcore.engine.stacks.tools import Tools
 from hbcore.errors import CompileError, RuleError, TraceError
@@ -33,6 +37,7 @@ class Compiler:
         self._settings, self._report, self._numel = core.settings, core.report, numel
         inner = InnerSegments(self._settings, self._report, numel)
         self.tools = Tools(self._settings.matmul_precision, inner)
+        self._programs: dict[SegmentKey, Program] = {}
 
     def trace(self, segment: Segment) -> None:
         """Trace a segment that is new. One that cannot be traced runs eagerly, one parameter at a time.
@@ -44,9 +49,14 @@ class Compiler:
         """
         if segment.program is not None or segment.executable is not None:
             return
+        key = replace(segment.key, share=0)
+        if key in self._programs:
+            segment.program = self._programs[key]
+            return
         try:
             label = " -> ".join(t.name for t in segment.transforms)
             segment.program = trace(segment.key.spec, segment.dtypes, label, segment.per_block, segment.noise)
+            self._programs[key] = segment.program
             self._report.programs += 1
         except TraceError as error:
             if segment.key.shards is not None:
@@ -57,6 +67,10 @@ class Compiler:
                 raise RuleError(
                     f"{error} skip_nonfinite=True needs rules that can be fused: one that runs parameter by parameter would "
                     "change some before the rest are looked at."
+                ) from error
+            if self._settings.report_norms:
+                raise RuleError(
+                    f"{error} report_norms=True needs rules that can be fused, in whose passes it adds up squares."
                 ) from error
             if any(t.domain == Domain.MODEL or t.scalars() for t in segment.transforms):
                 raise  # one parameter at a time sees no model, nor carries what all of them share

@@ -1,4 +1,4 @@
-"""What a step computes once all phases ran: scalar slots, and carried numbers that depend on reductions.
+"""What a step computes once all phases ran: scalar slots, carried numbers that depend on reductions, and what is reported.
 
 A kernel runs over chunks, and a program that reads a scalar must not meet the new value that another one wrote. New values are
 therefore computed afterwards, for all parameters of a segment at once: each number is a vector with an element per parameter.
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hbcore.engine.core import OptimizerCore
-from hbcore.engine.graph.program import CARRIED, Phase, Program
-from hbcore.engine.planning.segments import SegmentBatch
+from hbcore.engine.graph.program import CARRIED, REPORT, Phase, Program
+from hbcore.engine.planning.segment_batch import SegmentBatch
 from hbcore.rules.transform import Domain
 
 
@@ -52,7 +52,7 @@ class Finish:
         self._index = self._numels
 
     def __call__(self) -> int:
-        """Compute the new values and write them; carried numbers are left in ``batch.carried``."""
+        """Compute the new values and write them; carried and reported numbers are left in the batch."""
         batch, phase = self._batch, self._phase
         inputs = [*self._hoisted(), *map(self._vector, phase.sums)]
         results = phase.run(*inputs, self._numels) if phase.needs_numel else phase.run(*inputs)
@@ -60,6 +60,8 @@ class Finish:
             vector = value.expand(len(batch.everyone))
             if name.startswith(CARRIED):
                 batch.carried[name.removeprefix(CARRIED)] = vector
+            elif name.startswith(REPORT):
+                batch.reported[name.removeprefix(REPORT)] = vector
             else:
                 targets = [m.stored[name] for m in batch.everyone]
                 torch._foreach_copy_(targets, [*vector.to(targets[0].dtype).unbind()])
@@ -70,10 +72,10 @@ class Finish:
     def _hoisted(self) -> Iterator[Tensor]:
         """The program's scalars that are read, as vectors."""
         batch, program = self._batch, self._program
-        if self._rows is not batch.every_row:
-            self._rows = batch.every_row
-            self._index = torch.tensor(self._rows, dtype=torch.int64, device=self._device)
         if self._phase.scalars:
+            if self._rows is not batch.every_row:
+                self._rows = batch.every_row
+                self._index = torch.tensor(self._rows, dtype=torch.int64, device=self._device)
             rows = [torch.stack([s.double() for s in program.scalars(values)]) for values in batch.values]
             table = torch.stack(rows).to(self._device)[self._index]
             for i in self._phase.scalars:

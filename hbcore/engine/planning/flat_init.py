@@ -11,6 +11,7 @@ from torch import Tensor
 from hbcore.distributed.placement import local, shards_of, share_out
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.segment_spec import SegmentSpec
+from hbcore.engine.offload import applies
 from hbcore.engine.planning.partition import Partition
 from hbcore.engine.planning.segments import Member, Segment
 from hbcore.engine.stacks.bound_rule import BoundRule
@@ -22,12 +23,13 @@ from hbcore.rules.transform import Transform
 
 
 class NewMember(NamedTuple):
-    """A parameter that the plan does not know, or not as it is now."""
+    """A parameter that the plan does not know, or not as it is now; ``pieces`` are segments for so many pieces of it."""
 
     group: int
     param: Tensor
     partition: Partition
     segments: tuple[Segment, ...]
+    pieces: tuple[Segment, ...] = ()
 
 
 class FlatKey(NamedTuple):
@@ -95,7 +97,8 @@ class FlatInit:
             self._reads[id(spec), key.rule] = BoundRule(spec, key.rule).reads
         ranges = [self._range(m) for m in members]
         length = sum(r.part for r in ranges)
-        own = StackKey(spec, key.rule, (), 0.0, (length,), key.dtype, key.device)
+        away = applies(self.core.settings.offload, key.device)
+        own = StackKey(spec, key.rule, (), 0.0, (length,), key.dtype, key.device, away)
         reads = self._reads[id(spec), key.rule]
         return FlatStack(own, rule, feeds, ranges, reads, n.param, shards_of(n.param), key.serial)
 

@@ -15,9 +15,12 @@ from hbcore.engine.graph.program import NONFINITE
 from hbcore.engine.graph.scalar_inputs import Amp, device_values, numbers
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.group_scalars import Due, GroupScalars, advanced, carried
+from hbcore.engine.offload import Operations
 from hbcore.engine.planning.compiling import Compiler
-from hbcore.engine.planning.operations import Operation, operations_of
-from hbcore.engine.planning.segments import Addresses, Member, SegmentBatch, batches_of
+from hbcore.engine.planning.operations import operations_of
+from hbcore.engine.planning.segment_batch import Addresses, SegmentBatch, batches_of
+from hbcore.engine.planning.segments import Member
+from hbcore.engine.report import Reported
 from hbcore.engine.stacks.level import Readings, levels_of
 from hbcore.rules.transform import Domain, Transform
 from hbcore.state.steps import Selection
@@ -85,12 +88,12 @@ class Layout:
             compiler.trace(batch.segment)
         self._selection = Selection([m.counter for m in members], [m.primed for m in members])
         self.priming = self._selection.partial
-        self._state = Addresses([t for m in members for t in m.stored.values()])
+        self._state = Addresses([m.twins[n].home if n in m.twins else t for m in members for n, t in m.stored.items()])
         self._model_numel = float(sum(m.numel for m in members))
         self._stepping = stepping(members)
         self._coming: dict[int, GroupScalars] = {}
         self._due: dict[int, dict[str, Due]] = {}
-        self.operations: list[Operation] = []
+        self.operations = Operations()
         watch.settled()
 
     def holds(self) -> bool:
@@ -110,7 +113,9 @@ class Layout:
 
     def fill(self, amp: Amp) -> None:
         """Bring the step's numbers to where the operations read them. Everything compiles before anything is written."""
-        core = self.core
+        core, journeys = self.core, self.operations.journeys
+        if journeys is not None:
+            journeys.begin()
         base, ahead = self._selection.coming(trusted=core.chain.settings.capturable)
         carries, every = dict[int, dict[str, float]](), core.all_scalars()
         for g, transforms in self._stepping.items():
@@ -133,6 +138,8 @@ class Layout:
             for level in self.levels:
                 level.curved.take(pairs, self._due)
         if changed:
+            if journeys is not None:
+                journeys.close()
             self.operations = operations_of(self.batches, self.levels, core)
             core.report.backend = "+".join(sorted({b.segment.backend for b in self.batches} - {""})) or core.report.backend
 
@@ -156,6 +163,8 @@ class Layout:
         for level in self.levels:
             for note in level.notes:
                 core.report.note(note)
+        if core.chain.settings.report_norms:
+            core.report.norms = [Reported([m.param for m in b.everyone], **b.reported) for b in self.batches if b.reported]
         primed = [m for m in self.members if not m.primed] if self.priming else []
         for m in primed:
             m.primed = True
@@ -180,7 +189,9 @@ class Layout:
             m.primed = False
 
     def release(self) -> None:
-        """Let go of the step's gradients, and of the memory for stack inputs."""
+        """Let go of the step's gradients, of the memory for stack inputs, and of that for offloaded state, once it is home."""
+        if self.operations.journeys is not None:
+            self.operations.journeys.close()
         for batch in self.batches:
             batch.release()
         for level in self.levels:
@@ -193,6 +204,7 @@ class Layout:
 
     def drop(self) -> None:
         """Let go of every tensor, at once: the layout is not used any more."""
+        self.operations = Operations()
         for batch in self.batches:
             batch.drop()
 

@@ -6,7 +6,7 @@ ranks or over the whole model, or one level of matrix rules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -15,24 +15,25 @@ from torch import Tensor
 from hbcore.distributed.exchange import all_reduce
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.program import NONFINITE, Reduction
+from hbcore.engine.offload import Needs, Operation, Operations
 from hbcore.engine.planning.finish import finishes
-from hbcore.engine.planning.segments import SegmentBatch
+from hbcore.engine.planning.segment_batch import SegmentBatch
 from hbcore.engine.stacks.level import Level
 from hbcore.rules.transform import Domain
-
-Operation = Callable[[], int]
 
 NEUTRAL = {"sum": 0.0, "amax": float("-inf")}
 """What a rank without elements contributes to a reduction."""
 
 
-def operations_of(batches: Sequence[SegmentBatch], levels: Sequence[Level], core: OptimizerCore) -> list[Operation]:
+def operations_of(batches: Sequence[SegmentBatch], levels: Sequence[Level], core: OptimizerCore) -> Operations:
     """Put every phase of every segment, and every level of matrix rules, in an order in which each finds its inputs.
 
     A phase that reads a reduction over the model waits until all segments have contributed; a level of matrix rules waits for
-    the segments that feed it, and the segments after it wait for the level. Scalar slots are written last.
+    the segments that feed it, and the segments after it wait for the level. Scalar slots are written last. What uses offloaded
+    state runs within its journeys.
     """
     operations: list[Operation] = []
+    needs: dict[int, Needs] = {}
     contributing = {
         r.name: {b for b in batches if b.segment.program and r in b.segment.program.reductions}
         for b in batches
@@ -42,25 +43,26 @@ def operations_of(batches: Sequence[SegmentBatch], levels: Sequence[Level], core
     done, finished = dict.fromkeys(batches, 0), 0
     while finished < len(levels) or any(k < b.segment.phases for b, k in done.items()):
         for b in batches:
-            k, segment = done[b], b.segment
-            if k == segment.phases or segment.level > finished or _waits(b, k, contributing):
-                continue
-            if b.members:
-                assert segment.executable is not None
-                operations.append(partial(segment.executable.run, k, b))
-            done[b] += 1
-            for r in segment.program.phases[k].reduces if segment.program else ():
-                if r.domain == Domain.TENSOR and b.shards is not None:
-                    operations.append(partial(_reduce_over_ranks, b, r))
-                if r.domain == Domain.MODEL:
-                    contributing[r.name].discard(b)
-                    if not contributing[r.name]:
-                        operations.append(partial(_reduce_over_model, r, batches, core))
+            segment = b.segment  # with as many phases as can run: offloaded state is here then
+            while (k := done[b]) < segment.phases and segment.level <= finished and not _waits(b, k, contributing):
+                if b.members:
+                    assert segment.executable is not None
+                    needs[len(operations)] = b.needs(k)
+                    operations.append(partial(segment.executable.run, k, b))
+                done[b] += 1
+                for r in segment.program.phases[k].reduces if segment.program else ():
+                    if r.domain == Domain.TENSOR and b.shards is not None:
+                        operations.append(partial(_reduce_over_ranks, b, r))
+                    if r.domain == Domain.MODEL:
+                        contributing[r.name].discard(b)
+                        if not contributing[r.name]:
+                            operations.append(partial(_reduce_over_model, r, batches, core))
         feeding = (b for b in batches if b.segment.level == finished and b.segment.key.spec.feeds)
         if finished < len(levels) and all(done[b] == b.segment.phases for b in feeding):
+            needs[len(operations)] = levels[finished].needs()
             operations.append(partial(levels[finished].run, batches[0].model))
             finished += 1
-    return [*operations, *finishes(batches, core)]
+    return Operations([*operations, *finishes(batches, core)], needs)
 
 
 def reductions(batch: SegmentBatch) -> Sequence[Reduction]:

@@ -15,10 +15,11 @@ from hbcore.engine.graph.program import shared_words
 from hbcore.engine.graph.scalar_inputs import NO_AMP, Amp, capturing
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.planning.compiling import Compiler
-from hbcore.engine.planning.flat_init import belongs, companions, is_flat
+from hbcore.engine.planning.flat_init import NewMember, belongs, companions, is_flat
 from hbcore.engine.planning.layout import Layout, Watch
 from hbcore.engine.planning.partition import Partition, example, partition
 from hbcore.engine.planning.segments import Member, Segment, SegmentKey
+from hbcore.engine.planning.shares import Share, divisible, shares_of
 from hbcore.engine.planning.state_init import StateInit
 from hbcore.engine.precision import autocast_off, autocasting
 from hbcore.errors import CompileError, ParameterError, SparseGradientError
@@ -50,6 +51,7 @@ class Plan:
         self._parted: set[int] = set()
         self._specs: list[SegmentSpec] = []
         self._forks: list[tuple[Transform, ...]] = []
+        self._shares: dict[Tensor, Share] = {}
         self._partitions: dict[tuple[int, tuple[bool, ...], torch.dtype, str], Partition] = {}
         core.state.revision.watchers.add(self)
 
@@ -134,6 +136,8 @@ class Plan:
         present = {p for group in self.core.groups for p in group["params"]}
         for m in [m for p, m in self.members.items() if p not in present]:
             self._part(self.members.pop(m.param))
+        if present != self._shares.keys():
+            self._shares = shares_of(self.core)
         for g, group in enumerate(self.core.groups):
             for i, p in enumerate(group["params"]):
                 if not p.numel() or p.grad is None:
@@ -161,7 +165,7 @@ class Plan:
         groups = init.rejoining() | self._parted
         self._parted = set()
         for n in companions(self.members.values(), groups, init.params()) if groups else ():
-            init.add(*n)
+            init.add(n)
 
     def _grouped(self, active: Iterable[Member]) -> list[Member]:
         """The members of the coming layout; plans for sparse gradients put others in their place."""
@@ -193,7 +197,17 @@ class Plan:
                 "Delete the state (del optimizer.state[p]) to start it afresh, or build a new optimizer."
             )
         if known is None or known.group != g or known.segments != segments or not init.holds(known):
-            init.add(g, p, part, segments)
+            init.add(NewMember(g, p, part, segments, self._pieces(part, p, g, i, segments[0])))
+
+    def _pieces(self, part: Partition, p: Tensor, g: int, i: int, whole: Segment) -> tuple[Segment, ...]:
+        """The segments of a parameter whose offloaded state is too much for one; none if it cannot be cut."""
+        first, count = self._shares[p]
+        if count == 1 or part.rules or part.segments[0].numbers or p.is_complex() or not p.is_contiguous():
+            return ()
+        self._compiler.trace(whole)
+        if not divisible(whole.program):
+            return ()
+        return tuple(self._segment(part, 0, p, g, i, share) for share in range(first, first + count))
 
     def _partition(self, g: int, group: Group, p: Tensor) -> Partition:
         branches = route.branches(self._forks[g], p)
@@ -204,14 +218,15 @@ class Plan:
             self._partitions[key] = partition(spec, group, p, self.core.settings.promote)
         return self._partitions[key]
 
-    def _segment(self, part: Partition, level: int, p: Tensor, g: int, i: int) -> Segment:
+    def _segment(self, part: Partition, level: int, p: Tensor, g: int, i: int, share: int | None = None) -> Segment:
         grad = self._gradient(p, g, i)
         here, shards = local(p.detach()), shards_of(p)
         dense = is_dense(here) if not part.rules else here.is_contiguous()  # a stack's rows lie in logical order
         alone = None if self.core.settings.multi_tensor else (g, i)
         mesh = None if shards is None else (shards.mesh, shards.placements)
         spec, received = part.segments[level], local(grad).dtype
-        key = SegmentKey(spec, here.device, here.dtype, received, dense or not here.numel(), alone, mesh)
+        share = self._shares[p].first if share is None else share
+        key = SegmentKey(spec, here.device, here.dtype, received, dense or not here.numel(), alone, mesh, share)
         if key not in self.segments:
             transforms = spec.transforms(example(spec, self.core.groups[g]))
             slots = {name: slot for t in transforms for name, slot in t.slots(p).items()}

@@ -1,52 +1,29 @@
-"""A segment and the parameters that run in it: what they share, what of them takes part in a step, and where it lies."""
+"""A segment and the parameters that run in it: what they share, and what the plan knows of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hbcore.distributed.placement import Shards, local
-from hbcore.engine.backends.base import Batch, Executable
-from hbcore.engine.graph.program import NOISE, STACK, Bits, Program, keyed
+from hbcore.distributed.placement import Shards
+from hbcore.engine.backends.base import Executable
+from hbcore.engine.graph.program import NOISE, STACK, Bits, Program
 from hbcore.engine.graph.segment_spec import SegmentSpec
+from hbcore.engine.offload import Twin
 from hbcore.engine.planning.partition import Partition
 from hbcore.engine.stacks.flat_stack import View
-from hbcore.rules.noise import noise_key, stream_key
 from hbcore.rules.transform import Slot, Transform
 from hbcore.state.steps import Address
-
-_grad = attrgetter("grad")
-
-_same_addresses: Callable[[list[Tensor], list[int], list[int]], bool] | None = getattr(
-    torch._C, "_tensors_data_ptrs_at_indices_equal", None
-)
-"""Compares addresses in one call; builds of torch for GPUs have it."""
-
-
-class Addresses:
-    """Where tensors lie in memory, to tell whether some were moved: by ``t.data = ...``, which replaces no object."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = list(tensors)
-        self._addresses = list(map(Tensor.data_ptr, self._tensors))
-        self._each = list(range(len(self._tensors)))
-
-    def unchanged(self, now: Sequence[Tensor] | None = None) -> bool:
-        """Whether they lie where they lay; or other tensors, ``now``, that are to be the same memory."""
-        tensors = self._tensors if now is None else list(now)
-        if _same_addresses is not None:
-            return _same_addresses(tensors, self._addresses, self._each)
-        return list(map(Tensor.data_ptr, tensors)) == self._addresses
 
 
 @dataclass(frozen=True)
 class SegmentKey:
-    """What parameters must share to run together. Parameters of several groups may; ``shards`` is mesh and placements."""
+    """What parameters must share to run together. Parameters of several groups may; ``shards`` is mesh and placements, and
+    ``share`` counts the parts in which offloaded state travels."""
 
     spec: SegmentSpec
     device: torch.device
@@ -55,6 +32,7 @@ class SegmentKey:
     dense: bool
     alone: tuple[int, int] | None = None
     shards: tuple[Any, ...] | None = None
+    share: int = 0
 
 
 @dataclass(eq=False)
@@ -96,11 +74,15 @@ class Member:
     Attributes:
         local: this rank's part of it, which the segments run on; ``shards`` says how it is sharded, None for a whole one.
         held: the state tensors it was planned for, as the optimizer's state has them.
-        stored: the same as the segments see them: this rank's parts.
+        stored: the same as the segments see them: this rank's parts, or their twins on the device if they are offloaded.
         addresses: where those lie in memory.
         views: where each matrix rule of the partition sees it.
         seed_key: what its noise is drawn by.
         primed: whether its rules that prime did so.
+        twins: of the segments' state that is offloaded.
+        pieces: members in place of this one, each with some of its elements, if all of its state is too much to visit the
+            device at once.
+        elements: those that a piece has of its parameter.
     """
 
     param: Tensor
@@ -117,6 +99,9 @@ class Member:
     stored: dict[str, Tensor]
     addresses: dict[str, int]
     primed: bool = True
+    twins: Mapping[str, Twin] = field(default_factory=dict)
+    pieces: Sequence[Member] = ()
+    elements: slice | None = None
 
     @property
     def numel(self) -> int:
@@ -149,137 +134,6 @@ class Member:
         if name.startswith(STACK):
             return self.views[segment.level].column(name.removeprefix(STACK))
         return self.stored[name]
-
-
-class SegmentBatch(Batch):
-    """The members of one segment that have a gradient, with their columns laid out; used until something moves.
-
-    Args:
-        segment: what runs.
-        members: its active members.
-        positions: the index of each one's step count among those of all active members.
-
-    Attributes:
-        everyone: its active members, also those of which this rank has no part.
-        every_row: the row of scalars of each of them.
-        whole: reduction over whole tensors that are sharded -> a vector, an element for each of them.
-        carried: carried number that depends on a reduction -> its new values, an element for each of them.
-    """
-
-    def __init__(self, segment: Segment, members: list[Member], positions: list[int]) -> None:
-        self.segment, self.everyone, self.positions = segment, members, positions
-        self.shards = members[0].shards
-        self.here = [i for i, m in enumerate(members) if m.local.numel()]  # a rank may have no rows of a parameter
-        self.members = [members[i] for i in self.here]
-        self._params = [m.param for m in self.members]
-        self._locals = [m.local for m in self.members]
-        self._addresses = Addresses(self._locals)
-        self._strides = list(map(Tensor.stride, self._locals))
-        noise = [name for name in segment.dtypes if name.startswith(NOISE)]
-        self._streams = {name: [stream_key(m.seed_key, name) for m in self.members] for name in keyed(noise, segment.noise)}
-        columns: dict[str, list[Tensor]] = {"param": [], "grad": []}
-        for name in segment.dtypes:
-            if name != "grad" and name not in noise:
-                column = [m.column(segment, name) for m in self.members]
-                columns[name] = column if name in segment.key.spec.numbers else list(map(at_least_1d, column))
-        super().__init__(columns, [], [], dense=segment.key.dense, bits=segment.noise)
-        if self.shards is not None:
-            self.numels = [float(m.numel) for m in self.members]
-            self.starts = [sum(shards_before(m)) for m in self.members]
-        self._scalars = () in self._strides
-        self._viewed = self.shards is not None or any(p.is_complex() for p in self._params)
-        self._contiguous = all(map(Tensor.is_contiguous, self._locals))
-        self.every_row: list[int] = []
-        self.whole: dict[str, Tensor] = {}
-        self.carried: dict[str, Tensor] = {}
-        self._base: list[float] | None = None
-        self._pairs: list[tuple[int, float]] = []
-        # torch checks an assigned gradient's dtype itself, unless a parameter allows any (torch 2.10's grad_dtype=None)
-        self._any_dtype = any(getattr(p, "grad_dtype", p.dtype) is None for p in self._params)
-
-    def collect(self) -> bool:
-        """Read this step's gradients; False if anything moved, so that the plan must be laid out again."""
-        grads, now = list(map(_grad, self._params)), self._params
-        try:
-            if self._viewed:
-                grads, now = list(map(local, grads)), [local(p.detach()) for p in self._params]
-            if self._contiguous:  # the usual case, and a third of the time
-                alike = all(map(Tensor.is_contiguous, grads))
-            else:
-                alike = list(map(Tensor.stride, grads)) == self._strides
-            stayed = self._addresses.unchanged(now)
-        except (AttributeError, RuntimeError, TypeError):  # a sparse gradient has no layout, a missing one nothing at all
-            return False
-        if not stayed or (self._any_dtype and not all(g.dtype == self.segment.key.grad for g in grads)):
-            return False
-        if not alike or self._scalars:
-            grads = [like(g, p) for g, p in zip(grads, self._locals, strict=True)]
-        self.tensors["grad"][:] = grads
-        return True
-
-    def lend(self) -> None:
-        super().lend()
-        if self.segment.executable is not None:
-            self.segment.executable.forget()
-
-    def drop(self) -> None:
-        """Let go of every tensor: executables may hold the batch until they get another one."""
-        self.lend()
-        for column in self.tensors.values():
-            column.clear()
-        self.everyone, self.members, self._params, self._locals = [], [], [], []
-        self._addresses = Addresses([])
-
-    def release(self) -> None:
-        """Let go of this step's gradients, one of which would live on though the user drops it, and of its random words."""
-        self.tensors["grad"].clear()
-        self._word = None
-
-    def assign_rows(self, base: list[float], ahead: int) -> list[tuple[int, float]]:
-        """Give each parameter its row of scalars; return the (group, step) of each row.
-
-        Args:
-            base: the step counts of all active members, the same list while they advance together.
-            ahead: what to add to them.
-        """
-        for made in (self.sums, self.model, self.whole, self.carried):
-            made.clear()
-        if self._base is not base:
-            index: dict[tuple[int, float], int] = {}
-            pairs = ((m.group, base[i]) for m, i in zip(self.everyone, self.positions, strict=True))
-            self.every_row = [index.setdefault(pair, len(index)) for pair in pairs]
-            self.rows = [self.every_row[i] for i in self.here]
-            self._base, self._pairs = base, list(index)
-        steps = [int(base[self.positions[i]]) + ahead for i in self.here] if self._streams else []
-        for name, streams in self._streams.items():
-            self.keys[name] = list(map(noise_key, streams, steps))
-        return [(group, count + ahead) for group, count in self._pairs]
-
-
-def batches_of(members: Iterable[Member]) -> list[SegmentBatch]:
-    """One :class:`SegmentBatch` for each segment, in order of appearance; ``members`` are all active ones."""
-    segments: dict[Segment, list[tuple[Member, int]]] = {}
-    for i, m in enumerate(members):
-        for segment in m.segments[: m.reach]:
-            segments.setdefault(segment, []).append((m, i))
-    return [SegmentBatch(segment, [m for m, _ in some], [i for _, i in some]) for segment, some in segments.items()]
-
-
-def shards_before(member: Member) -> list[int]:
-    """The elements of a sharded parameter that the ranks before this one have."""
-    return member.shards.sizes()[: member.shards.rank] if member.shards else []
-
-
-def like(grad: Tensor, param: Tensor) -> Tensor:
-    """``grad`` in the memory order of ``param``: itself, or a copy where they differ."""
-    if grad.stride() == param.stride() or param.numel() == 1:
-        return at_least_1d(grad.detach())
-    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-
-
-def at_least_1d(tensor: Tensor) -> Tensor:
-    """A 0-d tensor as a view of one element: beside another 0-d tensor, a scalar would change its dtype."""
-    return tensor.view(1) if tensor.ndim == 0 else tensor
 
 
 def aligned(tensor: Tensor, param: Tensor) -> bool:

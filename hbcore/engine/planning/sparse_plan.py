@@ -139,6 +139,15 @@ def check(optimizer: str, settings: Settings) -> None:
     """
     if settings.capturable:
         raise OptionError(f"{optimizer}: capturable=True needs gradients of one size, and sparse ones have any; pass False.")
+    if settings.offload is not None:
+        raise OptionError(
+            f"{optimizer}: offload={settings.offload!r} would move whole tables for the few rows that a step takes; pass "
+            "offload=None."
+        )
+    if settings.report_norms:
+        raise OptionError(
+            f"{optimizer}: report_norms=True needs whole parameters, and a step takes single rows; pass report_norms=False."
+        )
     if settings.use_ema:
         raise OptionError(
             f"{optimizer}: use_ema=True averages over all steps, and a row is seen in those alone that have a gradient for it; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.scalar_inputs import numbers
 from hbcore.engine.graph.segment_spec import SegmentSpec
 from hbcore.engine.group_scalars import carried
+from hbcore.engine.offload import Twin, applies, homed
 from hbcore.engine.planning.flat_init import FlatInit, NewMember, belongs, move_in
-from hbcore.engine.planning.partition import Partition
 from hbcore.engine.planning.segments import Member, Segment, aligned, is_transient
+from hbcore.engine.planning.shares import pieces_of
 from hbcore.engine.stacks.bound_rule import BoundRule
 from hbcore.engine.stacks.flat_stack import FlatView, View
 from hbcore.engine.stacks.key import StackKey
@@ -42,9 +44,9 @@ class StateInit:
         self._reads: dict[tuple[int, int], tuple[int, ...]] = {}
         self._flat = FlatInit(core)
 
-    def add(self, group: int, param: Tensor, partition: Partition, segments: tuple[Segment, ...]) -> None:
-        """Take in ``param`` with the others."""
-        self._new.append(NewMember(group, param, partition, segments))
+    def add(self, new: NewMember) -> None:
+        """Take in a parameter with the others."""
+        self._new.append(new)
 
     def rejoining(self) -> set[int]:
         """The groups in which a part of a flat rule's vector is planned anew, and therefore all of it."""
@@ -78,7 +80,8 @@ class StateInit:
 
     def _member(self, n: NewMember, address: Address, views: list[View]) -> Member:
         p, state, part = n.param, self.core.state[n.param], local(n.param.detach())
-        names = ["step", *self._elementwise(n, part, state)]
+        elementwise = self._elementwise(n, part, state)
+        names = ["step", *elementwise]
         touched = float(state.get("step", 0.0)) > 0
         for i, view in zip(n.partition.rules, views, strict=False):
             touched = self._move_in(n, n.partition.transforms[i], view, state) or touched
@@ -87,7 +90,10 @@ class StateInit:
             raise RuleError(f"two rules of one chain claim the slot {twice[0]!r} of a parameter; rename one of them.")
         state["step"] = address.view()
         held = {name: state[name] for name in names}
-        return Member(
+        away = [] if n.pieces or not applies(self.core.settings.offload, part.device) else elementwise
+        numbers = {name for segment in n.segments for name in segment.key.spec.numbers}
+        twins = {name: Twin.of(held, name, part.device) for name in away if name not in numbers}
+        member = Member(
             param=p,
             local=part,
             shards=shards_of(p),
@@ -99,10 +105,12 @@ class StateInit:
             seed_key=self.core.seed_key(n.group, p),
             views=views,
             held=held,
-            stored={name: local(t) for name, t in held.items()},
+            stored={name: twins[name].tensor if name in twins else local(t) for name, t in held.items()},
             addresses={name: local(t).data_ptr() for name, t in held.items()},
             primed=touched or not n.partition.primes,
+            twins=twins,
         )
+        return replace(member, pieces=pieces_of(member, n.pieces)) if n.pieces else member
 
     def _elementwise(self, n: NewMember, part: Tensor, state: dict[str, Any]) -> list[str]:
         """Complete the state of the segments' slots, in the parameter's memory order; return its names."""
@@ -134,6 +142,8 @@ class StateInit:
                 elif old.dtype != dtype or not aligned(old, part):
                     moved = torch.empty_like(part, dtype=dtype, requires_grad=False).copy_(old)
                     state[name] = spread_like(moved, n.param)
+                if applies(self.core.settings.offload, part.device):
+                    state[name] = homed(state[name], part.device)
         return names
 
     def _share(self, n: NewMember, name: str, number: Tensor) -> None:
@@ -208,7 +218,8 @@ class StateInit:
                 elsewhere = rule.flat or (shards is not None and owner_of[n.param] != shards.rank)
                 for k, block in enumerate(() if elsewhere else rule.blocks(n.param.shape)):
                     spec, device = segment.key.spec, segment.key.device
-                    key = StackKey(spec, i, self._read(n, spec, i), step, block.shape, n.param.dtype, device)
+                    reads, away = self._read(n, spec, i), applies(self.core.settings.offload, device)
+                    key = StackKey(spec, i, reads, step, block.shape, n.param.dtype, device, away)
                     rules[key] = (rule, dict(spec.feeds))
                     names = rows.setdefault(key, [])
                     level.append((block, key, len(names)))

@@ -71,7 +71,7 @@ class FlatStack(Stack):
         self._ends = [0, *accumulate(r.part for r in ranges)]
         super().__init__(key, rule, feeds, [r.name for r in ranges], reads)
         self.serial = serial_name(rule)
-        self.stored[self.serial].fill_(serial)
+        self.homes[self.serial].fill_(serial)
 
     def elements(self, row: int) -> slice:
         """Where a parameter's elements are."""
@@ -131,8 +131,8 @@ class FlatView:
     def parts(self) -> dict[str, Tensor]:
         """The same on this rank."""
         shared, found, where = self.shared(), dict[str, Tensor](), self.stack.elements(self.row)
-        for name, stored in self.stack.stored.items():
-            view = stored if name in shared else stored[where].view((*self.part.shape, *stored.shape[1:]))
+        for name, home in self.stack.homes.items():
+            view = home if name in shared else home[where].view((*self.part.shape, *home.shape[1:]))
             found[name] = view.detach()
         return found
 

@@ -20,6 +20,7 @@ class StackKey:
         index: the rule's place in the chain.
         numbers: those of the group that the rule read when the stack was made.
         step: the parameter's step then.
+        offloaded: whether the rule's state lives in host memory.
     """
 
     spec: SegmentSpec
@@ -29,3 +30,4 @@ class StackKey:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    offloaded: bool = False

@@ -11,6 +11,7 @@ from torch import Tensor
 from hbcore.distributed.exchange import from_owners, to_owners
 from hbcore.engine.graph.program import NONFINITE
 from hbcore.engine.group_scalars import Due, GroupScalars
+from hbcore.engine.offload import Needs
 from hbcore.engine.stacks.flat_stack import FlatStack, FlatView, View
 from hbcore.engine.stacks.pairs import Curved
 from hbcore.engine.stacks.rule_call import RuleCall
@@ -145,6 +146,11 @@ class Level:
             for stack, its_rows, held in self._held:
                 stack.look(its_rows, held)
         return moved
+
+    def needs(self) -> Needs:
+        """The state that :meth:`run` uses: all of it, since a rule may bring matrices of several stacks together."""
+        twins = [t for stack in self.stacks for t in stack.twins.values()]
+        return Needs(twins, twins, lambda: None)
 
     def close(self) -> None:
         """Give the memory back."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from hbcore.distributed.exchange import Transfer
 from hbcore.distributed.placement import Shards
 from hbcore.engine.group_scalars import Due
+from hbcore.engine.offload import Twin, twins_of
 from hbcore.engine.stacks.key import StackKey
 from hbcore.rules.contract import slots_of
 from hbcore.rules.noise import stream_key
@@ -44,6 +45,8 @@ class Stack:
         pair: ``vector`` and ``hvp``, like the inputs, while the rule runs in a step that has them.
         codecs: what stores each slot.
         stored: the slots as their codecs store them, ``[rows, *slot.shape]`` each, or ``[rows, *blocks]``.
+        homes: those of which parameters' state has views: the same tensors, or those in host memory if state is offloaded.
+        twins: in that case, the way between the two.
         derived: the slots that follow from the others, and have no place in the parameters' state.
         unknown: the rows of which those have to be computed before the rule's next update.
         checked: the rule's methods that ran on it and were seen to be pure, and to return what they may.
@@ -67,9 +70,15 @@ class Stack:
         self.inputs = {n: torch.zeros(*rows, *key.shape, dtype=d, device=key.device) for n, d in feeds.items()}
         self._addresses = list(map(Tensor.data_ptr, self.inputs.values()))
         self.stored: dict[str, Tensor] = {}
+        self.homes: dict[str, Tensor] = {}
+        self.twins: dict[str, Twin] = {}
         for name, slot in self.slots.items():
-            self.stored.update(self._blank(name, slot, rows))
-        self._layouts = {name: (t.storage_offset(), t.shape, t.stride()) for name, t in self.stored.items()}
+            blank = self._blank(name, slot, rows)
+            if not slot.derived:
+                self.homes.update(blank)
+                self.twins.update(twins_of(self.homes, blank, key.device) if key.offloaded else {})
+            self.stored.update({part: self.twins[part].tensor if part in self.twins else t for part, t in blank.items()})
+        self._layouts = {name: (t.storage_offset(), t.shape, t.stride()) for name, t in self.homes.items()}
         self.outdate(range(len(names)))
 
     def open(self) -> bool:
@@ -94,6 +103,7 @@ class Stack:
     def lend(self) -> None:
         """Leave the slots' memory to the views that parameters have of it: whoever has those may free it, or write there."""
         self.stored.clear()
+        self.homes.clear()
         self.outdate(range(len(self.names)))
 
     def recall(self, state: Mapping[str, Tensor], k: int, runs: int) -> None:
@@ -102,7 +112,8 @@ class Stack:
             return
         for name, key in self.keys(k, runs).items():
             view = state[key]
-            self.stored[name] = view.new_empty(0).set_(view.untyped_storage(), *self._layouts[name])
+            self.homes[name] = view.new_empty(0).set_(view.untyped_storage(), *self._layouts[name])
+            self.stored[name] = self.twins[name].tensor if name in self.twins else self.homes[name]
         for name in self.derived:
             self.stored.update(self._blank(name, self.slots[name], self._rows()))
 
@@ -241,8 +252,8 @@ class StackView:
         views: dict[str, Tensor] = {}
         for k, (block, stack, row) in enumerate(self.runs):
             for name, key in stack.keys(k, len(self.runs)).items():
-                stored = stack.stored[name]
-                view = stored[row] if block.batch == 1 else stored[row : row + block.batch]
+                home = stack.homes[name]
+                view = home[row] if block.batch == 1 else home[row : row + block.batch]
                 views[key] = view.data  # which does not keep the whole stack alive, and whose version counts others' writes
         return views
 

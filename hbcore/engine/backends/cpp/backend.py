@@ -74,6 +74,7 @@ class CppExecutable:
     def run(self, phase: int, batch: Batch) -> int:
         assert self.tables is not None
         p, tables = self.program.phases[phase], self.tables
+        tables.follow()
         for name in p.sums:
             if name in batch.model:
                 tables.sums[self.layout.reductions.index(name)] = batch.model[name]
@@ -119,16 +120,20 @@ class Tables:
         self._moves = -1
 
     def send(self, numbers: Sequence[Sequence[float]]) -> None:
-        """Take this step's scalars, one row per entry of ``numbers``, and the addresses of what moved."""
+        """Take this step's scalars, one row per entry of ``numbers``."""
+        batch = self.batch
+        keys = [batch.keys[name] for name in self.layout.noise]
+        self._moving = array("q", chain(map(Tensor.data_ptr, batch.tensors["grad"]), batch.rows, *keys))
+        self._rows = array("d", chain.from_iterable(numbers))
+
+    def follow(self) -> None:
+        """Read the columns' addresses again if any of them moved."""
         batch = self.batch
         if self._moves != batch.moves:
             self._moves = batch.moves
             columns = [map(Tensor.data_ptr, batch.tensors[name]) for name in self.layout.columns]
             pointers = list(zip(*columns, strict=True))
             self._table = array("q", chain.from_iterable(chain(*pair) for pair in zip(pointers, self._fixed, strict=True)))
-        keys = [batch.keys[name] for name in self.layout.noise]
-        self._moving = array("q", chain(map(Tensor.data_ptr, batch.tensors["grad"]), batch.rows, *keys))
-        self._rows = array("d", chain.from_iterable(numbers))
 
     def arguments(self) -> tuple[int, ...]:
         """What a function is called with."""

@@ -122,6 +122,7 @@ class TritonExecutable:
 
     def run(self, phase: int, batch: Batch) -> int:
         assert self.tables is not None
+        self.tables.follow()
         for name in self.program.phases[phase].sums:
             if name in batch.model:
                 self.tables.model[self.layout.reductions.index(name)] = batch.model[name]
@@ -135,18 +136,21 @@ class TritonExecutable:
                 partials = [launch.partials[index] for launch in self.tables.launches]
                 batch.sums[r.name] = [x.sum() if r.how == "sum" else x.amax() for x in partials]
             elif self.program.finish is not None and r.name in self.program.finish.sums:
-                batch.sums[r.name] = self._per_tensor(self.layout.reductions.index(r.name), r)
+                batch.whole[r.name] = self._per_tensor(self.layout.reductions.index(r.name), r)
         return len(launches)
 
-    def _per_tensor(self, index: int, r: Reduction) -> list[Tensor]:
-        """A reduction's result for each parameter, from those of its chunks."""
+    def _per_tensor(self, index: int, r: Reduction) -> Tensor:
+        """A reduction's results, an element for each parameter, from those of its chunks."""
         assert self.tables is not None
         results: dict[int, Tensor] = {}
         for launch in self.tables.launches:
             how = "sum" if r.how == "sum" else "max"
-            values = torch.segment_reduce(launch.partials[index], how, lengths=launch.table[:, len(self.layout.columns) + 2])
+            counts = launch.table[:, len(self.layout.columns) + 2]
+            values = torch.segment_reduce(launch.partials[index], how, lengths=counts, unsafe=True)  # checks would wait
+            if len(self.tables.launches) == 1:  # of all tensors, in order
+                return values.to(r.dtype)
             results.update(zip(launch.members, values.to(r.dtype).unbind(), strict=True))
-        return [results[i] for i in range(len(results))]
+        return torch.stack([results[i] for i in range(len(results))])
 
     def forget(self) -> None:
         """Nothing to do: the tables hold addresses, which are compared with the tensors' own before the next launch."""

@@ -59,8 +59,8 @@ class Tables:
         self.batch = batch
         self.device = batch.tensors["param"][0].device
         self.loose = loose_pointers(batch.tensors["grad"])
-        self.moves = batch.moves
         columns = self._columns()
+        self.moves = self._moves_of(columns)
         loose = {i for column in columns for i, p in enumerate(column) if p & 15} | self.loose
         classes = {True: [i for i in range(len(batch)) if i not in loose], False: sorted(loose)}
         self.words = 2 + len(layout.noise)
@@ -92,8 +92,8 @@ class Tables:
         """Update the columns' addresses if any of them moved. Their alignment does not change."""
         if self.moves == self.batch.moves:
             return
-        self.moves = self.batch.moves
         columns = self._columns()
+        self.moves = self._moves_of(columns)
         for launch in self.launches:
             pointers = torch.tensor(
                 [[column[i] for column in columns] for i in launch.members], dtype=torch.int64, device="cpu"
@@ -101,6 +101,10 @@ class Tables:
             if self.device.type == "cuda":  # from pageable memory the copy would wait for the device
                 pointers = pointers.pin_memory()
             launch.table[:, : len(columns)].copy_(pointers, non_blocking=True)
+
+    def _moves_of(self, columns: Sequence[Sequence[int]]) -> int:
+        """The batch's count of moves, if every tensor has memory; otherwise addresses are to be read again, whatever it is."""
+        return self.batch.moves if all(map(all, columns)) else -1
 
     def _columns(self) -> list[list[int]]:
         """The addresses in each column except gradients."""
