@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 import torch
 from core.kit import distance
@@ -12,10 +14,8 @@ from hbcore import registry
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = ((24, 16), (24, 16), (16, 24), (3, 4, 2, 2), (7,), ())
-APART = {"Muon": 2e-2, "MuonAdamW": 2e-2, "MuonLaProp": 2e-2, "Scion": 2e-2, "OrthoLaProp": 2e-2, "LaPropOrtho": 2e-2}
-"""How far optimizers are apart that multiply in bfloat16 on GPUs, relative to how far they went."""
-
+SHAPES = ((24, 24), (24, 24), (7,), ())
+"""Square: where a gradient has less than full rank, rounding chooses bases."""
 SPECS = {name: registry.info(name).spec for name in registry.list_optimizers() if name != "SplitOpt"}
 NAMES = [name for name, spec in SPECS.items() if not spec.capabilities & {"closure", "sparse"}]
 
@@ -35,7 +35,8 @@ def trained(name, device, **options):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gpu_follows_the_cpu(name):
-    precision = {"matmul_precision": "ieee"} if "matrix" in SPECS[name].capabilities else {}
+    same = {"matmul_precision": "ieee", "ns_dtype": "float32"}  # where a GPU would choose otherwise
+    precision = {k: v for k, v in same.items() if k in signature(hbcore.get(name)).parameters}
     on_gpu, on_cpu = trained(name, "cuda", **precision), trained(name, "cpu", compile="eager", **precision)
     assert all(torch.isfinite(d).all() for d in on_gpu)
-    assert distance(on_gpu, on_cpu) < APART.get(name, 2e-3)
+    assert distance(on_gpu, on_cpu) < 2e-3

@@ -131,8 +131,14 @@ def test_an_hbcore_that_pip_does_not_know_has_no_record(monkeypatch: pytest.Monk
 
 
 def test_one_place_decides_what_a_message_says() -> None:
-    """An extra of hbcore is installed by its name wherever hbcore came from, since hbcore is there."""
-    allowed = {"registry/origin.py": "", "cli/compare/progress.py": "PIP_LINE = 'pip install \"hbcore[cli]\"'"}
+    """An extra of hbcore is installed by its name wherever hbcore came from, since hbcore is there; others' packages by theirs."""
+    allowed = {
+        "registry/origin.py": "",
+        "cli/compare/progress.py": "PIP_LINE = 'pip install \"hbcore[cli]\"'",
+        "cli/tune/__init__.py": 'pip install "hbcore[tune]"',
+        "cli/tune/command.py": 'pip install "hbcore[tune]"',
+        "cli/tune/samplers.py": "pip install optunahub",
+    }
     found = {path.relative_to(ROOT / "hbcore").as_posix(): path.read_text() for path in (ROOT / "hbcore").rglob("*.py")}
     said = {path for path, text in found.items() if "pip install" in text}
     assert said - {"cli/new_plugin.py"} == allowed.keys()
