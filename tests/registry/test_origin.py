@@ -131,7 +131,7 @@ def test_an_hbcore_that_pip_does_not_know_has_no_record(monkeypatch: pytest.Monk
 
 
 def test_one_place_decides_what_a_message_says() -> None:
-    """An extra of hbcore is installed by its name wherever hbcore came from, since hbcore is there; others' packages by theirs."""
+    """An extra of hbcore is installed by its name wherever hbcore came from, since hbcore is there; other packages too."""
     allowed = {
         "registry/origin.py": "",
         "cli/compare/progress.py": "PIP_LINE = 'pip install \"hbcore[cli]\"'",
