@@ -41,7 +41,7 @@ def cells_of(runs: list[dict[str, Any]], seed: int = 0) -> dict[str, dict[str, C
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table for people: hbcore before the bar, HeavyBall behind it, and the levels that each passed in total."""
+    """The table for people: hbcore before the slash, HeavyBall behind it, and the levels that each passed in total."""
     cells, problems = cells_of(result["runs"]), result["problems"]
     lines = ["| optimizer | " + " | ".join(name.replace("_", " ") for name in problems) + " | total |"]
     lines.append("|---" * (len(problems) + 2) + "|")
