@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -112,3 +113,12 @@ def test_a_release_gives_a_token_to_the_jobs_that_need_one():
         actions
     )
     assert "secrets." not in RELEASE and "password" not in re.sub("#.*", "", RELEASE)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").rglob("*.py")), ids=lambda path: path.name)
+def test_importing_a_script_sets_no_environment_variable(path):
+    """Tests import scripts, and a variable would hold for all later ones: it once switched compiling off for a whole run."""
+    for statement in ast.parse(path.read_text()).body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        called = [statement.value.func] if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call) else []
+        assert not any("environ" in ast.unparse(part) for part in [*targets, *called])

@@ -137,7 +137,9 @@ class Reader:
             else:
                 found = found or bool(there)
                 missing += [part for part in parts if part not in entry]
-        if missing and not steps and (found or stored or rule in self.saved) and self.strict:
+        # a rule that the record does not have is new, and may begin with slots of the one that it replaces
+        there_before = rule in self.saved or (stored and self.record is None)
+        if missing and not steps and (found or there_before) and self.strict:
             raise CheckpointError(f"{self._who(i)} has no {missing[0]!r} in the checkpoint, which {rule!r} needs.")
         if steps:
             return self._migrated(i, rule, slots, stored, entry, step, used)
