@@ -27,7 +27,7 @@ def failure(capsys, *words):
 def test_a_training_checkpoint_is_rewritten(tmp_path, capsys):
     out = tmp_path / "out.pt"
     assert main(["migrate", ADAMW, str(out)]) == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())  # lines fit the terminal
     assert "by heavyball, is now AdamW's" in text
     assert "resume with AdamW(params, warmup_steps=9, weight_decay=0.1)" in text
     assert "times 1 - beta^t" in text
@@ -42,7 +42,7 @@ def test_a_training_checkpoint_is_rewritten(tmp_path, capsys):
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
     out = tmp_path / "out.pt"
     assert main(["migrate", ADAMW, str(out), "--dry-run"]) == 0
-    assert "would become AdamW's" in " ".join(capsys.readouterr().out.split()), "lines fit the terminal"
+    assert "would become AdamW's" in " ".join(capsys.readouterr().out.split())
     assert not list(tmp_path.iterdir())
     assert main(["migrate", ADAMW, "--dry-run", "--json", "-"]) == 0
     facts = json.loads(capsys.readouterr().out)
