@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +26,13 @@ from hbcore.engine.param_codec import note, settle
 from hbcore.errors import CheckpointError, HyperparameterError, StateWarning
 from hbcore.warn import warn_at_caller
 
-if TYPE_CHECKING:
-    from hbcore.optimizer import Optimizer
+
+class Receiver(Protocol):
+    """An optimizer as it is loaded into: :class:`hbcore.Optimizer`."""
+
+    @property
+    def core(self) -> OptimizerCore:
+        """Its part in the engine."""
 
 
 class Content(NamedTuple):
@@ -144,7 +149,7 @@ def _alike(held: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     )
 
 
-def read(optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool, composite: bool = False) -> Content:
+def read(optimizer: Receiver, state_dict: Mapping[str, Any], strict: bool, composite: bool = False) -> Content:
     """Validate a state dict and return what each group and parameter will hold. Mutates nothing.
 
     Groups from torch.optim are read as the counterpart's. Within a ``composite``, state that no rule used when it was

@@ -7,13 +7,13 @@ Both may be loaded in either order: a correction waits until it meets those weig
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from hbcore import registry
-from hbcore.checkpoint.schema import KEPT
+from hbcore.checkpoint.schema import KEPT, Record
 from hbcore.distributed.placement import local
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.corrections import FINGERPRINT, PREFIX, Loaded, fingerprint
@@ -23,14 +23,25 @@ from hbcore.state.codec import Cast, StateCodec
 from hbcore.state.expected import Logical
 from hbcore.warn import warn_at_caller
 
-if TYPE_CHECKING:
-    from hbcore.checkpoint.entries import Reader
-
 RULE = "param_ecc"
 """The name that the slots beside a parameter go by, in chains and records."""
 
 BEFORE_NAMES = {torch.int8: "bf16+8", torch.int16: "bf16+16"}
 """The codecs that there were when records did not name the parameters' codec, by the dtype of their correction."""
+
+
+class Reading(Protocol):
+    """One param group as it is read, by :class:`hbcore.checkpoint.entries.Reader`."""
+
+    core: OptimizerCore
+    g: int
+    record: Record | None
+    saved: Mapping[str, int]
+    strict: bool
+    corrections: dict[Tensor, Loaded]
+
+    def tensor(self, i: int, slot: Logical, codec: StateCodec, part: str, value: Any) -> Tensor:
+        """A saved tensor of parameter ``i``, where its parameter is."""
 
 
 def sum_of(core: OptimizerCore, p: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -44,7 +55,7 @@ def sum_of(core: OptimizerCore, p: Tensor, entry: Mapping[str, Any]) -> dict[str
     return {} if found is None else {FINGERPRINT: found}
 
 
-def read(reader: Reader, i: int, entry: Mapping[str, Any], used: set[Any]) -> dict[str, Tensor]:
+def read(reader: Reading, i: int, entry: Mapping[str, Any], used: set[Any]) -> dict[str, Tensor]:
     """What a parameter's state has beside it after a load. What has yet to meet its weights goes to ``reader.corrections``.
 
     Raises:
@@ -77,7 +88,7 @@ def read(reader: Reader, i: int, entry: Mapping[str, Any], used: set[Any]) -> di
     return {name: torch.zeros_like(param, dtype=d, requires_grad=False) for name, d in own.items()}
 
 
-def _fingerprint(reader: Reader, i: int, entry: Mapping[str, Any]) -> Tensor | None:
+def _fingerprint(reader: Reading, i: int, entry: Mapping[str, Any]) -> Tensor | None:
     """The fingerprint of the weights that an entry's corrections belong to; None if it was saved without.
 
     Raises:
@@ -111,7 +122,7 @@ def kept(core: OptimizerCore, param: Tensor, entry: Mapping[Any, Any], used: set
     return names if fits else set()
 
 
-def _codec(reader: Reader, entry: Mapping[str, Any]) -> StateCodec:
+def _codec(reader: Reading, entry: Mapping[str, Any]) -> StateCodec:
     """The codec that wrote the corrections of an entry.
 
     Raises:
