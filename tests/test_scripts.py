@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
+pytestmark = pytest.mark.broad  # what runs in CI and `make test-full` is tested there
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -325,6 +325,7 @@ def test_a_table_that_a_terminal_cannot_hold_is_plain(
         assert "window ms" in printed and "failed: [red]x" in printed
 
 
+@pytest.mark.broad  # processes that import torch
 def test_the_first_step_is_timed_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     [ours] = from_entries([Entry("AdamW", "hb_adam.adamw:AdamW", {"betas": (0.9, 0.95)})], [])

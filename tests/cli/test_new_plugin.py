@@ -75,6 +75,7 @@ def test_what_it_writes_passes_its_own_tests(kind: str, chosen: tuple[str, ...],
     assert passed > (8 if chosen else 40) and "failed" not in said and "xfailed" not in said, said[-500:]
 
 
+@pytest.mark.broad  # a package's tests in a process
 def test_a_broken_rule_fails_the_tests_that_came_with_it(tmp_path: Path) -> None:
     package = make(tmp_path)
     rule = package / "src" / "hb_sigma" / "sigma.py"

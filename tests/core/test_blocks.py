@@ -95,7 +95,7 @@ def test_slots_that_are_never_negative_are_stored_without_a_sign():
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c != "LaProp-all"])  # its reductions differ in the last bit
-@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize("backend", ["cpp", pytest.param("triton", marks=pytest.mark.broad)])
 def test_backends_store_the_same_bits(case, backend):
     if case in MATRICES and backend == "triton":
         pytest.skip("their products take half a minute in Triton's interpreter")

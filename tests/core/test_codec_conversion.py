@@ -296,6 +296,7 @@ def convert(rank, name, before, after, gathered, state):
     return entries, jobs.whole(model)
 
 
+@pytest.mark.broad  # processes
 @pytest.mark.filterwarnings("ignore::hbcore.StateWarning")
 @pytest.mark.parametrize("name", ["AdamW", "SOAP"])
 @pytest.mark.parametrize(("before", "after"), [("log8", None), ("own8", "coarse8"), ("two", "bf16+16")])

@@ -333,6 +333,7 @@ class Tiny(Optimizer):
 ToyRule = preconditioner(dtype=BF16)
 
 
+@pytest.mark.broad  # the whole kit once more
 def test_an_optimizer_with_them_conforms():
     assert check(Tiny) == []
 

@@ -340,6 +340,7 @@ def test_a_checkpoint_between_products_resumes_bit_for_bit(differences):
     assert same(model.parameters(), resumed.parameters())
 
 
+@pytest.mark.broad  # it waits for the collector
 @WAYS
 def test_fifty_steps_leave_no_tensor_behind(differences):
     model, optimizer = trainer(finite_differences=differences)

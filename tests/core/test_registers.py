@@ -124,6 +124,7 @@ def offenders(names, folder):
     return [kernel for kernel in found if kernel[-2] > MOST or kernel[-1] > SPILLED]
 
 
+@pytest.mark.broad  # half a minute of compiling
 def test_kernels_of_common_rules_leave_room_for_others(tmp_path):
     assert offenders(QUICK, tmp_path) == []
 

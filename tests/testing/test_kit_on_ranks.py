@@ -55,6 +55,7 @@ def test_optimizers_of_each_kind_pass(name, check, pool):
         check.function(subject, pool, 2)
 
 
+@pytest.mark.broad  # eight seconds of processes
 def test_it_is_asked_for_by_its_argument(monkeypatch):
     assert check("SGD", only=NAMES, ranks=2) == []
     found = check(BROKEN[NAMES[0]][0], only=NAMES[:1], ranks=2)
@@ -74,6 +75,7 @@ def test_a_class_that_no_other_process_can_import_is_told_so(pool):
         RANK_CHECKS[0].function(Subject(broken()), pool, 2)
 
 
+@pytest.mark.broad  # eight seconds of processes
 def test_the_option_of_pytest_runs_them():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--co", "--pyargs"]
     command += ["hbcore.testing.suite", "--hbcore-optimizer", "SGD"]
