@@ -94,6 +94,7 @@ def test_every_backend_trains_the_same(name: str, backend: str, ecc: dict[str, A
     assert all(not torch.equal(found[each], start[each]) for each in start)
 
 
+@pytest.mark.broad  # processes
 @ECC
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_two_ranks_train_the_same_and_resume_exactly(name: str, ecc: dict[str, Any]) -> None:

@@ -62,6 +62,7 @@ def test_a_plugin_is_checked_in_a_folder_without_tests_and_what_does_not_load_fa
     assert "[SGD()-every_hook_runs_once]" in told and "[BF16Plus8()-zeros_are_zero]" in told
 
 
+@pytest.mark.broad  # pytest in a process
 def test_a_folders_own_tests_run_only_if_they_are_named(pytest_run, tmp_path):
     (tmp_path / "test_apart.py").write_text("def test_beside():\n    pass\n")
     command = ("--hbcore-plugin", "hb_ecc", "--hbcore-level", "api-1", "--co", "-k", "beside or zeros_are")

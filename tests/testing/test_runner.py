@@ -87,12 +87,14 @@ def pytest_run(folder, *arguments):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.broad  # pytest in a process
 def test_the_option_runs_the_checks_over_one_optimizer(tmp_path):
     done = pytest_run(tmp_path, "--pyargs", "hbcore.testing.suite", "--hbcore-optimizer", "SGD", "-k", "saving or hook", "-vv")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SGD(ecc='bf16+8')-saving_early_leaves_no_trace" in done.stdout and "3 passed" in done.stdout
 
 
+@pytest.mark.broad  # pytest in a process
 def test_the_fixture_serves_an_authors_own_test_and_without_the_option_there_is_nothing_to_run(tmp_path):
     (tmp_path / "test_mine.py").write_text("def test_mine(hbcore_conformance):\n    hbcore_conformance()\n")
     assert "1 skipped" in pytest_run(tmp_path).stdout
