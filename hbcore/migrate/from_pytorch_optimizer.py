@@ -38,11 +38,13 @@ def decoupled(name: str, group: Group) -> None:
 
 
 def lion(group: Group, shapes: Sequence[Shape]) -> dict[str, Any]:
+    """Decoupled decay; no state but the momentum."""
     decoupled("Lion", group)
     return {k: group[k] for k in ("lr", "betas", "weight_decay")}
 
 
 def ademamix(group: Group, shapes: Sequence[Shape]) -> dict[str, Any]:
+    """Its two warm-ups are one number there."""
     decoupled("AdEMAMix", group)
     warmup = {k: group["t_alpha_beta3"] for k in ("alpha_warmup", "beta3_warmup")}
     shared = {k: group[k] for k in ("lr", "betas", "eps", "alpha", "weight_decay")}
@@ -50,16 +52,19 @@ def ademamix(group: Group, shapes: Sequence[Shape]) -> dict[str, Any]:
 
 
 def sgdw(group: Group, shapes: Sequence[Shape]) -> dict[str, Any]:
+    """Coupled or decoupled decay, as the group says."""
     shared = {k: group[k] for k in ("lr", "momentum", "dampening", "nesterov", "weight_decay")}
     return {**shared, "decoupled_weight_decay": bool(group["weight_decouple"])}
 
 
 def sfadamw(group: Group, shapes: Sequence[Shape]) -> dict[str, Any]:
+    """The schedulefree library's settings, without what it adds."""
     require(f"{LIBRARY}'s ScheduleFreeAdamW", group, decoupling_c=0, ams_bound=False, use_palm=False)
     return schedule_free.settings(group, shapes)
 
 
 def muon(group: Group, shapes: Sequence[Shape]) -> dict[str, Any]:
+    """A group of matrices, or one of the auxiliary AdamW's."""
     decoupled("Muon", group)
     if not group["use_muon"]:
         return {**{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")}, **ADAM}

@@ -68,11 +68,15 @@ def conformance(
 
         found = [c for one in optimizers for c in cases(one, only, ecc, ranks, compiled, level)]
     reasons = results.reasons(found, expected_failures, EVERY)
-    params = []
-    for case, reason in zip(found, reasons, strict=True):
-        own = marks(case) if marks is not None else ()
-        own = list(own) if isinstance(own, (list, tuple)) else [own]
-        if reason:
-            own.append(pytest.mark.xfail(reason=reason, strict=True))
-        params.append(pytest.param(case, id=str(case), marks=own))
-    return pytest.mark.parametrize("check", params)
+    owned = [marks(case) if marks is not None else () for case in found]
+    return pytest.mark.parametrize("check", list(map(_param, found, reasons, owned)))
+
+
+def _param(case: Case, reason: str, marks: Any) -> Any:
+    """A case as pytest takes it, with an author's marks and the reason if it is expected to fail."""
+    import pytest
+
+    own = list(marks) if isinstance(marks, (list, tuple)) else [marks]
+    if reason:
+        own.append(pytest.mark.xfail(reason=reason, strict=True))
+    return pytest.param(case, id=str(case), marks=own)

@@ -215,6 +215,7 @@ MATRICES = {
     "in a function": (matrix(lambda self, u, s, c: (torch.maximum(u, c.grad), {})), r"reads c\.grad"),
     "beside what is declared": (matrix(lambda self, u, s, c: (u + c.grad, {}), needs=frozenset({"param"})), "'grad', 'param'"),
     "a clamp to a number": (matrix(lambda self, u, s, c: (u.clamp(min=self.beta), {})), r"clamps to a number.*fails on a GPU"),
+    "a clamp to a zero": (matrix(lambda self, u, s, c: (u.clamp(max=self.beta * 0), {})), r"clamps to a number.*on a GPU"),
     "a dtype in text": (matrix(working_dtype=lambda self, p: "bfloat16"), r"working_dtype.* returned 'bfloat16'"),
     "a dtype of whole numbers": (matrix(working_dtype=lambda self, p: torch.int32), r"working_dtype.* returned torch.int32"),
     "an inner rule": (

@@ -45,11 +45,8 @@ def split(
     Raises:
         TraceError: a new value is of another kind than its tensor.
     """
-    carries = {name: node for name, node in results.items() if name.startswith(CARRIED)}
-    finals = {name: node for name, node in results.items() if name in numbers and node.meta.get("input") != name}
-    finals.update({name: node for name, node in carries.items() if node.meta["kind"] != "host"})
-    finals.update({name: node for name, node in results.items() if name.startswith(REPORT)})
-    carries = {name: node for name, node in carries.items() if name not in finals}
+    finals = _finals(results, numbers)
+    carries = {name: node for name, node in results.items() if name.startswith(CARRIED) and name not in finals}
     results = {name: node for name, node in results.items() if not name.startswith((CARRIED, REPORT)) and name not in numbers}
     _check_kinds(graph, results, finals, per_block)
     stores = {name: node for name, node in results.items() if node.meta.get("input") != name}
@@ -73,6 +70,13 @@ def split(
         per_block,
         dict(bits or {}),
     )
+
+
+def _finals(results: Mapping[str, fx.Node], numbers: Sequence[str]) -> dict[str, fx.Node]:
+    """What is computed once all phases ran: scalar slots that change, carried numbers that no host can tell, and reports."""
+    found = {name: node for name, node in results.items() if name in numbers and node.meta.get("input") != name}
+    late = {name: node for name, node in results.items() if name.startswith(CARRIED) and node.meta["kind"] != "host"}
+    return {**found, **late, **{name: node for name, node in results.items() if name.startswith(REPORT)}}
 
 
 def _check_kinds(

@@ -88,8 +88,8 @@ class Purity(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def to_a_number(x: Tensor, *bounds: Any) -> bool:
     """Whether a bound is, or was computed from, a hyperparameter: a 0-d float64 tensor beside others."""
-    numbers = (b for b in bounds if isinstance(b, Tensor) and b.ndim == 0 and b.dtype == torch.float64)
-    return x.ndim > 0 and x.dtype != torch.float64 and any(numbers)
+    numbers = [b for b in bounds if isinstance(b, Tensor) and b.ndim == 0 and b.dtype == torch.float64]
+    return x.ndim > 0 and x.dtype != torch.float64 and bool(numbers)
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -43,9 +43,14 @@ Give = Callable[[Transform, Iterable[Any]], None]
 """``give(rule, tensors)``: told what each rule is given before it runs."""
 
 
+def norms(before: Tensor, after: Tensor, numel: Tensor, reduce: Reduce) -> dict[str, Tensor]:
+    """What ``report_norms=True`` says of one parameter: the root mean squares of its change and of its new value, 0-d."""
+    values = {REPORT + "update": after - before, REPORT + "weight": after}
+    return {name: (reduce(x * x, "sum", Domain.TENSOR, "report_norms") / numel).sqrt() for name, x in values.items()}
+
+
 def unless(skip: Tensor | None, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The new values of stored tensors, or the old ones if ``skip``; what groups carry is the host's to take back, and what is
-    reported has none."""
+    """New values of stored tensors, or the old ones if ``skip``; the host takes back what groups carry; reports have none."""
     if skip is None:
         return dict(stored)
     return {n: v if n.startswith((CARRIED, REPORT)) else torch.where(skip, tensors[n], v) for n, v in stored.items()}
@@ -207,14 +212,11 @@ class SegmentSpec:
         plain = {"param": narrowed(update, tensors["param"].dtype, noise)}
         stored.update(packed.write(tensors, "param", update, noise) if packed else plain)
         if self.norms:
-            after = update if skip is None else torch.where(skip, param, update)
-            for name, x in (("update", after - param), ("weight", after)):
-                stored[REPORT + name] = (reduce(x * x, "sum", Domain.TENSOR, "report_norms") / numel).sqrt()
+            stored.update(norms(param, update if skip is None else torch.where(skip, param, update), numel, reduce))
         return unless(skip, tensors, stored)
 
     def given(self, param: torch.dtype) -> dict[str, torch.dtype]:
-        """The 0-d tensors that a segment of parameters of this dtype is given, and their dtypes: scalar slots, and whether a
-        gradient is not finite, if that is found out by another segment."""
+        """The 0-d inputs beside parameters of a dtype, and theirs: scalar slots, and what another segment found nonfinite."""
         found = (NONFINITE,) if self.skip_nonfinite and self.takes is not None else ()
         return dict.fromkeys((*self.numbers, *found), compute_dtype(param))
 
