@@ -37,6 +37,9 @@ from hbcore.rules.products_kernel import BLOCK, PIECES, split_kernel
 COUNT, ROWS = 2, 32
 """How many matrices, and their size."""
 
+START = 8
+"""Where the largest magnitudes begin, after the scales of two stacks."""
+
 GRID, WARPS = (1, 2 * COUNT, 1), 8
 LAUNCHES, WINDOWS = 200, 50
 
@@ -45,15 +48,14 @@ def tensors() -> tuple[torch.Tensor, ...]:
     """What the kernel reads and writes."""
     a, b = (torch.randn(COUNT, ROWS, ROWS, device="cuda") for _ in range(2))
     parts = [torch.empty(COUNT, 2 * ROWS, ROWS, device="cuda", dtype=torch.float16) for _ in range(2)]
-    largest = torch.full((2 * COUNT, PIECES), 0x3F800000, device="cuda", dtype=torch.int32)
-    return a, b, *parts, largest, torch.empty(4 * COUNT, device="cuda")
+    return a, b, *parts, torch.ones(START + 2 * COUNT * PIECES, device="cuda")
 
 
 def ways() -> dict[str, Callable[[], Any] | None]:
     """What is timed."""
     given = tensors()
-    sizes = (ROWS * ROWS, ROWS * ROWS, ROWS * ROWS, ROWS * ROWS, COUNT, 0)
-    constants = (PIECES, 2, 2, 2, *EXPONENTS, BLOCK)
+    sizes = (ROWS * ROWS, ROWS * ROWS, ROWS * ROWS, ROWS * ROWS, COUNT, 0, START // 2, START)
+    constants = (PIECES, 0, 0, *EXPONENTS, BLOCK)
     whole, addresses = (*given, *sizes, *constants), (*(t.data_ptr() for t in given), *sizes, *constants)
     kernel: Any = split_kernel
     compiled = kernel.warmup(*whole, grid=GRID, num_warps=WARPS, num_stages=3)

@@ -2,8 +2,9 @@ r"""float32 matrices in two float16 parts, :math:`x = (x_1 + x_2) / s`; see :mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +19,64 @@ MOST = 2**15
 """Kernels take stacks of fewer matrices: two stacks are a dimension of a grid, which a GPU limits to 2^16."""
 
 
+class Layout(NamedTuple):
+    """How the parts of a matrix share memory.
+
+    Attributes:
+        run: after so many elements of one part come as many of the other: the matrix's columns, or all of its elements.
+        low_first: whether the low part comes first.
+    """
+
+    run: int
+    low_first: bool
+
+
+class View(NamedTuple):
+    """What :meth:`torch.Tensor.as_strided` takes, counted from where a stack's parts begin."""
+
+    size: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    offset: int
+
+
+class Parts(NamedTuple):
+    """The float16 parts of a stack.
+
+    Attributes:
+        memory: float16, 1-d, perhaps of other stacks too.
+        first: where they begin there.
+        numbers: float32, 1-d, among which the scales of the matrices are.
+        first_scale: where those begin.
+        layout: how they lie in memory.
+    """
+
+    memory: Tensor
+    first: int
+    numbers: Tensor
+    first_scale: int
+    layout: Layout
+
+    def view(self, view: View) -> Tensor:
+        """Some of them, float16 ``[B, m, n]``."""
+        return self.memory.as_strided(view.size, view.stride, self.first + view.offset)
+
+    def scales(self, count: int) -> Tensor:
+        """The scales of the ``count`` matrices, ``[B]``."""
+        return self.numbers.as_strided((count,), (1,), self.first_scale)
+
+
 class Halved:
-    """Matrices whose float16 parts serve several products, and are made for the first one; see :meth:`Products.prepared`.
+    """Matrices whose float16 parts are made for the first product that needs them; see :meth:`Products.prepared`.
 
     Args:
         whole: the matrices, float32 ``[B, ...]``, contiguous.
-        made: where their parts are kept: the high and the low ones, ``[B, 2, numel]``, and the scales, ``[B]``.
+        made: where their parts are kept, once they are made.
         turned: whether this is the transpose.
     """
 
-    def __init__(self, whole: Tensor, made: list[Tensor], turned: bool = False) -> None:
+    __slots__ = ("made", "turned", "whole")
+
+    def __init__(self, whole: Tensor, made: list[Parts], turned: bool = False) -> None:
         self.whole, self.made, self.turned = whole, made, turned
 
     @property
@@ -42,32 +91,66 @@ class Halved:
         """The same memory in another shape; not of a transpose."""
         return Halved(self.whole.view(shape), self.made)
 
+    @property
+    def layout(self) -> Layout | None:
+        """How the parts lie in memory; None if they are not made, or made for another shape."""
+        if not self.made:
+            return None
+        layout, shape = self.made[0].layout, self.whole.shape
+        return layout if layout.run in (shape[-1], shape[-2] * shape[-1]) else None
+
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """The high parts, the low ones, both of this shape, and the scales."""
-        if not self.made:
-            self.made.extend(halves(self.whole.view(len(self.whole), 1, -1), "hl", 1))
-        planes, scales = self.made
-        high, low = planes.view(len(planes), 2, *self.whole.shape[1:]).unbind(1)
-        return (high.mT, low.mT, scales) if self.turned else (high, low, scales)
+        shape = self.whole.shape
+        layout = self.layout
+        if layout is None:
+            layout = Layout(shape[-2] * shape[-1], False)
+            make([(self, layout)])
+        [made] = self.made
+        high, low = (made.view(view) for view in views(shape, layout, self.turned))
+        return high, low, made.scales(len(self.whole))
 
 
-def halves(x: Tensor, order: str, dim: int) -> tuple[Tensor, Tensor]:
-    """The parts of float32 matrices ``[B, m, n]``, see :func:`parts`, and their scales ``[B]``."""
-    if not has_kernels(x):
-        made, scales = parts(x, order, dim)
-        return made, scales.flatten()
-    x, turned = in_memory_order(x)
-    (made, _), (scales, _) = kernels().parts(x, x, (order, order), (3 - dim if turned else dim,) * 2, EXPONENTS)
-    return made.mT if turned else made, scales
+def halved(x: Tensor | Halved) -> Halved:
+    """A stack, or its transpose, as it lies in memory."""
+    if isinstance(x, Halved):
+        return x
+    if x.is_contiguous():
+        return Halved(x, [])
+    turned = x.mT
+    return Halved(turned, [], True) if turned.is_contiguous() else Halved(x.contiguous(), [])
 
 
-def both_halves(a: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """:func:`halves` of the factors of a product, low beside high and high upon low, in one pass."""
-    if not (has_kernels(a) and b.numel()):
-        return halves(a, "lh", 2), halves(b, "hl", 1)
-    (a, turned_a), (b, turned_b) = in_memory_order(a), in_memory_order(b)
-    (x, y), (s, r) = kernels().parts(a, b, ("lh", "hl"), (1 if turned_a else 2, 2 if turned_b else 1), EXPONENTS)
-    return (x.mT if turned_a else x, s), (y.mT if turned_b else y, r)
+@lru_cache(maxsize=1024)
+def views(shape: torch.Size, layout: Layout, turned: bool) -> tuple[View, View]:
+    """The high parts and the low ones of matrices of a shape, transposed if ``turned``."""
+    count, rows, columns = shape
+    row = columns if layout.run == rows * columns else 2 * columns
+    size, stride = (count, rows, columns), (2 * rows * columns, row, 1)
+    if turned:
+        size, stride = (count, columns, rows), (2 * rows * columns, 1, row)
+    first, second = View(size, stride, 0), View(size, stride, layout.run)
+    return (second, first) if layout.low_first else (first, second)
+
+
+def make(stacks: Sequence[tuple[Halved, Layout]], together: bool = False) -> None:
+    """Make the parts of one stack or two, of as many matrices, in one pass.
+
+    Args:
+        stacks: each, and how its parts are to lie.
+        together: they may share their memory, because no product after this one needs them.
+    """
+    if has_kernels(stacks[0][0].whole) and stacks[-1][0].whole.numel():
+        made = kernels().split([stack.whole for stack, _ in stacks], tuple([layout for _, layout in stacks]), together)
+    else:
+        made = [_parts(stack.whole, layout) for stack, layout in stacks]
+    for (stack, _), its in zip(stacks, made, strict=True):
+        stack.made[:] = [its]
+
+
+def _parts(x: Tensor, layout: Layout) -> Parts:
+    memory, scales = parts(x, "lh" if layout.low_first else "hl", 2 if layout.run == x.shape[2] else 1)
+    return Parts(memory.view(-1), 0, scales.view(-1), 0, layout)
 
 
 def parts(x: Tensor, order: str, dim: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +173,7 @@ def parts(x: Tensor, order: str, dim: int) -> tuple[Tensor, Tensor]:
 
 def has_kernels(x: Tensor) -> bool:
     """Whether generated kernels split a stack; elsewhere torch does, in several passes."""
-    return x.is_cuda and x.numel() > 0 and len(x) < MOST and has_triton()
+    return x.is_cuda and x.numel() > 0 and x.shape[0] < MOST and has_triton()
 
 
 @lru_cache(maxsize=1)
@@ -99,11 +182,3 @@ def kernels() -> Any:
     from hbcore.rules import products_kernel
 
     return products_kernel
-
-
-def in_memory_order(x: Tensor) -> tuple[Tensor, bool]:
-    """``x`` or its transpose, contiguous, and whether it is the transpose."""
-    if x.is_contiguous():
-        return x, False
-    turned = x.mT
-    return (turned, True) if turned.is_contiguous() else (x.contiguous(), False)

@@ -17,28 +17,19 @@ depth, and the first is added to it by the same call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from hbcore.rules.halves import EXPONENTS, Halved, both_halves, halves, has_kernels, in_memory_order, kernels
+from hbcore.rules.halves import EXPONENTS, Halved, Parts, halved, has_kernels, kernels
+from hbcore.rules.split_product import product
 
 PRECISIONS = ("ieee", "split", "tf32")
 """What ``matmul_precision`` may be."""
 
-DEPTH = 768
-"""How many products of high parts are summed at once. Tensor cores drop bits from long sums: an H200 is 4e-6 off at 2,304."""
-
-SMALL = 4608
-"""The same for products with low parts."""
-
 SQUARES = 384
-"""The same for second moments, whose terms do not cancel: 1.5e-5 off at 9,216."""
-
-WIDENS = hasattr(torch.ops.aten.baddbmm, "dtype_out")
-"""Whether torch multiplies float16 to a float32 result, as releases since 2.8 do."""
+"""How many products of high parts are summed at once in second moments, whose terms do not cancel: 1.5e-5 off at 9,216."""
 
 
 Operand: TypeAlias = "Tensor | Halved"
@@ -136,21 +127,11 @@ class Split:
         return IEEE if self._finest is None else self._finest
 
     def matmul(self, a: Operand, b: Operand, out: Tensor | None = None) -> Tensor:
-        k = a.shape[2]
-        if isinstance(a, Tensor) and a.dtype != torch.float32:
-            return torch.bmm(a, whole(b), out=out)
-        if isinstance(a, Halved):
-            y, r = halves(whole(b), "hl", 1)
-            high, low, s = a.parts()
-            return _unscaled(_product([(low, y[:, :k]), (high, y[:, k:])], (high, y[:, :k])), s, r, out)
-        if isinstance(b, Halved) and not b.turned and b.made:
-            x, s = halves(a, "lh", 2)
-            high, _, r = b.parts()
-            return _unscaled(_product([(x, b.made[0].view(len(x), 2 * k, -1))], (x[:, :, k:], high)), s, r, out)
-        (x, s), (y, r) = both_halves(a, whole(b))
-        if isinstance(b, Halved) and not b.turned:
-            b.made.extend((y, r))
-        return _unscaled(_product([(x, y)], (x[:, :, k:], y[:, :k])), s, r, out)
+        left, right = halved(a), halved(b)
+        if left.whole.dtype != torch.float32 or not (left.whole.numel() and right.whole.numel()):
+            return torch.bmm(whole(a), whole(b), out=out)
+        total, x, y = product(left, right, out, together=left is not a and right is not b)
+        return _unscaled(total, x, y, out)
 
     def squared(self, x: Operand) -> Tensor:
         return Exact().squared(x) if isinstance(x, Tensor) and x.dtype != torch.float32 else self._squared(x)
@@ -164,14 +145,13 @@ class Split:
         return Halved(x.contiguous(), []) if x.dtype == torch.float32 else x
 
     def _squared(self, x: Operand, mean: Tensor | None = None, decay: float = 0.0, out: Tensor | None = None) -> Tensor:
-        if isinstance(x, Tensor):
-            here, turned = in_memory_order(x)
-            x = Halved(here, [], turned)
-        high, low, scales = x.parts()
+        high, low, scales = halved(x).parts()
         if has_kernels(high):
             return _square_kernel(high, low, scales, mean, decay, EXPONENTS[0], out)
-        cross = _product([(high, low.mT)], None)
-        total = _product([], (high, high.mT), SQUARES).add_(cross).add_(cross.mT)
+        cross, k = torch.bmm(high.float(), low.float().mT), high.shape[2]
+        total = cross + cross.mT
+        for piece in (high[:, :, i : i + SQUARES].float() for i in range(0, k, SQUARES)):
+            total.baddbmm_(piece, piece.mT)
         inverse = (1 / scales)[:, None, None]
         total = total.mul_(inverse).mul_(inverse)
         return total if mean is None else _finite((mean * decay).add_(total, alpha=1 - decay), mean, decay)
@@ -197,32 +177,11 @@ def _finite(new: Tensor, mean: Tensor, decay: float) -> Tensor:
     return torch.where(finite[:, None, None], new, mean * decay)
 
 
-def _product(small: Sequence[tuple[Tensor, Tensor]], large: tuple[Tensor, Tensor] | None, depth: int = DEPTH) -> Tensor:
-    """The sum of products of float16 ``[B, m, k]`` and ``[B, k, n]``, in float32.
-
-    Args:
-        small: those with a low part, whose own errors do not matter.
-        large: the one of high parts, summed ``depth`` at a time.
-    """
-    total: Tensor | None = None
-    for (a, b), most in (*((pair, SMALL) for pair in small), *(((large, depth),) if large else ())):
-        for first in range(0, a.shape[2], most):
-            x, y = a[:, :, first : first + most], b[:, first : first + most]
-            if not (x.is_cuda and WIDENS):
-                piece = torch.bmm(x.float(), y.float())
-                total = piece if total is None else total.add_(piece)
-            elif total is None:
-                total = torch.bmm(x, y, out_dtype=torch.float32)
-            else:
-                # in place, without the copy that a result would be
-                torch.ops.aten.baddbmm.dtype_out(total, x, y, torch.float32, out=total)
-    assert total is not None
-    return total
-
-
-def _unscaled(total: Tensor, s: Tensor, r: Tensor, out: Tensor | None) -> Tensor:
+def _unscaled(total: Tensor, x: Parts, y: Parts, out: Tensor | None) -> Tensor:
     """A product ``[B, m, n]`` divided by the scales of its factors, in place or written to ``out``."""
+    into = total if out is None else out
     if not has_kernels(total):
-        return torch.mul(total, (1 / (s.double() * r.double()))[:, None, None], out=total if out is None else out)
-    divided: Tensor = kernels().unscale(total, s, r, total if out is None else out)
+        s, r = x.scales(len(total)), y.scales(len(total))
+        return torch.mul(total, (1 / (s.double() * r.double()))[:, None, None], out=into)
+    divided: Tensor = kernels().unscale(total, x, y, into)
     return divided

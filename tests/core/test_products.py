@@ -14,7 +14,9 @@ from core.rules import kept, matrix, parameter, stepped
 from hb_soap import SOAP
 from hbcore.errors import OptionError, RuleError
 from hbcore.rules import halves
-from hbcore.rules.products import DEPTH, Exact, Split
+from hbcore.rules.halves import Layout
+from hbcore.rules.products import Exact, Split
+from hbcore.rules.split_product import DEPTH
 
 KINDS = {"exact": Exact(), "split": Split()}
 
@@ -151,25 +153,57 @@ def uneven(*shape, seed=0):
 SHAPES = [((3, 37, 53), (3, 53, 20)), ((2, 70, 71), (2, 71, 5)), ((1, 1, 1), (1, 1, 1))]
 
 
-@pytest.mark.parametrize("dims", [(2, 1), (1, 2)], ids=str)
+def layouts(shape, low_first):
+    """Both ways in which parts of matrices of a shape may lie."""
+    return Layout(shape[2], low_first), Layout(shape[1] * shape[2], low_first)
+
+
+def content(parts, shape):
+    """The high and the low parts as they are told to lie in memory, and the scales."""
+    views = halves.views(shape, parts.layout, False)
+    return [t.cpu() for t in (*map(parts.view, views), parts.scales(shape[0]))]
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("way", [0, 1])
 @pytest.mark.parametrize(("one", "other"), SHAPES, ids=str)
-def test_the_kernel_makes_the_same_parts_bit_for_bit(one, other, dims):
+def test_the_kernel_makes_the_same_parts_bit_for_bit(one, other, way, together):
     kernels, on = interpreter()
-    a, b = uneven(*one), 1e-20 * uneven(*other, seed=1)
-    (x, y), scales = kernels.parts(a.to(on), b.to(on), ("lh", "hl"), dims, halves.EXPONENTS)
-    wanted = [halves.parts(z, order, dim) for z, order, dim in zip((a, b), ("lh", "hl"), dims, strict=True)]
-    assert torch.equal(x.cpu(), wanted[0][0]) and torch.equal(y.cpu(), wanted[1][0])
-    assert all(torch.equal(found.cpu(), s.flatten()) for found, (_, s) in zip(scales, wanted, strict=True))
+    stacks = uneven(*one), 1e-20 * uneven(*other, seed=1)
+    chosen = layouts(one, True)[way], layouts(other, False)[1 - way]
+    for found, x in zip(kernels.split([x.to(on) for x in stacks], chosen, together), stacks, strict=True):
+        (both, scale), n = halves.parts(x, "hl", 1), x.shape[1]
+        for part, wanted in zip(content(found, x.shape), (both[:, :n], both[:, n:], scale.flatten()), strict=True):
+            assert torch.equal(part, wanted)
+    [alone] = kernels.split([stacks[0].to(on)], chosen[:1])
+    for part, wanted in zip(
+        content(alone, one), content(kernels.split([x.to(on) for x in stacks], chosen)[0], one), strict=True
+    ):
+        assert torch.equal(part, wanted)
+
+
+@pytest.mark.parametrize("low_first", [False, True])
+def test_parts_lie_where_their_views_say(low_first):
+    x = uneven(3, 5, 7)
+    both, scale = halves.parts(x, "hl", 1)
+    for layout in layouts(x.shape, low_first):
+        stack = halves.Halved(x, [])
+        halves.make([(stack, layout)])
+        for turned in (stack, stack.mT):
+            high, low, scales = turned.parts()
+            wanted = (both[:, :5].mT, both[:, 5:].mT) if turned.turned else (both[:, :5], both[:, 5:])
+            assert torch.equal(high, wanted[0]) and torch.equal(low, wanted[1]) and torch.equal(scales, scale.flatten())
+            assert turned.made is stack.made and turned.made[0].layout == layout  # they are made once
 
 
 @pytest.mark.parametrize("sizes", [(1.0, 1.0), (1e-30, 1e30), (1e-20, 1e-15), (1e38, 1e-38)], ids=str)
 def test_the_kernel_takes_scales_away_whatever_they_are(sizes):
     kernels, on = interpreter()
     a, b = (size * normal(2, 20, 20, seed=i).float().clamp(-1, 1) for i, size in enumerate(sizes))
-    _, scales = kernels.parts(a.to(on), b.to(on), ("lh", "hl"), (2, 1), halves.EXPONENTS)
-    s, r = (scale.cpu().double()[:, None, None] for scale in scales)
+    made = kernels.split([a.to(on), b.to(on)], (Layout(20, True), Layout(400, False)), together=True)
+    s, r = (parts.scales(2).cpu().double()[:, None, None] for parts in made)
     product = ((a.double() * s) @ (b.double() * r)).float().to(on)
-    found = kernels.unscale(product, *scales, torch.empty_like(product)).cpu().double()
+    found = kernels.unscale(product, *made, torch.empty_like(product)).cpu().double()
     assert off(found, a.double() @ b.double()) < 1e-6
 
 
@@ -224,8 +258,8 @@ def test_what_overflows_is_left_out_of_an_average(kind, value):
 
         kernels, on = interpreter()
         x = x.to(on)
-        (both, _), (s, _) = kernels.parts(x, x, ("hl", "hl"), (1, 1), halves.EXPONENTS)
-        given = (x,) if kind == "rows" else (both[:, :5], both[:, 5:], s)
+        [made] = kernels.split([x], (Layout(35, False),))
+        given = (x,) if kind == "rows" else (*map(made.view, halves.views((2, 5, 7), made.layout, False)), made.scales(2))
         found = square_kernel.squared(*given, mean=mean.to(on), decay=0.75, top=halves.EXPONENTS[0]).cpu()
         x = x.cpu()
     assert off(found[0].double(), 0.75 * mean[0].double() + 0.25 * x[0].double() @ x[0].double().mT) < 1e-6
@@ -245,8 +279,8 @@ def test_a_square_that_overflows_is_not_finite(kind, value):
 
         kernels, on = interpreter()
         x = x.to(on)
-        (both, _), (s, _) = kernels.parts(x, x, ("hl", "hl"), (1, 1), halves.EXPONENTS)
-        given = (x,) if kind == "rows" else (both[:, :5], both[:, 5:], s)
+        [made] = kernels.split([x], (Layout(35, False),))
+        given = (x,) if kind == "rows" else (*map(made.view, halves.views((2, 5, 7), made.layout, False)), made.scales(2))
         found = square_kernel.squared(*given, top=halves.EXPONENTS[0]).cpu()
     assert found[0].isfinite().all() and not found[1, 2, 2].isfinite()
 
@@ -272,6 +306,7 @@ def test_a_prepared_factor_gives_the_same_products(kind):
         (tool.matmul(q[:, :5, :5].mT, made), q[:, :5, :5].mT.double() @ x.double()),
         (tool.matmul(made.mT, q[:, :5]), x.mT.double() @ q[:, :5].double()),
         (tool.matmul(q, made.mT), q.double() @ x.mT.double()),
+        (tool.matmul(made, made.mT), x.double() @ x.mT.double()),
         (tool.squared(made), x.double() @ x.mT.double()),
         (tool.squared(made.mT), x.mT.double() @ x.double()),
         (

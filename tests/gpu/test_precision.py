@@ -10,7 +10,7 @@ from torch import nn
 
 import hbcore
 from hbcore.rules import bases, factor_kernel, products_kernel
-from hbcore.rules.halves import EXPONENTS, parts
+from hbcore.rules.halves import Layout, parts
 from hbcore.rules.products import Exact, Split, Triple
 
 pytestmark = pytest.mark.gpu
@@ -42,10 +42,10 @@ def test_split_products_are_as_exact_as_float32(rows):
 @pytest.mark.parametrize("size", [1.0, 1e-19, 1e18])
 def test_the_kernel_splits_as_torch_does(shape, size):
     x = normal(*shape) * size
-    for order, dim in (("lh", 2), ("hl", 1)):
-        (found, _), (scales, _) = products_kernel.parts(x, x, (order, order), (dim, dim), EXPONENTS)
+    for order, dim, run in (("lh", 2, shape[2]), ("hl", 1, shape[1] * shape[2])):
+        [found] = products_kernel.split([x], (Layout(run, order == "lh"),))
         wanted, scale = parts(x, order, dim)
-        assert torch.equal(found, wanted) and torch.equal(scales, scale.flatten())
+        assert torch.equal(found.memory, wanted.view(-1)) and torch.equal(found.scales(len(x)), scale.flatten())
 
 
 @pytest.mark.parametrize("n", [5, 16, 64, 65, 100, 128])

@@ -25,8 +25,8 @@ class Launches(TorchDispatchMode):
             monkeypatch.setattr(module, "run", self.run)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # of torch's products of float16 that add to a float32 result, this one has no shape function
-        out = kwargs["out"] if str(func) == "aten.baddbmm.dtype_out" else func(*args, **(kwargs or {}))
+        # of torch's products of float16 with a float32 result, these have no shape function
+        out = kwargs["out"] if str(func) in ("aten.baddbmm.dtype_out", "aten.bmm.dtype_out") else func(*args, **(kwargs or {}))
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
         if not view and not str(func).startswith(SILENT) and any(t.is_meta for t in tensors):

@@ -81,11 +81,12 @@ class RuleCall:
             each.keep_derived(new)
 
     def _run(self) -> dict[str, float]:
-        carried: dict[str, float] = {}
-        results = self.turn.rule.update_stacks([each.given() for each in self._arguments])
-        # a result that is computed only when it is asked for is written before the next one takes memory
-        for each, (update, new) in zip(self._arguments, results, strict=True):
+        carried, rule = dict[str, float](), self.turn.rule
+        results = _results(rule, "update_stacks", rule.update_stacks([each.given() for each in self._arguments]))
+        for each, result in _one_by_one(rule, "update_stacks", self._arguments, results):
+            update, new = result.pop()
             carried.update(each.keep(new, update))
+            del update, new
         return carried
 
     def _due(self) -> Sequence[Arguments]:
@@ -108,24 +109,25 @@ class RuleCall:
         """
         rule = self.turn.rule
         if _known(due, "refresh"):
-            for each, new in zip(due, rule.refresh([each.settled() for each in due]), strict=True):
-                each.keep(new)
+            results = _results(rule, "refresh", rule.refresh([each.settled() for each in due]))
+            for each, result in _one_by_one(rule, "refresh", due, results):
+                each.keep(result.pop())
             return
         purity = Purity()
         given = [each.settled_watched(purity) for each in due]
         with purity, naming(rule, "refresh"):
             made: Any = rule.refresh(given)
-        results, count = _results(rule, "refresh", made), 0
+        watched, count = _results(rule, "refresh", made), 0
         for each in due:
             with purity, naming(rule, "refresh"):
-                returned: Any = next(results, MISSING)
+                returned: Any = next(watched, MISSING)
             if returned is MISSING:
                 break
             check_state(rule, returned, each.slot_shapes(), False, "refresh")
             each.keep(returned)
             purity.take_back()
             count += 1
-        _check_count(rule, "refresh", results, count, len(given))
+        _check_count(rule, "refresh", watched, count, len(given))
         for each in due:
             each.stack.checked.add("refresh")
 
@@ -177,6 +179,21 @@ def _results(rule: Transform, method: str, made: Any) -> Iterator[Any]:
     if not isinstance(made, Iterable):
         raise RuleError(f"{title(rule, method)} returned {kind(made)}; return a result for each stack.")
     return iter(made)
+
+
+def _one_by_one(
+    rule: Transform, method: str, arguments: Sequence[Arguments], results: Iterator[Any]
+) -> Iterator[tuple[Arguments, list[Any]]]:
+    """Each stack with its result, in a list that is to be emptied: a result that is computed only when it is asked for is
+    written, and let go of, before the next one takes memory."""
+    count = 0
+    for each in arguments:
+        result = [next(results, MISSING)]
+        if result[0] is MISSING:
+            break
+        yield each, result
+        count += 1
+    _check_count(rule, method, results, count, len(arguments))
 
 
 def _check_count(rule: Transform, method: str, results: Iterator[Any], count: int, stacks: int) -> None:

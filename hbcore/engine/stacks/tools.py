@@ -9,7 +9,8 @@ import torch
 
 from hbcore.engine.stacks.inner_segment import InnerSegments
 from hbcore.rules.launching import has_triton
-from hbcore.rules.products import IEEE, WIDENS, Products, Split, Triple
+from hbcore.rules.products import IEEE, Products, Split, Triple
+from hbcore.rules.split_product import WIDENS
 
 TENSOR_CORES = ((8, 0), (9, 0), (10, 0))
 """Compute capabilities of GPUs whose float16 products are more than ten times as fast as those of float32."""

@@ -83,6 +83,14 @@ class Factor(NamedTuple):
     second: Tensor | float
     start: Tensor
 
+    def rows(self, part: slice) -> Factor:
+        """Some of its blocks."""
+        second = self.second[part] if isinstance(self.second, Tensor) else self.second
+        return Factor(self.q[part], self.share[part], self.bound[part], self.first[part], second, self.start[part])
+
+
+MOVED = 2**24
+"""How many elements of factors are moved at once, which bounds the memory for the products."""
 
 Gather = Callable[[Tensor, Tensor, Sequence[Tensor], Callable[[Tensor], Tensor], Products], Iterator[Evidence]]
 Move = Callable[[Factor, Tensor, Settings], Tensor]
@@ -115,6 +123,7 @@ def whiteness(
 ) -> Iterator[Evidence]:
     """Of the rules that compare :math:`Pg` with white noise."""
     pg = precondition(g)
+    del g, v  # memory is short here
     several = sum(q.ndim == 3 for q in factors) > 1
     x = products.prepared(pg) if several else pg
     for i, q in enumerate(factors):
@@ -257,10 +266,22 @@ RULES: Mapping[str, FactorRule] = {
 
 
 def fitted(rule: FactorRule, factor: Factor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The factor, which has begun, after one step of ``rule``, and its new bound."""
+    """The factor, which has begun, after one step of ``rule``, and its new bound. The evidence may be overwritten."""
     norm = _norm(factor, settings.iterations)
     bound = torch.maximum(torch.lerp(norm, factor.bound, float(settings.beta)), norm)
-    return rule.move(factor, settings.lr / bound, settings), bound
+    return _moved_by_parts(rule, factor, settings.lr / bound, settings), bound
+
+
+def _moved_by_parts(rule: FactorRule, factor: Factor, step: Tensor, settings: Settings) -> Tensor:
+    """The moved factor, in the evidence's memory if it is moved by several parts."""
+    q, first = factor.q, factor.first
+    parts = -(-q.numel() // MOVED)
+    if parts < 2 or q.ndim == 2 or first.dtype != q.dtype:
+        return rule.move(factor, step, settings)
+    length = -(-len(q) // parts)
+    for rows in (slice(begin, begin + length) for begin in range(0, len(q), length)):
+        first[rows] = rule.move(factor.rows(rows), step[rows], settings)
+    return first
 
 
 def _norm(factor: Factor, iterations: int) -> Tensor:

@@ -13,8 +13,8 @@ from hb_psgd.factor_rules import Factor, FactorRule, Settings, fitted
 from hb_psgd.kron import balance, has_kernels, per_block
 from hb_psgd.norms import largest
 
-TOGETHER = 2**25
-"""How many elements of factors are fitted at once: what a GPU needs to be busy. A few times as many are needed in between."""
+TOGETHER = 2**26
+"""How many elements of factors are fitted at once. Three times as many are needed in between."""
 
 
 class Portion(NamedTuple):
@@ -52,7 +52,7 @@ def all_fitted(rule: FactorRule, factors: list[Factor], settings: Settings) -> l
         most = max(1, TOGETHER // max(1, waiting[same[0]].q[0].numel()))
         portions = list(_portions([(k, len(waiting[k].q)) for k in same], most))
         for parts in portions:
-            joined = _joined([_rows(waiting[k], part) for k, part in parts])
+            joined = _joined([waiting[k].rows(part) for k, part in parts])
             if parts is portions[-1]:
                 for k in same:
                     del waiting[k]
@@ -139,11 +139,6 @@ def _portions(stacks: Sequence[tuple[int, int]], most: int) -> Iterator[list[tup
                 portion, room = [], length
     if portion:
         yield portion
-
-
-def _rows(factor: Factor, part: slice) -> Factor:
-    second = factor.second[part] if isinstance(factor.second, Tensor) else factor.second
-    return Factor(factor.q[part], factor.share[part], factor.bound[part], factor.first[part], second, factor.start[part])
 
 
 def _joined(factors: Sequence[Factor]) -> Factor:

@@ -92,13 +92,23 @@ def multiply(x: Tensor, factors: Sequence[Tensor], products: Products, out: Tens
 
     ``out`` is memory for the result, contiguous, which need not be used; it may be x's own.
     """
-    for i, q in enumerate(factors):
-        place = out if i == len(factors) - 1 else None
+    for k, i in enumerate(order := _products_first(factors)):
+        q, place = factors[i], out if k == len(order) - 1 else None
         if q.ndim == 2:
-            x = torch.mul(x, along(q, i, x), out=place)
+            x = torch.mul(x, along(q, i, x), out=_into(x, k, place))
         else:  # a product is not written over what it reads
-            x = bases.along(x, q.mT, i, products, place if i else None)
+            x = bases.along(x, q.mT, i, products, place if k else None)
     return x
+
+
+def _products_first(factors: Sequence[Tensor]) -> list[int]:
+    """The dimensions in an order in which as much as possible is done in place: those of dense factors first."""
+    return sorted(range(len(factors)), key=lambda i: factors[i].ndim == 2)
+
+
+def _into(x: Tensor, done: int, place: Tensor | None) -> Tensor | None:
+    """Where a stack times numbers goes: to its place, or where the stack is, if it is the result of a dimension before."""
+    return x if done and place is None else place
 
 
 def keeps(shape: Sequence[int]) -> tuple[bool, ...]:
@@ -118,17 +128,17 @@ def precondition(
 ) -> Tensor:
     r""":math:`Q^T Q x`, from the factors of Q, and of P for the dimensions where they are ``kept``; ``out`` as in
     :func:`multiply`."""
-    for i, q in enumerate(factors):
-        p = kept[i] if kept else None
-        place = out if i == len(factors) - 1 else None
+    for k, i in enumerate(order := _products_first(factors)):
+        q, p = factors[i], kept[i] if kept else None
+        place = out if k == len(order) - 1 else None
         if q.ndim == 2:
-            x = torch.mul(x, along(q * q, i, x), out=place)
+            x = torch.mul(x, along(q * q, i, x), out=_into(x, k, place))
         elif p is not None:  # a product is not written over what it reads
-            x = bases.along(x, p, i, products, place if i else None)
+            x = bases.along(x, p, i, products, place if k else None)
         elif x[0].numel() < q.shape[-1] ** 2:
             x = bases.along(bases.along(x, q.mT, i, products), q, i, products, place)
         else:  # the n_i^3 of the product are cheaper here
-            x = bases.along(x, gram(q, products), i, products, place if i else None)
+            x = bases.along(x, gram(q, products), i, products, place if k else None)
     return x
 
 
