@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from hbcore.engine.entry_forms import fixed
+from hbcore.engine.entry_forms import check_length, fixed, lengths
 from hbcore.engine.shared_options import OPTIONS
-from hbcore.errors import RuleError
+from hbcore.errors import HyperparameterError, RuleError
 
 SHARED_DOC = """
 Arguments of every optimizer:
@@ -111,7 +111,13 @@ def constructor(cls: type[Any], declared: Declaration, construct: Callable[..., 
         if twice := next((name for name in given if name in kwargs), None):
             raise TypeError(f"{cls.__name__}() got multiple values for argument {twice!r}.")
         given.update({name: kwargs.pop(name) for name in declared.fields if name in kwargs})
-        construct(self, params, self.normalise({**declared.fields, **given}), {**declared.options, **kwargs})
+        fields = self.normalise({**declared.fields, **given})
+        try:
+            for name, length in lengths(declared.fields).items():
+                check_length(name, fields.get(name, ()), length)
+        except HyperparameterError as error:
+            raise HyperparameterError(f"{cls.__name__}: {error}") from None
+        construct(self, params, fields, {**declared.options, **kwargs})
         self.after_init()
 
     __init__.__qualname__ = f"{cls.__qualname__}.__init__"

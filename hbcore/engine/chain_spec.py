@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hbcore.distributed.placement import local
-from hbcore.engine.entry_forms import fixed, getter, length_of
+from hbcore.engine.entry_forms import check_length, fixed, getter, length_of, lengths
 from hbcore.engine.graph.draws import draw_names
 from hbcore.engine.graph.segment_spec import Hypers, SegmentSpec
 from hbcore.engine.options import Settings
@@ -46,6 +46,7 @@ class ChainSpec:
     def __init__(self, rule: Rule, settings: Settings, defaults: Mapping[str, Any], hyper: Iterable[str] = ()) -> None:
         self.rule, self.settings, self.defaults = rule, settings, dict(defaults)
         self.keys, self.hyper = tuple(self.defaults), set(hyper)
+        self._lengths = lengths(self.defaults)
         self._forked: dict[tuple[Any, ...], tuple[Transform, ...]] = {}
         self._versions: dict[tuple[Any, ...], dict[str, int]] = {}
         self._getters: tuple[Getter, Getter, list[str]] | None = None
@@ -174,6 +175,8 @@ class ChainSpec:
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise HyperparameterError(f"{where}: {key} is a tensor of shape {tuple(value.shape)}; pass one element.")
         try:
+            for key, length in self._lengths.items():
+                check_length(key, group[key], length)
             return self._stages({k: _plain(group[k]) for k in self.keys})
         except HyperparameterError as error:
             raise HyperparameterError(f"{where}: {error}") from None

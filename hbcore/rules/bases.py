@@ -54,6 +54,8 @@ def project_back(x: Tensor, bases: Bases, products: Products = IEEE, out: Tensor
 
 def along(x: Operand, q: Tensor, dim: int, products: Products = IEEE, out: Tensor | None = None) -> Tensor:
     """``x`` times ``q`` ``[B, n, k]`` along dimension ``dim`` of its blocks; ``out`` is :func:`project`'s."""
+    if x.ndim == 3:  # matrices, the usual case
+        return products.matmul(x, q, out) if dim else products.matmul(q.mT, x, out)
     before, after = math.prod(x.shape[1 : dim + 1]), math.prod(x.shape[dim + 2 :])
     count, n, k = q.shape
     if before == 1:
@@ -80,6 +82,8 @@ def averaged(mean: Tensor, x: Operand, dim: int, decay: float, products: Product
     Returns:
         ``[B, n, n]``; what overflows is left out, see :meth:`~hbcore.rules.products.Products.averaged`.
     """
+    if x.ndim == 3:  # matrices, the usual case
+        return products.averaged(mean, x.mT if dim else x, decay, out)
     count, n = x.shape[0], x.shape[dim + 1]
     if math.prod(x.shape[dim + 2 :]) == 1:
         return products.averaged(mean, x.reshape(count, -1, n).mT, decay, out)

@@ -84,6 +84,10 @@ class Halved:
         return (self.whole.mT if self.turned else self.whole).shape
 
     @property
+    def ndim(self) -> int:
+        return self.whole.ndim
+
+    @property
     def mT(self) -> Halved:
         return Halved(self.whole, self.made, not self.turned)
 

@@ -16,6 +16,7 @@ from core.test_user_faults import FAMILIES, SHAPES, saved, trained
 
 import hbcore
 from hb_adam import AdamW
+from hbcore import registry
 from hbcore.errors import CheckpointError, HyperparameterError, OptionError, ParameterError
 
 
@@ -262,3 +263,22 @@ def test_optimizers_made_anew_leave_no_source_behind():
     for _ in range(5):
         make()
     assert len(linecache.cache) == before
+
+
+def pairs():
+    """Every optimizer with each of its fields that is a tuple of numbers."""
+    for name in registry.list_optimizers():
+        declared = getattr(hbcore.get(name), "_declared", None)  # wrappers of optimizers have no hyperparameters
+        for field, default in declared.fields.items() if declared else ():
+            if isinstance(default, tuple) and all(isinstance(x, (int, float)) for x in default):
+                yield name, field
+
+
+@pytest.mark.parametrize(("name", "field"), [*pairs()], ids=str)
+def test_what_is_no_tuple_is_named_where_one_belongs(name, field):
+    for value in (0.5, None, "x"):
+        with pytest.raises(HyperparameterError, match=f"{field}={value!r} is not"):
+            hbcore.get(name)(parameters(((4, 4),)), **{field: value})
+        optimizer = hbcore.get(name)(parameters(((4, 4),)))
+        with pytest.raises(HyperparameterError, match=f"{field}={value!r} is not"):
+            optimizer.add_param_group({"params": parameters(((3, 4),)), field: value})

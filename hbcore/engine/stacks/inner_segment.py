@@ -66,6 +66,7 @@ class Run:
         self.batch = batch
         self.executable: Executable | None = None
         self._addresses: list[int] = []
+        self._nothing = {name: column[0].new_empty(0) for name, column in batch.tensors.items()}
 
     def take(self, columns: Mapping[str, Tensor]) -> Batch:
         """The batch with this step's tensors."""
@@ -82,7 +83,7 @@ class Run:
         self.batch.lend()
         self.batch.model.clear()
         for name, column in self.batch.tensors.items():
-            self.batch.tensors[name][0] = column[0].new_empty(0)
+            column[0] = self._nothing[name]
 
 
 class InnerSegment:

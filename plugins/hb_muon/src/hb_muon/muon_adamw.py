@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hb_muon.muon import Muon
 from hb_muon.routing import members, routing
-from hbcore.api import ScaleByAdam, Transform, is_matrix, warn_at_caller
+from hbcore.api import OptionError, ScaleByAdam, Transform, is_matrix, warn_at_caller
 
 ADAMW_PATTERNS = (
     "*embed*", "*emb", "*emb.*", "*wte*", "*wpe*", "shared.*",
@@ -68,7 +68,7 @@ class MuonAdamW(Muon):
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
         patterns = h.pop("adamw_patterns")
-        self._patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+        self._patterns = (patterns,) if isinstance(patterns, str) else _patterns(patterns)
         self._adamw_lr = h.pop("adamw_lr")
         return {**super().normalise(h), "use_muon": True}
 
@@ -173,6 +173,13 @@ class MuonAdamW(Muon):
 
     def _routing(self) -> str:
         return routing(self.param_groups, lambda group, p: group["use_muon"] and is_matrix(p), "Muon", "AdamW")
+
+
+def _patterns(given: Any) -> tuple[str, ...]:
+    patterns = tuple(given) if isinstance(given, Iterable) else (given,)
+    if any(not isinstance(pattern, str) for pattern in patterns):
+        raise OptionError(f"adamw_patterns={given!r} is not a list of patterns of names, such as ['*embed*'].")
+    return patterns
 
 
 def tensor_of(member: Any) -> Any:
