@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from fractions import Fraction
 from itertools import accumulate
 
@@ -291,3 +292,27 @@ def test_it_draws_numbers_of_its_own_the_same_however_it_is_called(how):
     usual = drawing()
     assert len({float(t.sum()) for t in usual}) == 4
     assert same(drawing(**how), usual)
+
+
+def test_a_result_is_let_go_of_before_the_next_one_is_computed():
+    """Three stacks' results at once would take memory that the model needs. In a first step a rule is watched."""
+    alive, most = [], {}
+
+    def made(what, like, c):
+        if c.step > 1:
+            most[what] = max(most.get(what, 0), sum(ref() is not None for ref in alive))
+        new = torch.ones_like(like)
+        alive[:] = [*(ref for ref in alive if ref() is not None), weakref.ref(new)]
+        return new
+
+    def update_stacks(self, stacks):
+        for u, s, c in stacks:
+            yield u, {"m": made("update", s["m"], c)}
+
+    def refresh(self, stacks):
+        for s, c in stacks:
+            yield {"m": made("refresh", s["m"], c)}
+
+    generators = matrix(update_stacks=update_stacks, refresh=refresh, rate=lambda self, k: 1.0)
+    stepped(generators, parameter(2, 3), parameter(3, 4), parameter(4, 5), steps=3)
+    assert most == {"update": 0, "refresh": 0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from psgd.launches import Launches, stack_of
+from launches import Launches, stack_of
 
 from hb_psgd.rule import PreconditionByKron
 from hbcore.rules.products import Split, Triple

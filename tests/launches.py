@@ -1,11 +1,13 @@
-"""Counting what a rule launches on a GPU without one: its tensors are on the meta device, and say that they are on a GPU."""
+"""What a rule launches and allocates on a GPU, without one: its tensors, on the meta device, say that they are on a GPU."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hbcore.api import Context, launching
 from hbcore.rules.row_noise import normal
@@ -28,13 +30,35 @@ class Launches(TorchDispatchMode):
         # of torch's products of float16 with a float32 result, these have no shape function
         out = kwargs["out"] if str(func) in ("aten.baddbmm.dtype_out", "aten.bmm.dtype_out") else func(*args, **(kwargs or {}))
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
         if not view and not str(func).startswith(SILENT) and any(t.is_meta for t in tensors):
             self.found[str(func)] += 1
         return out
 
     def run(self, kernel, *_, **__):
         self.found[kernel.__name__] += 1
+
+
+class Peak(Launches):
+    """Also finds the most bytes that are alive at once, beside what ``given`` lies in.
+
+    Attributes:
+        peak: those bytes.
+    """
+
+    def __init__(self, monkeypatch, given):
+        super().__init__(monkeypatch)
+        self.peak, self._alive = 0, {}
+        self._given = {t.untyped_storage()._cdata for t in tree_leaves(given) if isinstance(t, torch.Tensor)}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_meta):
+            if storage._cdata not in self._given:
+                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._alive = {key: (ref, size) for key, (ref, size) in self._alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return out
 
 
 def modules():
