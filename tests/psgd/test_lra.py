@@ -139,6 +139,25 @@ def test_vectors_of_a_known_covariance_become_white():
     assert 0.6 < white.min() < white.max() < 1.5
 
 
+def test_vectors_of_condition_10_become_white_within_a_tenth():
+    """At this learning rate, of which the noise of one vector a step is what is left after 1,600 steps."""
+    n, r, steps = 120, 3, 2200
+    rng = np.random.default_rng(0)
+    wanted = LowRank(0.02 * rng.standard_normal((n, r)), 0.02 * rng.standard_normal((n, r)), np.linspace(0.72, 1.28, n)).q()
+    covariance = np.linalg.inv(wanted.T @ wanted @ wanted.T @ wanted)
+    assert 9.9 < np.linalg.cond(covariance) < 10.1
+    vectors = normal(steps, n, seed=5) @ torch.from_numpy(np.linalg.cholesky(covariance)).mT
+    u, v = (normal(n, r, seed=s) * (0.1 / (n * r)) ** 0.5 for s in (1, 2))
+    d, bounds, path = torch.ones(n, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), []
+    for t, probe in enumerate(normal(steps, n, seed=6)):
+        u, v, d, bounds = fitted(vectors[t], probe, u, v, d, bounds, t, lr=0.01)
+        if not t or (t > 1600 and t % 25 == 0):
+            q = LowRank(u.numpy(), v.numpy(), d.numpy()).q()
+            path.append(float(np.linalg.norm(q.T @ q @ covariance @ q.T @ q - np.eye(n)) / n**0.5))
+    assert path[0] > 0.9
+    assert sum(path[1:]) / len(path[1:]) < 0.1, path
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-9, 1e18, 1e25])
 def test_a_scale_that_is_far_off_is_put_right_at_once(size):
     """The factors were fitted to vectors of one size, and meet others of another."""
