@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from struct import pack
 from typing import Any, Protocol
 
 import torch
@@ -146,6 +148,14 @@ def flat(tensor: Tensor) -> Tensor:
     """
     storage = tensor.untyped_storage()
     return tensor.new_empty(0).set_(storage, tensor.storage_offset(), (tensor.numel(),), (1,))
+
+
+def packed(*columns: Iterable[int]) -> array[int]:
+    """Integers of 64 bits, one column after the other; array's own constructor takes half as long again."""
+    values = [value for column in columns for value in column] if len(columns) > 1 else [*columns[0]]
+    found = array("q")
+    found.frombytes(pack(f"{len(values)}q", *values))
+    return found
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -82,11 +82,16 @@ class RuleCall:
 
     def _run(self) -> dict[str, float]:
         carried, rule = dict[str, float](), self.turn.rule
-        results = _results(rule, "update_stacks", rule.update_stacks([each.given() for each in self._arguments]))
-        for each, result in _one_by_one(rule, "update_stacks", self._arguments, results):
-            update, new = result.pop()
-            carried.update(each.keep(new, update))
-            del update, new
+        results, count = iter(rule.update_stacks([each.given() for each in self._arguments])), 0
+        for each in self._arguments:
+            result: Any = next(results, MISSING)
+            if result is MISSING:
+                break
+            carried.update(each.keep(result[1], result[0]))
+            del result  # it is written: the next one, which may be computed only now, takes memory
+            count += 1
+        if count < len(self._arguments) or next(results, MISSING) is not MISSING:
+            raise _miscounted(rule, "update_stacks", count, len(self._arguments))
         return carried
 
     def _due(self) -> Sequence[Arguments]:
@@ -109,9 +114,16 @@ class RuleCall:
         """
         rule = self.turn.rule
         if _known(due, "refresh"):
-            results = _results(rule, "refresh", rule.refresh([each.settled() for each in due]))
-            for each, result in _one_by_one(rule, "refresh", due, results):
-                each.keep(result.pop())
+            results, count = iter(rule.refresh([each.settled() for each in due])), 0
+            for each in due:
+                new: Any = next(results, MISSING)
+                if new is MISSING:
+                    break
+                each.keep(new)
+                del new
+                count += 1
+            if count < len(due) or next(results, MISSING) is not MISSING:
+                raise _miscounted(rule, "refresh", count, len(due))
             return
         purity = Purity()
         given = [each.settled_watched(purity) for each in due]
@@ -125,9 +137,11 @@ class RuleCall:
                 break
             check_state(rule, returned, each.slot_shapes(), False, "refresh")
             each.keep(returned)
+            del returned
             purity.take_back()
             count += 1
-        _check_count(rule, "refresh", watched, count, len(given))
+        if count < len(given) or next(watched, MISSING) is not MISSING:
+            raise _miscounted(rule, "refresh", count, len(given))
         for each in due:
             each.stack.checked.add("refresh")
 
@@ -161,9 +175,11 @@ class RuleCall:
                 break
             update, new = checked(rule, result, arguments[0], each.shapes(), whole=False)
             carried.update(each.keep(new, update))
+            del result, update, new
             purity.take_back()
             count += 1
-        _check_count(rule, "update_stacks", results, count, len(given))
+        if count < len(given) or next(results, MISSING) is not MISSING:
+            raise _miscounted(rule, "update_stacks", count, len(given))
         for each in self._arguments:
             each.stack.checked.add("update")
         return carried
@@ -181,26 +197,10 @@ def _results(rule: Transform, method: str, made: Any) -> Iterator[Any]:
     return iter(made)
 
 
-def _one_by_one(
-    rule: Transform, method: str, arguments: Sequence[Arguments], results: Iterator[Any]
-) -> Iterator[tuple[Arguments, list[Any]]]:
-    """Each stack with its result, in a list that is to be emptied: a result that is computed only when it is asked for is
-    written, and let go of, before the next one takes memory."""
-    count = 0
-    for each in arguments:
-        result = [next(results, MISSING)]
-        if result[0] is MISSING:
-            break
-        yield each, result
-        count += 1
-    _check_count(rule, method, results, count, len(arguments))
-
-
-def _check_count(rule: Transform, method: str, results: Iterator[Any], count: int, stacks: int) -> None:
-    """Raise :class:`RuleError` unless there were as many results as stacks, and no more are left."""
-    if count < stacks or next(results, MISSING) is not MISSING:
-        found = "more" if count == stacks else count
-        raise RuleError(f"{title(rule, method)} returned {found} results for {stacks} stacks; return one for each.")
+def _miscounted(rule: Transform, method: str, count: int, stacks: int) -> RuleError:
+    """The error of a method that returned another number of results than there are stacks; ``count`` of them were taken."""
+    found = "more" if count == stacks else count
+    return RuleError(f"{title(rule, method)} returned {found} results for {stacks} stacks; return one for each.")
 
 
 def phase_of(name: str) -> float:

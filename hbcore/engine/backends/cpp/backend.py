@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hbcore._version import __version__
-from hbcore.engine.backends.base import Batch, Executable
+from hbcore.engine.backends.base import Batch, Executable, packed
 from hbcore.engine.backends.cpp.build import load
 from hbcore.engine.backends.cpp.codegen import CHUNK, module_source
 from hbcore.engine.backends.cpp.layout import FunctionLayout
@@ -123,7 +123,7 @@ class Tables:
         """Take this step's scalars, one row per entry of ``numbers``."""
         batch = self.batch
         keys = [batch.keys[name] for name in self.layout.noise]
-        self._moving = array("q", chain(map(Tensor.data_ptr, batch.tensors["grad"]), batch.rows, *keys))
+        self._moving = packed(map(Tensor.data_ptr, batch.tensors["grad"]), batch.rows, *keys)
         self._rows = array("d", chain.from_iterable(numbers))
 
     def follow(self) -> None:

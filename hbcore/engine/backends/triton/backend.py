@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hbcore._version import __version__
-from hbcore.engine.backends.base import Batch, Executable
+from hbcore.engine.backends.base import Batch, Executable, packed
 from hbcore.engine.backends.triton.codegen import LIGHT, KernelLayout, module_source
 from hbcore.engine.backends.triton.launch_tables import Launch, Tables
 from hbcore.engine.graph.phases import traffic
@@ -103,7 +102,7 @@ class TritonExecutable:
             self._prepare(batch)
 
     def _prepare(self, batch: Batch) -> None:
-        pointers = array("q", map(Tensor.data_ptr, batch.tensors["grad"]))
+        pointers = packed(map(Tensor.data_ptr, batch.tensors["grad"]))
         if self.tables is None or not self.tables.fits(batch, pointers):
             self.tables, self._launches = Tables(batch, self.layout, self.chunk, rows=len(batch.values)), {}
         self.tables.follow()
