@@ -31,7 +31,7 @@ import torch
 import triton
 
 from hbcore.rules import direct_launch, launching
-from hbcore.rules.halves import EXPONENTS
+from hbcore.rules.parts import EXPONENTS
 from hbcore.rules.products_kernel import BLOCK, PIECES, split_kernel
 
 COUNT, ROWS = 2, 32

@@ -22,7 +22,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from hbcore.rules.halves import EXPONENTS, Halved, Parts, halved, has_kernels, kernels
+from hbcore.rules.halves import Halved, halved, has_kernels, kernels
+from hbcore.rules.parts import EXPONENTS, Parts
 from hbcore.rules.split_product import product
 
 PRECISIONS = ("ieee", "split", "tf32")

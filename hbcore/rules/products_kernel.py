@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hbcore.rules.halves import EXPONENTS, Layout, Parts
 from hbcore.rules.launching import pieces, run
+from hbcore.rules.parts import EXPONENTS, Layout, Parts
 
 BLOCK = 2048
 """Elements for each program."""

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hbcore.rules.halves import Halved, Layout, Parts, View, make, views
+from hbcore.rules.halves import Halved, make
+from hbcore.rules.parts import Layout, Parts, View, views
 
 DEPTH = 768
 """How many products of high parts are summed at once. Tensor cores drop bits from long sums: an H200 is 4e-6 off at 2,304."""

@@ -14,7 +14,7 @@ from core.rules import kept, matrix, parameter, stepped
 from hb_soap import SOAP
 from hbcore.errors import OptionError, RuleError
 from hbcore.rules import halves
-from hbcore.rules.halves import Layout
+from hbcore.rules.parts import EXPONENTS, Layout, views
 from hbcore.rules.products import Exact, Split
 from hbcore.rules.split_product import DEPTH
 
@@ -160,8 +160,7 @@ def layouts(shape, low_first):
 
 def content(parts, shape):
     """The high and the low parts as they are told to lie in memory, and the scales."""
-    views = halves.views(shape, parts.layout, False)
-    return [t.cpu() for t in (*map(parts.view, views), parts.scales(shape[0]))]
+    return [t.cpu() for t in (*map(parts.view, views(shape, parts.layout, False)), parts.scales(shape[0]))]
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -239,7 +238,7 @@ def test_the_kernel_squares_and_averages_as_float64_does(monkeypatch, case, kind
     mean = normal(2, n, n, seed=1).float()
     mean = mean + mean.mT
     square = exact @ exact.mT
-    top = halves.EXPONENTS[0]
+    top = EXPONENTS[0]
     given = dict(zip(("high", "low", "scales"), x, strict=False), top=top)
     assert off(square_kernel.squared(**given).cpu()[:1].double(), square[:1]) < 1e-6
     found = square_kernel.squared(**given, mean=mean.to(x[0].device), decay=0.75).cpu().double()
@@ -259,8 +258,8 @@ def test_what_overflows_is_left_out_of_an_average(kind, value):
         kernels, on = interpreter()
         x = x.to(on)
         [made] = kernels.split([x], (Layout(35, False),))
-        given = (x,) if kind == "rows" else (*map(made.view, halves.views((2, 5, 7), made.layout, False)), made.scales(2))
-        found = square_kernel.squared(*given, mean=mean.to(on), decay=0.75, top=halves.EXPONENTS[0]).cpu()
+        given = (x,) if kind == "rows" else (*map(made.view, views((2, 5, 7), made.layout, False)), made.scales(2))
+        found = square_kernel.squared(*given, mean=mean.to(on), decay=0.75, top=EXPONENTS[0]).cpu()
         x = x.cpu()
     assert off(found[0].double(), 0.75 * mean[0].double() + 0.25 * x[0].double() @ x[0].double().mT) < 1e-6
     assert torch.equal(found[1, 2], 0.75 * mean[1, 2]) and found.isfinite().all()
@@ -280,8 +279,8 @@ def test_a_square_that_overflows_is_not_finite(kind, value):
         kernels, on = interpreter()
         x = x.to(on)
         [made] = kernels.split([x], (Layout(35, False),))
-        given = (x,) if kind == "rows" else (*map(made.view, halves.views((2, 5, 7), made.layout, False)), made.scales(2))
-        found = square_kernel.squared(*given, top=halves.EXPONENTS[0]).cpu()
+        given = (x,) if kind == "rows" else (*map(made.view, views((2, 5, 7), made.layout, False)), made.scales(2))
+        found = square_kernel.squared(*given, top=EXPONENTS[0]).cpu()
     assert found[0].isfinite().all() and not found[1, 2, 2].isfinite()
 
 

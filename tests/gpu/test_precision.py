@@ -10,7 +10,8 @@ from torch import nn
 
 import hbcore
 from hbcore.rules import bases, factor_kernel, products_kernel
-from hbcore.rules.halves import Layout, parts
+from hbcore.rules.halves import parts
+from hbcore.rules.parts import Layout
 from hbcore.rules.products import Exact, Split, Triple
 
 pytestmark = pytest.mark.gpu
