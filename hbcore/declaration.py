@@ -103,6 +103,7 @@ def collect(cls: type[Any], base: Declaration) -> Declaration:
 def constructor(cls: type[Any], declared: Declaration, construct: Callable[..., None]) -> Callable[..., None]:
     """The ``__init__`` of ``cls``: normalises its arguments and calls ``construct(self, params, fields, options)``."""
     names = tuple(name for name in declared.fields if name not in OPTIONS)
+    expected = lengths(declared.fields)
 
     def __init__(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
         if len(args) > len(names):
@@ -113,7 +114,7 @@ def constructor(cls: type[Any], declared: Declaration, construct: Callable[..., 
         given.update({name: kwargs.pop(name) for name in declared.fields if name in kwargs})
         fields = self.normalise({**declared.fields, **given})
         try:
-            for name, length in lengths(declared.fields).items():
+            for name, length in expected.items():  # before they are the group's defaults, which new groups are compared with
                 check_length(name, fields.get(name, ()), length)
         except HyperparameterError as error:
             raise HyperparameterError(f"{cls.__name__}: {error}") from None

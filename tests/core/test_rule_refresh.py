@@ -316,3 +316,22 @@ def test_a_result_is_let_go_of_before_the_next_one_is_computed():
     generators = matrix(update_stacks=update_stacks, refresh=refresh, rate=lambda self, k: 1.0)
     stepped(generators, parameter(2, 3), parameter(3, 4), parameter(4, 5), steps=3)
     assert most == {"update": 0, "refresh": 0}
+
+
+@pytest.mark.parametrize("method", ["update_stacks", "refresh"])
+@pytest.mark.parametrize(("count", "found"), [(1, "1"), (3, "more")])
+def test_results_are_counted_in_later_steps_too(method, count, found):
+    """A rule is watched in its first run; what it returns is looked at less closely after that, but never paired wrongly."""
+
+    def update_stacks(self, stacks):
+        results = [(u, {"m": s["m"]}) for u, s, _ in stacks]
+        return (results * 2)[:count] if method == "update_stacks" and stacks[0][2].step > 1 else results
+
+    def refresh(self, stacks):
+        results = [{"m": s["m"]} for s, _ in stacks]
+        return (results * 2)[:count] if method == "refresh" and stacks[0][1].step > 1 else results
+
+    made = matrix(update_stacks=update_stacks, refresh=refresh, rate=lambda self, k: 1.0)
+    stepped(made, parameter(2, 3), parameter(3, 4), steps=1)
+    with pytest.raises(RuleError, match=rf"{method}\) returned {found} results for 2 stacks"):
+        stepped(made, parameter(2, 3), parameter(3, 4), steps=2)

@@ -389,3 +389,9 @@ def test_timms_use_fallback_is_the_opposite_of_use_muon(fallback):
         warnings.simplefilter("error")
         optimizer = MuonAdamW([{"params": [nn.Parameter(torch.ones(4, 3))], "use_fallback": fallback}])
     assert optimizer.param_groups[0]["use_muon"] is not fallback
+
+
+@pytest.mark.parametrize("patterns", [0.5, None, (0.9, "a")], ids=str)
+def test_what_is_no_pattern_is_refused(patterns):
+    with pytest.raises(hbcore.errors.OptionError, match=r"adamw_patterns=.* is not a list of patterns of names"):
+        MuonAdamW(named().items(), adamw_patterns=patterns)

@@ -67,8 +67,7 @@ class MuonAdamW(Muon):
     _unnamed = 0
 
     def normalise(self, h: dict[str, Any]) -> dict[str, Any]:
-        patterns = h.pop("adamw_patterns")
-        self._patterns = (patterns,) if isinstance(patterns, str) else _patterns(patterns)
+        self._patterns = _patterns(h.pop("adamw_patterns"))
         self._adamw_lr = h.pop("adamw_lr")
         return {**super().normalise(h), "use_muon": True}
 
@@ -176,7 +175,7 @@ class MuonAdamW(Muon):
 
 
 def _patterns(given: Any) -> tuple[str, ...]:
-    patterns = tuple(given) if isinstance(given, Iterable) else (given,)
+    patterns = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
     if any(not isinstance(pattern, str) for pattern in patterns):
         raise OptionError(f"adamw_patterns={given!r} is not a list of patterns of names, such as ['*embed*'].")
     return patterns
