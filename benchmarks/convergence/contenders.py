@@ -10,9 +10,9 @@ import hbcore
 from hbcore import registry
 
 NAMES = (
-    *("KLSOAP", "SOAP", "PSGDKron", "MuonAdamW", "Scion"),  # the slowest first: workers end together
+    *("LATHER", "KLSOAP", "SOAP", "SOLP", "PSGDKron", "MuonAdamW", "Scion"),  # the slowest first: workers end together
     *("AdamW", "SGD", "Lion", "ADOPT", "AdEMAMix", "SFAdamW", "Adafactor"),
-    *("SOLP", "LATHER", "LaProp", "NAdam"),
+    *("LaProp", "NAdam"),
 )
 
 DECAY = 1e-4

@@ -1,6 +1,7 @@
 """Tunes and trains every contender, several at a time, then times each alone; see README.md.
 
-python benchmarks/convergence/study.py --out result.json [--only AdamW SOAP] [--workers 3] [--cpu] [--steps 500] [--finish]
+python benchmarks/convergence/study.py --out result.json [--only AdamW SOAP] [--workers 3] [--model small] [--device cpu]
+    [--steps 500] [--finish]
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from contenders import NAMES, SEEDS, Search, Trial
-from train import CPU, GPU, Pass, Setting, Text, timed, train
+from train import SETTINGS, Pass, Setting, Text, timed, train
 
 import hbcore
 from hbcore.cli.compare.model import build_model
@@ -81,12 +82,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=NAMES)
     parser.add_argument("--workers", type=int, default=3)
-    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--model", choices=SETTINGS, default="large")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="by default a GPU for the large model, and the CPU for the small one"
+    )
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--finish", action="store_true", help="run nothing more: time and write what is there")
     given = parser.parse_args()
-    setting = CPU if given.cpu else GPU
-    setting = dataclasses.replace(setting, steps=given.steps or setting.steps)
+    setting = SETTINGS[given.model]
+    setting = dataclasses.replace(setting, steps=given.steps or setting.steps, device=given.device or setting.device)
     runs = given.out.with_suffix(given.out.suffix + ".runs")
     if not given.finish:
         with multiprocessing.get_context("spawn").Pool(given.workers) as pool:

@@ -33,8 +33,11 @@ class Setting:
     device: str
 
 
-GPU = Setting(GPTConfig(dim=384, depth=6, heads=6, context=256), steps=500, batch=16, every=20, device="cuda")
-CPU = Setting(GPTConfig(dim=192, depth=4, heads=4, context=128), steps=500, batch=16, every=25, device="cpu")
+SETTINGS = {
+    "large": Setting(GPTConfig(dim=384, depth=6, heads=6, context=256), steps=500, batch=16, every=20, device="cuda"),
+    "small": Setting(GPTConfig(dim=192, depth=4, heads=4, context=128), steps=500, batch=16, every=25, device="cpu"),
+}
+"""Of 11 and 2 million parameters."""
 
 
 class Text:
@@ -157,9 +160,10 @@ def train(trial: Trial, pass_: Pass) -> dict[str, Any]:
     return {**found, "loss": curve[-1][1], "curve": curve}
 
 
-def timed(trial: Trial, pass_: Pass, steps: int = 120) -> float:
+def timed(trial: Trial, pass_: Pass) -> float:
     """Milliseconds a step, forward and backward included, over all steps after a third of them."""
     run, start = Run(trial, pass_), 0.0
+    steps = 120 if run.setting.device == "cuda" else 60
     for t in range(steps):
         if t == steps // 3:
             _wait(run.setting.device)

@@ -65,16 +65,21 @@ def run(
     tuple of sizes it is compiled anew.
     """
     device = tensors[-1].device
-    addresses = [t.data_ptr() for t in tensors]
-    with on(device):
-        if INTERPRETED or any([address & 15 for address in addresses]):
-            arguments = (*tensors, *numbers, *counts, *sizes, *constants)
-            kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
-            return
-        dtypes = tuple([t.dtype for t in tensors])
-        wide = tuple([not -(2**31) <= count < 2**31 for count in counts]) if counts else ()
-        launcher = _launcher(kernel, device.index, dtypes, len(numbers), wide, sizes, constants, num_warps, num_stages)
-        launcher(grid, (*addresses, *numbers, *counts, *sizes, *constants))  # of tensors it would ask for addresses
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            run(kernel, grid, tensors, numbers, sizes, constants, num_warps, num_stages, counts)
+        return
+    addresses, bits = [t.data_ptr() for t in tensors], 0
+    for address in addresses:
+        bits |= address
+    if INTERPRETED or bits & 15:
+        arguments = (*tensors, *numbers, *counts, *sizes, *constants)
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
+        return
+    dtypes = tuple([t.dtype for t in tensors])
+    wide = tuple([not -(2**31) <= count < 2**31 for count in counts]) if counts else ()
+    launcher = _launcher(kernel, device.index, dtypes, len(numbers), wide, sizes, constants, num_warps, num_stages)
+    launcher(grid, (*addresses, *numbers, *counts, *sizes, *constants))  # of tensors it would ask for addresses
 
 
 @lru_cache(maxsize=512)

@@ -68,13 +68,10 @@ def _summed(x: Parts, y: Parts, pieces: Pieces, out: Tensor | None) -> Tensor:
         if not widens:
             piece = torch.bmm(a.float(), b.float())
             total = piece if total is None else total.add_(piece)
-        elif total is not None:
-            # in place, without the copy that a result would be
-            torch.ops.aten.baddbmm.dtype_out(total, a, b, torch.float32, out=total)
-        elif out is None:
-            total = torch.bmm(a, b, out_dtype=torch.float32)
-        else:
-            total = torch.ops.aten.bmm.dtype_out(a, b, torch.float32, out=out)
+        elif total is None:
+            total = torch.bmm(a, b, out_dtype=torch.float32, out=out)
+        else:  # in place, without the copy that a result would be
+            torch.baddbmm(total, a, b, out_dtype=torch.float32, out=total)
     assert total is not None
     return total
 

@@ -152,10 +152,15 @@ def flat(tensor: Tensor) -> Tensor:
 
 def packed(*columns: Iterable[int]) -> array[int]:
     """Integers of 64 bits, one column after the other; array's own constructor takes half as long again."""
-    values = [value for column in columns for value in column] if len(columns) > 1 else [*columns[0]]
     found = array("q")
-    found.frombytes(pack(f"{len(values)}q", *values))
+    found.frombytes(as_bytes(*columns))
     return found
+
+
+def as_bytes(*columns: Iterable[int]) -> bytes:
+    """Integers of 64 bits as memory has them, one column after the other."""
+    values = [value for column in columns for value in column] if len(columns) > 1 else [*columns[0]]
+    return pack(f"{len(values)}q", *values)
 
 
 def is_dense(tensor: Tensor) -> bool:

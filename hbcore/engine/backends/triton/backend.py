@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hbcore._version import __version__
-from hbcore.engine.backends.base import Batch, Executable, packed
+from hbcore.engine.backends.base import Batch, Executable, as_bytes
 from hbcore.engine.backends.triton.codegen import LIGHT, KernelLayout, module_source
 from hbcore.engine.backends.triton.launch_tables import Launch, Tables
 from hbcore.engine.graph.phases import traffic
@@ -102,7 +102,7 @@ class TritonExecutable:
             self._prepare(batch)
 
     def _prepare(self, batch: Batch) -> None:
-        pointers = packed(map(Tensor.data_ptr, batch.tensors["grad"]))
+        pointers = as_bytes(map(Tensor.data_ptr, batch.tensors["grad"]))
         if self.tables is None or not self.tables.fits(batch, pointers):
             self.tables, self._launches = Tables(batch, self.layout, self.chunk, rows=len(batch.values)), {}
         self.tables.follow()

@@ -7,8 +7,8 @@ most steps; both are in one small buffer, filled by one asynchronous copy from p
 from __future__ import annotations
 
 import ctypes
+import struct
 import sys
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbcore.engine.backends.base import Batch
+from hbcore.engine.backends.base import Batch, as_bytes
 from hbcore.engine.backends.triton.codegen import KernelLayout
 from hbcore.errors import CompileError
 
@@ -77,11 +77,11 @@ class Tables:
                 self.launches.append(self._launch(members, aligned, columns, part))
         self._start = scalars * WORD
         self._sender = Sender(self.buffer)
-        self._sent = array("q")
+        self._sent = b""
         self._sent_rows: list[int] = []
 
-    def fits(self, batch: Batch, pointers: array[int]) -> bool:
-        """Whether the tables still describe ``batch``, whose gradients are now at ``pointers``."""
+    def fits(self, batch: Batch, pointers: bytes) -> bool:
+        """Whether the tables still describe ``batch``, whose gradients are now at ``pointers``, 64 bits each."""
         return (
             batch is self.batch
             and len(batch.values) <= self.capacity
@@ -110,17 +110,18 @@ class Tables:
         """The addresses in each column except gradients."""
         return [[t.data_ptr() for t in self.batch.tensors[name]] for name in self.layout.columns]
 
-    def send(self, pointers: array[int], numbers: Sequence[Sequence[float]]) -> None:
+    def send(self, pointers: bytes, numbers: Sequence[Sequence[float]]) -> None:
         """Send the step's scalars, one row per entry of ``numbers``, and pointers and row indices if they changed."""
-        parts: list[tuple[int, array[Any]]] = [(0, array("d", chain.from_iterable(numbers)))]
+        scalars = [*chain.from_iterable(numbers)]
+        data = struct.pack(f"{len(scalars)}d", *scalars)
         alone = len(self.launches) == 1 and self.batch.rows is self._sent_rows and not self.layout.noise
         if pointers != self._sent or not alone:
             # pointers come first: if nothing else changed, only they are sent
-            parts.append((self._start, pointers if alone else self._moving(pointers)))
+            data = data.ljust(self._start, b"\0") + (pointers if alone else self._moving(pointers))
             self._sent, self._sent_rows = pointers, self.batch.rows
-        self._sender.send(parts)
+        self._sender.send(0, data)
 
-    def send_device(self, pointers: array[int], rows: Sequence[Tensor], capture: bool) -> None:
+    def send_device(self, pointers: bytes, rows: Sequence[Tensor], capture: bool) -> None:
         """The same for scalars that are on the device, in one 1-d tensor per row.
 
         In a capture, pointers and rows are copied from a host buffer that only this capture's replays read.
@@ -130,19 +131,19 @@ class Tables:
             self.rows[i * width : (i + 1) * width] = row
         if not capture:
             self._sender.spare()
-        self._sent = array("q")  # a replay overwrites the device buffer, so later steps must send everything
-        moving = [(self._start, self._moving(pointers))]
+        self._sent = b""  # a replay overwrites the device buffer, so later steps must send everything
         if capture:
-            self._sender.record(moving)
+            self._sender.record(self._start, self._moving(pointers))
         else:
-            self._sender.send(moving)
+            self._sender.send(self._start, self._moving(pointers))
 
-    def _moving(self, pointers: array[int]) -> array[int]:
+    def _moving(self, pointers: bytes) -> bytes:
         """Gradient pointers, row indices and noise keys, launch by launch."""
-        columns = [pointers, self.batch.rows, *(self.batch.keys[name] for name in self.layout.noise)]
+        columns = [self.batch.rows, *(self.batch.keys[name] for name in self.layout.noise)]
         if len(self.launches) == 1:
-            return array("q", chain.from_iterable(columns))
-        return array("q", (column[i] for launch in self.launches for column in columns for i in launch.members))
+            return pointers + as_bytes(*columns)
+        columns.insert(0, list(struct.unpack(f"{len(self.batch)}q", pointers)))
+        return as_bytes(*([column[i] for i in launch.members] for launch in self.launches for column in columns))
 
     def _launch(self, members: list[int], aligned: bool, columns: list[list[int]], moving: Tensor) -> Launch:
         numels = torch.tensor([self.batch.tensors["param"][i].numel() for i in members], device="cpu")
@@ -175,9 +176,9 @@ def tile(numels: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return of, start, first, counts
 
 
-def all_aligned(pointers: array[int]) -> bool:
+def all_aligned(pointers: bytes) -> bool:
     """Whether all are multiples of 16, in a tenth of the time of checking each one."""
-    return not pointers.tobytes()[LOWEST::WORD].translate(None, ALIGNED)
+    return not pointers[LOWEST::WORD].translate(None, ALIGNED)
 
 
 def loose_pointers(tensors: Sequence[Tensor]) -> set[int]:
@@ -196,6 +197,7 @@ class Sender:
         self._cuda = target.device.type == "cuda"
         # one allocation for all: each pinning call takes milliseconds
         self._ring = pinned(target, self.SLOTS) if self._cuda else []
+        self._addresses = [buffer.data_ptr() for buffer in self._ring]
         self._events: list[Any] = [torch.cuda.Event(), torch.cuda.Event()] if self._cuda else []  # type: ignore[no-untyped-call]
         self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
         self._spare: list[Tensor] = []
@@ -207,44 +209,35 @@ class Sender:
         if self._cuda and len(self._spare) < count:
             self._spare += pinned(self._target, count - len(self._spare))
 
-    def send(self, parts: Sequence[tuple[int, array[Any]]]) -> None:
-        """Copy each array to its byte offset; the parts are contiguous."""
+    def send(self, start: int, data: bytes) -> None:
+        """Copy to a byte offset."""
         if not self._cuda:
-            fill(self._target, parts)
+            ctypes.memmove(self._target.data_ptr() + start, data, len(data))
             return
         half, slot = divmod(self._next, self.HALF)
         if slot == 0:
             self._events[half].synchronize()  # copies from this half of the ring; usually long finished
-        buffer = self._ring[self._next]
-        fill(buffer, parts)
-        start, end = parts[0][0], parts[-1][0] + len(parts[-1][1]) * WORD
-        key = (self._next, start, end)  # views are cached: creating two takes longer than the copy
-        if key not in self._views:
-            self._views[key] = (self._target[start:end], buffer[start:end])
-        target, source = self._views[key]
-        target.copy_(source, non_blocking=True)
+        ctypes.memmove(self._addresses[self._next] + start, data, len(data))
+        key = (self._next, start, len(data))  # views are cached: creating two takes longer than the copy
+        views = self._views.get(key)
+        if views is None:
+            stretch = slice(start, start + len(data))
+            views = self._views[key] = (self._target[stretch], self._ring[self._next][stretch])
+        views[0].copy_(views[1], non_blocking=True)
         if slot == self.HALF - 1:
             self._events[half].record()
         self._next = (self._next + 1) % self.SLOTS
 
-    def record(self, parts: Sequence[tuple[int, array[Any]]]) -> None:
+    def record(self, start: int, data: bytes) -> None:
         """Copy from a dedicated buffer that is never reused, so that replays read the same content."""
         if not self._spare:
             raise CompileError("too many captures in a row; run an ordinary step between them")
         buffer = self._spare.pop()
         self._kept.append(buffer)
-        fill(buffer, parts)
-        start = parts[0][0]
+        ctypes.memmove(buffer.data_ptr() + start, data, len(data))
         self._target[start:].copy_(buffer[start:], non_blocking=True)
 
 
 def pinned(like: Tensor, count: int = 1) -> list[Tensor]:
     """``count`` pinned host buffers as large as ``like``."""
     return list(torch.zeros(count, like.numel(), dtype=torch.uint8, device="cpu", pin_memory=True).unbind())
-
-
-def fill(buffer: Tensor, parts: Sequence[tuple[int, array[Any]]]) -> None:
-    """Write arrays into a host buffer at byte offsets."""
-    for offset, values in parts:
-        address, length = values.buffer_info()
-        ctypes.memmove(buffer.data_ptr() + offset, address, length * WORD)
