@@ -10,6 +10,7 @@ from operator import is_not
 import torch
 from torch import Tensor
 
+from hbcore.engine.addresses import Addresses
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.program import NONFINITE
 from hbcore.engine.graph.scalar_inputs import Amp, device_values, numbers
@@ -18,7 +19,7 @@ from hbcore.engine.group_scalars import Due, GroupScalars, advanced, carried
 from hbcore.engine.offload import Operations
 from hbcore.engine.planning.compiling import Compiler
 from hbcore.engine.planning.operations import operations_of
-from hbcore.engine.planning.segment_batch import Addresses, SegmentBatch, batches_of
+from hbcore.engine.planning.segment_batch import SegmentBatch, batches_of
 from hbcore.engine.planning.segments import Member
 from hbcore.engine.report import Reported
 from hbcore.engine.stacks.level import Readings, levels_of

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from hbcore.distributed.placement import local
+from hbcore.engine.addresses import Addresses
 from hbcore.engine.backends.base import Batch
 from hbcore.engine.graph.program import NOISE, keyed
 from hbcore.engine.offload import Needs, Twin
@@ -16,27 +17,6 @@ from hbcore.engine.planning.segments import Member, Segment
 from hbcore.rules.noise import noise_key, stream_key
 
 _grad = attrgetter("grad")
-
-_same_addresses: Callable[[list[Tensor], list[int], list[int]], bool] | None = getattr(
-    torch._C, "_tensors_data_ptrs_at_indices_equal", None
-)
-"""Compares addresses in one call; builds of torch for GPUs have it."""
-
-
-class Addresses:
-    """Where tensors lie in memory, to tell whether some were moved: by ``t.data = ...``, which replaces no object."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = list(tensors)
-        self._addresses = list(map(Tensor.data_ptr, self._tensors))
-        self._each = list(range(len(self._tensors)))
-
-    def unchanged(self, now: Sequence[Tensor] | None = None) -> bool:
-        """Whether they lie where they lay; or other tensors, ``now``, that are to be the same memory."""
-        tensors = self._tensors if now is None else list(now)
-        if _same_addresses is not None:
-            return _same_addresses(tensors, self._addresses, self._each)
-        return list(map(Tensor.data_ptr, tensors)) == self._addresses
 
 
 class SegmentBatch(Batch):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hbcore._version import __version__
-from hbcore.engine.backends.base import Batch, Executable, as_bytes
+from hbcore.engine.addresses import Pointers
+from hbcore.engine.backends.base import Batch, Executable
 from hbcore.engine.backends.triton.codegen import LIGHT, KernelLayout, module_source
 from hbcore.engine.backends.triton.launch_tables import Launch, Tables
 from hbcore.engine.graph.phases import traffic
@@ -94,6 +95,7 @@ class TritonExecutable:
         self.tables: Tables | None = None
         self._variants: dict[tuple[bool, int], Any] = {}
         self._launches: dict[int, list[Callable[[], Any]]] = {}  # by phase, bound to the present tables
+        self._pointers = Pointers()
         self._captured: list[Tables] = []  # captured graphs point into these tables, so keep them alive
 
     def prepare(self, batch: Batch) -> None:
@@ -102,7 +104,7 @@ class TritonExecutable:
             self._prepare(batch)
 
     def _prepare(self, batch: Batch) -> None:
-        pointers = as_bytes(map(Tensor.data_ptr, batch.tensors["grad"]))
+        pointers = self._pointers.of(batch.tensors["grad"])
         if self.tables is None or not self.tables.fits(batch, pointers):
             self.tables, self._launches = Tables(batch, self.layout, self.chunk, rows=len(batch.values)), {}
         self.tables.follow()
