@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from hb_psgd.lra_passes import Change, Moments, ends, inner, moments, pair, plus, through
+from hb_psgd.lra_passes import NONE, Change, Moments, ends, grown, inner, moments, pair, plus, scaled, through
 
 Number: TypeAlias = "Tensor | float"
 
@@ -55,14 +55,22 @@ class Fit(NamedTuple):
 
 
 def precondition(
-    x: Tensor, u: Tensor, v: Tensor, d: Tensor, total: Callable[[Tensor], Tensor], out: Tensor | None = None
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    d: Tensor,
+    total: Callable[[Tensor], Tensor],
+    out: Tensor | None = None,
+    changes: tuple[Change, Change] = (NONE, NONE),
 ) -> Tensor:
     r""":math:`P x = \mathrm{diag}(d) (I + V U^T)(I + U V^T)\,\mathrm{diag}(d)\, x`; reads V twice and U once.
 
-    It is written to ``out`` if given, which may be x's own memory.
+    It is written to ``out`` if given, which may be x's own memory. U and V are first overwritten with what ``changes`` make of
+    them, when they are read anyway.
     """
-    x, back = through(x, u, total(inner(v, x, d)), d)
-    return plus(x, v, total(back), last=d, out=out)
+    of_u, of_v = changes
+    x, back = through(x, u, total(inner(v, x, d, of_v)), d, of_u)
+    return plus(x, v, total(back), d, out)
 
 
 def begun(d: Tensor, x: Tensor, dampening: Number, numel: Number, sums: Sums, factor: Number, power: float | None) -> Tensor:
@@ -101,6 +109,7 @@ def balancing(uu: Tensor, vv: Tensor) -> tuple[Tensor, Tensor]:
 def fit(
     t: Tensor, probe: Tensor, u: Tensor, v: Tensor, d: Tensor, bounds: Tensor,
     *, on_u: bool, balance: bool, lr: Number, beta: Number, eps: Number, dampening: Number, relative: float, sums: Sums,
+    out: Tensor | None = None,
 ) -> Fit:  # fmt: skip
     r"""Fit the preconditioner so that it whitens t: one step, relative to Q, down the gradient of
     :math:`h^T P h + v^T P^{-1} v`, where v is the standard normal ``probe``.
@@ -128,6 +137,7 @@ def fit(
         lr: in [0, 1].
         beta: in [0, 1).
         eps: the smallest L.
+        out: memory for the new d, which may be d's own.
 
     Returns:
         The fit. If t is zero or not finite, or K is singular, it changes nothing.
@@ -137,9 +147,9 @@ def fit(
     sizes = torch.stack([sums.amax(size) for size in local]).double()
     size = sizes[1:].amax()
     usable = size.isfinite() & (sizes > 0).all()
-    torch._foreach_mul_([x, y], torch.where(usable, 1 / size, 0.0).to(x.dtype))
-    s = _solved(moments(u, v, x, y, sums.total), usable, on_u, balance, x.dtype)
-    e = ends(u, v, x, y, on_u, s.ux, s.vx, s.uy, s.vy)
+    rest = scaled(x, y, torch.where(usable, 1 / size, 0.0).to(x.dtype))
+    s = _solved(moments(u, v, x, y, rest, sums.total), usable, on_u, balance, x.dtype)
+    e = ends(u, v, x, y, rest, on_u, s.ux, s.vx, s.uy, s.vy)
     del x, y
     na, nb = sums.total(e.squares).sqrt()
     own = torch.stack((sums.amax(e.gain) + sums.amax(e.loss), na * s.lengths[0] + nb * s.lengths[1]))
@@ -151,14 +161,13 @@ def fit(
     steps = torch.where(fits & ~far, lr / risen, 0.0)
 
     one, by = torch.where(far, scale, torch.ones_like(scale)), -steps[0]  # steps are 0 where it is far
-    factor = torch.addcmul(one.to(d.dtype), e.gap, by.to(d.dtype))
     kept = torch.where(fits, (risen * size**2).clamp(max=torch.finfo(bounds.dtype).max).to(bounds.dtype), before)
     kept = torch.stack((kept[0], kept[1], bounds[2]) if on_u else (kept[0], bounds[1], kept[1]))
     kept = torch.where(far, 0.0, kept)
     moved = ((e.first, e.second), (-steps[1] * s.weights[0], steps[1] * s.weights[1]))
     new_u = Change(s.turn_u, *(moved if on_u else ()))
     new_v = Change(s.turn_v, *(() if on_u else moved))
-    return Fit(factor.mul_(d), kept, new_u, new_v)
+    return Fit(grown(d, e.gap, one, by, out), kept, new_u, new_v)
 
 
 class _Solved(NamedTuple):

@@ -36,35 +36,28 @@ def tile_of(a, first, numel, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.conste
 
 @triton.jit
 def inner_kernel(  # type: ignore[no-untyped-def]
-    a, x, d, out, numel, share, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, SCALES: tl.constexpr
+    a, x, d, out, numel, share, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr
 ):
-    """``out[program]``: the program's share of :math:`A^T x`, or with ``SCALES`` of :math:`A^T (d x)`."""
+    """``out[program]``: the program's share of :math:`A^T (d x)`."""
     total = tl.zeros((PAD,), dtype=tl.float32)
     start = tl.program_id(0) * share
     for at in range(0, share, ROWS):
         rows = start + at + tl.arange(0, ROWS)
-        value = tl.load(x + rows, mask=rows < numel, other=0.0)
-        if SCALES:
-            value *= tl.load(d + rows, mask=rows < numel, other=0.0)
+        value = tl.load(x + rows, mask=rows < numel, other=0.0) * tl.load(d + rows, mask=rows < numel, other=0.0)
         total += tl.sum(tile_of(a, start + at, numel, R, PAD, ROWS) * value[:, None], 0)
     tl.store(out + tl.program_id(0) * PAD + tl.arange(0, PAD), total)
 
 
 @triton.jit
 def plus_kernel(  # type: ignore[no-untyped-def]
-    x, a, c, d, out, numel, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr
+    x, a, c, d, out, numel, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr
 ):
-    """``out = x + A c``, where ``x``, with ``FIRST``, or all of it, with ``LAST``, is multiplied by d."""
+    """``out = d (x + A c)``."""
     first = tl.program_id(0) * ROWS
     rows, columns = first + tl.arange(0, ROWS), tl.arange(0, PAD)
     weights = tl.load(c + columns, mask=columns < R, other=0.0)
     moved = tl.sum(tile_of(a, first, numel, R, PAD, ROWS) * weights[None, :], 1)
-    value = tl.load(x + rows, mask=rows < numel, other=0.0)
-    if FIRST:
-        value *= tl.load(d + rows, mask=rows < numel, other=0.0)
-    value += moved
-    if LAST:
-        value *= tl.load(d + rows, mask=rows < numel, other=0.0)
+    value = (tl.load(x + rows, mask=rows < numel, other=0.0) + moved) * tl.load(d + rows, mask=rows < numel, other=0.0)
     tl.store(out + rows, value, mask=rows < numel)
 
 
@@ -112,8 +105,17 @@ def pair_kernel(t, probe, d, x, y, sizes, dampening, relative, numel, ROWS: tl.c
 
 
 @triton.jit
+def grown_kernel(d, gap, one, by, out, numel, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``out = d (one + by gap)``."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < numel
+    factor = tl.load(one) + tl.load(by) * tl.load(gap + rows, mask=inside, other=0.0)
+    tl.store(out + rows, factor * tl.load(d + rows, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
 def ends_kernel(  # type: ignore[no-untyped-def]
-    u, v, x, y, of_u, of_v, first, second, gap, sizes, squares, numel,
+    u, v, x, y, scale, of_u, of_v, first, second, gap, sizes, squares, numel,
     R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, ON_U: tl.constexpr,
 ):  # fmt: skip
     """See :func:`hb_psgd.lra_passes.ends`; ``of_u`` is ``u_x`` and ``u_y``, ``of_v`` is ``v_x`` and ``v_y``."""
@@ -122,8 +124,9 @@ def ends_kernel(  # type: ignore[no-untyped-def]
     inside, known = rows < numel, columns < R
     p = tile_of(u, start, numel, R, PAD, ROWS)
     q = tile_of(v, start, numel, R, PAD, ROWS)
-    left = tl.load(x + rows, mask=inside, other=0.0)
-    right = tl.load(y + rows, mask=inside, other=0.0)
+    by = tl.load(scale)
+    left = tl.load(x + rows, mask=inside, other=0.0) * by
+    right = tl.load(y + rows, mask=inside, other=0.0) * by
     a = left + tl.sum(p * tl.load(of_u + columns, mask=known, other=0.0)[None, :], 1)
     b = right - tl.sum(q * tl.load(of_v + R + columns, mask=known, other=0.0)[None, :], 1)
     lifted = a + tl.sum(q * tl.load(of_v + columns, mask=known, other=0.0)[None, :], 1)
@@ -134,6 +137,7 @@ def ends_kernel(  # type: ignore[no-untyped-def]
         tl.store(second + rows, b, mask=inside)
     else:
         tl.store(first + rows, lifted, mask=inside)
+        tl.store(second + rows, right, mask=inside)
     tl.store(gap + rows, gain - loss, mask=inside)
     tl.store(sizes + tl.program_id(0) * 2, size_of(gain))
     tl.store(sizes + tl.program_id(0) * 2 + 1, size_of(loss))
@@ -143,9 +147,10 @@ def ends_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def moments_kernel(  # type: ignore[no-untyped-def]
-    u, v, x, y, grams, vectors, numel, share, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr
+    u, v, x, y, scale, grams, vectors, numel, share, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr
 ):
-    """The program's share of the products of U and V with each other, and with x and y."""
+    """The program's share of the products of U and V with each other, and with x and y, both times ``scale``."""
+    by = tl.load(scale)
     uu = tl.zeros((PAD, PAD), dtype=tl.float32)
     vv = tl.zeros((PAD, PAD), dtype=tl.float32)
     vu = tl.zeros((PAD, PAD), dtype=tl.float32)
@@ -158,8 +163,8 @@ def moments_kernel(  # type: ignore[no-untyped-def]
         rows = start + at + tl.arange(0, ROWS)
         p = tile_of(u, start + at, numel, R, PAD, ROWS)
         q = tile_of(v, start + at, numel, R, PAD, ROWS)
-        left = tl.load(x + rows, mask=rows < numel, other=0.0)[:, None]
-        right = tl.load(y + rows, mask=rows < numel, other=0.0)[:, None]
+        left = tl.load(x + rows, mask=rows < numel, other=0.0)[:, None] * by
+        right = tl.load(y + rows, mask=rows < numel, other=0.0)[:, None] * by
         uu += tl.dot(tl.trans(p), p, input_precision="ieee")
         vv += tl.dot(tl.trans(q), q, input_precision="ieee")
         vu += tl.dot(tl.trans(q), p, input_precision="ieee")
@@ -179,53 +184,28 @@ def moments_kernel(  # type: ignore[no-untyped-def]
     tl.store(line + 3 * PAD, vy)
 
 
-@triton.jit
-def rewrite_kernel(  # type: ignore[no-untyped-def]
-    a, turn, first_column, second_column, weights, numel, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr,
-    TURNS: tl.constexpr, MOVES: tl.constexpr,
-):  # fmt: skip
-    """``A`` becomes ``A T`` (with ``TURNS``) plus two columns times rows of ``weights`` (with ``MOVES``), in place."""
-    first = tl.program_id(0) * ROWS
-    rows, columns = first + tl.arange(0, ROWS), tl.arange(0, PAD)
-    tile = tile_of(a, first, numel, R, PAD, ROWS)
-    if TURNS:
-        inside = (columns < R)[:, None] & (columns < R)[None, :]
-        tile = tl.dot(
-            tile, tl.load(turn + columns[:, None] * R + columns[None, :], mask=inside, other=0.0), input_precision="ieee"
-        )
-    if MOVES:
-        left = tl.load(first_column + rows, mask=rows < numel, other=0.0)
-        right = tl.load(second_column + rows, mask=rows < numel, other=0.0)
-        tile += left[:, None] * tl.load(weights + columns, mask=columns < R, other=0.0)[None, :]
-        tile += right[:, None] * tl.load(weights + R + columns, mask=columns < R, other=0.0)[None, :]
-    inside = (rows < numel)[:, None] & (columns < R)[None, :]
-    tl.store(a + rows.to(tl.int64)[:, None] * R + columns[None, :], tile, mask=inside)
-
-
-def inner(a: Tensor, x: Tensor, d: Tensor | None) -> Tensor:
+def inner(a: Tensor, x: Tensor, d: Tensor) -> Tensor:
     """See :func:`hb_psgd.lra_passes.inner`."""
-    r, pad, rows = _sizes(a)
-    programs, share = _shares(len(a), rows)
+    r, pad, rows = sizes_of(a)
+    programs, share = shares_of(len(a), rows)
     out = a.new_empty(programs, pad)
-    tensors, constants = (a, x, x if d is None else d, out), (r, pad, rows, int(d is not None))
-    launching.run(inner_kernel, (programs, 1, 1), tensors, sizes=(len(a), share), constants=constants)
+    launching.run(inner_kernel, (programs, 1, 1), (a, x, d, out), sizes=(len(a), share), constants=(r, pad, rows))
     return out.sum(0)[:r]
 
 
-def plus(x: Tensor, a: Tensor, c: Tensor, first: Tensor | None, last: Tensor | None, out: Tensor | None) -> Tensor:
+def plus(x: Tensor, a: Tensor, c: Tensor, d: Tensor, out: Tensor | None) -> Tensor:
     """See :func:`hb_psgd.lra_passes.plus`."""
-    r, pad, rows = _sizes(a)
+    r, pad, rows = sizes_of(a)
     out = torch.empty_like(x) if out is None else out
-    d = next((t for t in (first, last) if t is not None), x)
-    tensors, constants = (x, a, c.contiguous(), d, out), (r, pad, rows, int(first is not None), int(last is not None))
-    launching.run(plus_kernel, (launching.pieces(len(a), rows), 1, 1), tensors, sizes=(len(a),), constants=constants)
+    grid, tensors = (launching.pieces(len(a), rows), 1, 1), (x, a, c.contiguous(), d, out)
+    launching.run(plus_kernel, grid, tensors, sizes=(len(a),), constants=(r, pad, rows))
     return out
 
 
 def through(x: Tensor, a: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`hb_psgd.lra_passes.through`."""
-    r, pad, rows = _sizes(a)
-    programs, share = _shares(len(a), rows)
+    r, pad, rows = sizes_of(a)
+    programs, share = shares_of(len(a), rows)
     out, sums = torch.empty_like(x), a.new_empty(programs, pad)
     tensors, constants = (x, a, c.contiguous(), d, out, sums), (r, pad, rows)
     launching.run(through_kernel, (programs, 1, 1), tensors, sizes=(len(a), share), constants=constants)
@@ -244,52 +224,54 @@ def pair(
     return x, y, (first, second, third)
 
 
-def ends(u: Tensor, v: Tensor, x: Tensor, y: Tensor, on_u: bool, of_u: Tensor, of_v: Tensor) -> tuple[Tensor, ...]:
+def grown(d: Tensor, gap: Tensor, one: Tensor, by: Tensor, out: Tensor | None) -> Tensor:
+    """See :func:`hb_psgd.lra_passes.grown`."""
+    out = torch.empty_like(d) if out is None else out
+    launching.run(
+        grown_kernel, (launching.pieces(len(d), LINE), 1, 1), (d, gap, one, by, out), sizes=(len(d),), constants=(LINE,)
+    )
+    return out
+
+
+def ends(
+    u: Tensor, v: Tensor, x: Tensor, y: Tensor, scale: Tensor, on_u: bool, of_u: Tensor, of_v: Tensor
+) -> tuple[Tensor, ...]:
     """See :func:`hb_psgd.lra_passes.ends`; ``of_u`` and ``of_v`` are ``[2, r]``."""
-    r, pad, rows = _sizes(u)
+    r, pad, rows = sizes_of(u)
     grid = (launching.pieces(len(u), rows), 1, 1)
     first, gap = torch.empty_like(x), torch.empty_like(x)
-    second = torch.empty_like(x) if on_u else y
+    second = torch.empty_like(x) if on_u else y  # overwritten: each vector counts
     sizes, squares = x.new_empty(grid[0], 2), x.new_empty(grid[0], 2)
-    tensors = (u, v, x, y, of_u, of_v, first, second, gap, sizes, squares)
+    tensors = (u, v, x, y, scale, of_u, of_v, first, second, gap, sizes, squares)
     launching.run(ends_kernel, grid, tensors, sizes=(len(u),), constants=(r, pad, rows, int(on_u)), num_warps=2)
     gain, loss = sizes.amax(0).unbind()
     return first, second, gap, gain, loss, squares.sum(0, dtype=torch.float64)
 
 
-def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
-    """U^T U, V^T V, V^T U, U^T x, V^T x, U^T y and V^T y, summed over the programs in float64."""
-    r, pad, rows = _sizes(u)
+def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor, scale: Tensor) -> list[Tensor]:
+    """U^T U, V^T V, V^T U, U^T x, V^T x, U^T y and V^T y, with x and y times ``scale``, summed over the programs in float64."""
+    r, pad, rows = sizes_of(u)
     if r <= lra_moments.WIDEST:
-        whole = lra_moments.grams(u, v, x, y, THIN_PROGRAMS if r < 16 else PROGRAMS)
+        whole = lra_moments.grams(u, v, x, y, scale, THIN_PROGRAMS if r < 16 else PROGRAMS)
         uu, vv, vu = whole[:r, :r], whole[r : 2 * r, r : 2 * r], whole[r : 2 * r, :r]
         return [uu, vv, vu, whole[:r, 2 * r], whole[r : 2 * r, 2 * r], whole[:r, 2 * r + 1], whole[r : 2 * r, 2 * r + 1]]
     rows = min(rows, THIN)
-    programs, share = _shares(len(u), rows, THIN_PROGRAMS)
+    programs, share = shares_of(len(u), rows, THIN_PROGRAMS)
     grams, vectors = u.new_empty(programs, 3, pad, pad), u.new_empty(programs, 4, pad)
-    tensors = (u, v, x, y, grams, vectors)
+    tensors = (u, v, x, y, scale, grams, vectors)
     warps = 1 if pad == 16 else 4
     launching.run(moments_kernel, (programs, 1, 1), tensors, sizes=(len(u), share), constants=(r, pad, rows), num_warps=warps)
     squares, lines = grams.sum(0, dtype=torch.float64)[:, :r, :r], vectors.sum(0, dtype=torch.float64)[:, :r]
     return [*squares.unbind(), *lines.unbind()]
 
 
-def rewrite(a: Tensor, turn: Tensor | None, columns: list[Tensor], weights: Tensor | None) -> None:
-    """Overwrite ``a`` with ``A T`` plus two columns times the rows of ``weights``; either may be absent."""
-    r, pad, rows = _sizes(a)
-    left, right = columns or (a, a)
-    tensors = (a, a if turn is None else turn.contiguous(), left, right, a if weights is None else weights.contiguous())
-    constants = (r, pad, rows, int(turn is not None), int(bool(columns)))
-    launching.run(rewrite_kernel, (launching.pieces(len(a), rows), 1, 1), tensors, sizes=(len(a),), constants=constants)
-
-
-def _sizes(a: Tensor) -> tuple[int, int, int]:
+def sizes_of(a: Tensor) -> tuple[int, int, int]:
     """The rank, the width of a tile, and its rows: 4096 elements, 32 for each thread."""
     pad = max(16, launching.power_of_two(a.shape[1]))
     return a.shape[1], pad, 4096 // pad
 
 
-def _shares(n: int, rows: int, most: int = PROGRAMS) -> tuple[int, int]:
+def shares_of(n: int, rows: int, most: int = PROGRAMS) -> tuple[int, int]:
     """How many programs share ``n`` rows, and how many each has: whole tiles."""
     tiles = launching.pieces(n, rows)
     share = launching.pieces(tiles, most)

@@ -44,43 +44,51 @@ class Change(NamedTuple):
         weights: as many :math:`w_k`, ``[r]`` each.
     """
 
-    turn: Tensor | None
+    turn: Tensor | None = None
     columns: Sequence[Tensor] = ()
     weights: Sequence[Tensor] = ()
 
+    @property
+    def changes(self) -> bool:
+        """Whether it is anything."""
+        return self.turn is not None or bool(self.columns)
 
-def inner(a: Tensor, x: Tensor, d: Tensor | None = None) -> Tensor:
-    """:math:`A^T x` for ``[N, r]`` and ``[N]``, or :math:`A^T (d x)`."""
+    def arguments(self, like: Tensor) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
+        """What the kernels take: T, the columns, and the weights as one tensor of ``like``'s dtype."""
+        return self.turn, [*self.columns], torch.stack([*self.weights]).to(like.dtype) if self.columns else None
+
+
+NONE = Change()
+"""A factor stays what it is."""
+
+
+def inner(a: Tensor, x: Tensor, d: Tensor, change: Change = NONE) -> Tensor:
+    """:math:`A^T (d x)` for ``[N, r]`` and ``[N]``, where A is first overwritten with what becomes of it."""
     if not _has_kernels(a):
-        return a.mT @ (x if d is None else d * x)
-    from hb_psgd import lra_kernel  # Triton is slow to import, and not everywhere
+        return rewrite(a, change).mT @ (d * x)
+    from hb_psgd import lra_change_kernel, lra_kernel  # Triton is slow to import, and not everywhere
 
-    return lra_kernel.inner(a, x, d)
+    return lra_change_kernel.inner(a, *change.arguments(a), x, d) if change.changes else lra_kernel.inner(a, x, d)
 
 
-def plus(
-    x: Tensor, a: Tensor, c: Tensor, *, first: Tensor | None = None, last: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """:math:`x + A c` for ``[N]``, ``[N, r]`` and ``[r]``.
-
-    ``first`` multiplies x, and ``last`` the result, which is written to ``out`` if given: memory of none of them.
-    """
+def plus(x: Tensor, a: Tensor, c: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
+    """:math:`d (x + A c)` for ``[N]``, ``[N, r]`` and ``[r]``; written to ``out`` if given, memory of none of them."""
     if not _has_kernels(a):
-        result = torch.addmv(x if first is None else first * x, a, c)
-        return torch.mul(result, 1 if last is None else last, out=result if out is None else out)
+        result = torch.addmv(x, a, c)
+        return torch.mul(result, d, out=result if out is None else out)
     from hb_psgd import lra_kernel
 
-    return lra_kernel.plus(x, a, c, first, last, out)
+    return lra_kernel.plus(x, a, c, d, out)
 
 
-def through(x: Tensor, a: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """:math:`y = d x + A c`, as :func:`plus` has it, and :math:`A^T y`."""
+def through(x: Tensor, a: Tensor, c: Tensor, d: Tensor, change: Change = NONE) -> tuple[Tensor, Tensor]:
+    """:math:`y = d x + A c`, and :math:`A^T y`; A is first overwritten with what becomes of it."""
     if not _has_kernels(a):
-        y = plus(x, a, c, first=d)
-        return y, inner(a, y)
-    from hb_psgd import lra_kernel
+        y = torch.addmv(d * x, rewrite(a, change), c)
+        return y, a.mT @ y
+    from hb_psgd import lra_change_kernel, lra_kernel
 
-    return lra_kernel.through(x, a, c, d)
+    return lra_change_kernel.through(a, *change.arguments(a), x, d, c) if change.changes else lra_kernel.through(x, a, c, d)
 
 
 def pair(
@@ -103,6 +111,29 @@ def pair(
     return x, y, (first, second, third)
 
 
+def scaled(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """Multiply two vectors by a number, in place; or leave that to the kernels, which read them anyway.
+
+    Returns:
+        What :func:`moments` and :func:`ends` are still to multiply them by.
+    """
+    if _has_kernels(x[:, None]):
+        return scale
+    torch._foreach_mul_([x, y], scale)
+    return torch.ones_like(scale)
+
+
+def grown(d: Tensor, gap: Tensor, one: Tensor, by: Tensor, out: Tensor | None = None) -> Tensor:
+    """``d (one + by gap)`` for vectors and numbers, 0-d; perhaps in the memory ``out``, which may be d's."""
+    one, by = one.to(d.dtype), by.to(d.dtype)
+    if not _has_kernels(d[:, None]):
+        factor = torch.addcmul(one, gap, by)
+        return torch.mul(factor, d, out=factor if out is None else out)
+    from hb_psgd import lra_kernel
+
+    return lra_kernel.grown(d, gap, one, by, out)
+
+
 class Ends(NamedTuple):
     r"""What a fit needs of a and b, ``[N]`` each and 0-d.
 
@@ -121,13 +152,18 @@ class Ends(NamedTuple):
     squares: Tensor
 
 
-def ends(u: Tensor, v: Tensor, x: Tensor, y: Tensor, on_u: bool, ux: Tensor, vx: Tensor, uy: Tensor, vy: Tensor) -> Ends:
+def ends(
+    u: Tensor, v: Tensor, x: Tensor, y: Tensor, scale: Tensor, on_u: bool, ux: Tensor, vx: Tensor, uy: Tensor, vy: Tensor
+) -> Ends:
     r"""In one pass over U and V, :math:`a = x + U u_x`, :math:`b = y - V v_y`, :math:`(I + V U^T) a = a + V v_x` and
-    :math:`(I + U V^T)^{-1} b = b - U u_y`, which times x and y are the parts of the gap."""
+    :math:`(I + U V^T)^{-1} b = b - U u_y`, which times x and y are the parts of the gap.
+
+    x and y count times ``scale``, see :func:`scaled`. y may be overwritten.
+    """
     if _has_kernels(u):
         from hb_psgd import lra_kernel
 
-        return Ends(*lra_kernel.ends(u, v, x, y, on_u, torch.stack((ux, uy)), torch.stack((vx, vy))))
+        return Ends(*lra_kernel.ends(u, v, x, y, scale, on_u, torch.stack((ux, uy)), torch.stack((vx, vy))))
     a, b = torch.addmv(x, u, ux), torch.addmv(y, v, vy, alpha=-1)
     squares = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in (a, b)])
     lifted = torch.addmv(a, v, vx)
@@ -138,13 +174,13 @@ def ends(u: Tensor, v: Tensor, x: Tensor, y: Tensor, on_u: bool, ux: Tensor, vx:
     return Ends(*columns, gain.sub_(loss), most[0], most[1], squares)
 
 
-def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor, total: Callable[[Tensor], Tensor]) -> Moments:
-    """All in one pass over U and V; ``total`` sums over the ranks."""
+def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor, scale: Tensor, total: Callable[[Tensor], Tensor]) -> Moments:
+    """All in one pass over U and V; x and y count times ``scale``, see :func:`scaled`. ``total`` sums over the ranks."""
     r = u.shape[1]
     if _has_kernels(u):
         from hb_psgd import lra_kernel
 
-        parts = lra_kernel.moments(u, v, x, y)
+        parts = lra_kernel.moments(u, v, x, y, scale)
     else:
         parts = [_product(u, u), _product(v, v), _product(v, u), u.mT @ x, v.mT @ x, u.mT @ y, v.mT @ y]
     whole = total(torch.cat([part.reshape(-1) for part in parts]).double())
@@ -154,20 +190,20 @@ def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor, total: Callable[[Tensor]
 
 def rewrite(factor: Tensor, change: Change) -> Tensor:
     """Overwrite ``factor``, U or V, with what becomes of it; nothing of its size is made."""
-    if change.turn is None and not change.columns:
+    if not change.changes:
         return factor
-    weights = torch.stack([*change.weights]).to(factor.dtype) if change.columns else None
     if _has_kernels(factor):
-        from hb_psgd import lra_kernel
+        from hb_psgd import lra_change_kernel
 
-        lra_kernel.rewrite(factor, change.turn, [*change.columns], weights)
+        lra_change_kernel.rewrite(factor, *change.arguments(factor))
         return factor
+    turn, columns, weights = change.arguments(factor)
     for first in range(0, len(factor), ROWS):
         rows = slice(first, first + ROWS)
         piece = factor[rows]
-        new = piece if change.turn is None else piece @ change.turn
+        new = piece if turn is None else piece @ turn
         if weights is not None:
-            new = torch.addmm(new, torch.stack([c[rows] for c in change.columns], 1), weights)
+            new = torch.addmm(new, torch.stack([c[rows] for c in columns], 1), weights)
         piece.copy_(new)
     return factor
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from hb_psgd import lra, lra_passes
 from hb_psgd.checks import check_flags, check_number
 from hb_psgd.common import EPS, DebiasedAverage, Probability, curvature_of, pair_of, refresh_rate
+from hb_psgd.lra_passes import NONE
 from hbcore.api import (
     Context,
     Curvature,
@@ -132,20 +133,25 @@ class PreconditionByLRA(Transform):
         target = pair[0] if pair is not None else u if self.momentum_into_precond_update else c.grad
         d = new["d"] = self.started(s["d"], target, c, sums)
         result = lra.precondition(u, factor_u, factor_v, d, c.total) if self.delayed else u
+        changes = (NONE, NONE)
         if c.refresh:
             fits = s["psgd_lra.fits"]
             fit = lra.fit(
                 target, c.probe(u) if pair is None else pair[1], factor_u, factor_v, d, s["bounds"],
                 on_u=int(fits) % 2 == 0, balance=int(fits) % BALANCE == 0, lr=self.precond_lr, beta=self.lower_bound_beta,
-                eps=self.eps, dampening=self.dampening, relative=EPS, sums=sums,
+                eps=self.eps, dampening=self.dampening, relative=EPS, sums=sums, out=c.into("d"),
             )  # fmt: skip
             new |= {"d": fit.d, "bounds": fit.bounds, "psgd_lra.fits": fits + 1}
-            for name, change in (("U", fit.u), ("V", fit.v)):
-                if change.turn is not None or change.columns:
-                    new[name] = lra_passes.rewrite(new[name] if name in new else _own(name, s, c), change)
-        if not self.delayed:
-            result = lra.precondition(u, new.get("U", factor_u), new.get("V", factor_v), new["d"], c.total)
-        return result, new
+            changes = (fit.u, fit.v)
+            for name, change in zip(("U", "V"), changes, strict=True):
+                if change.changes and name not in new:
+                    new[name] = _own(name, s, c)
+        factor_u, factor_v = new.get("U", factor_u), new.get("V", factor_v)
+        if self.delayed:
+            for factor, change in zip((factor_u, factor_v), changes, strict=True):
+                lra_passes.rewrite(factor, change)
+            return result, new
+        return lra.precondition(u, factor_u, factor_v, new["d"], c.total, c.into("update"), changes), new
 
     def started(self, d: Tensor, x: Tensor, c: Context, sums: lra.Sums) -> Tensor:
         """``d``, with a first value where it has none."""
