@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from core.kit import normal
-from psgd.test_lra import followed, relative
+from psgd.test_lra import N, factors, fitted, followed, relative
 
 from hb_psgd import lra_passes
 from hb_psgd.lra_passes import Change, rewrite
@@ -82,7 +82,7 @@ def test_moments_are_those_of_torch(n, r, monkeypatch):
 def test_all_columns_are_multiplied_with_each_other(r, parts):
     u, v, x, y = matrix(300, r), matrix(300, r, seed=1), vector(300, seed=2), vector(300, seed=3)
     w = torch.cat((u, v, x[:, None], y[:, None]), 1).double()
-    made = lra_moments.grams(u, v, x, y, number(1), 3, parts)
+    made = lra_moments.grams(u, v, x, y, 3, parts)
     assert close(made, w.mT @ w, 303, w.abs().mT @ w.abs()) and torch.equal(made, made.mT)
 
 
@@ -90,7 +90,7 @@ def test_two_parts_of_ten_bits_are_as_good_as_twenty_two():
     """With high parts alone a product would be off by 2^-11: this is what the second one is for."""
     u = 1 + matrix(64, 1).abs()
     exact = float(u.double().square().sum())
-    made = float(lra_moments.grams(u, u, u[:, 0].contiguous(), u[:, 0].contiguous(), number(1), 1, True)[0, 0])
+    made = float(lra_moments.grams(u, u, u[:, 0].contiguous(), u[:, 0].contiguous(), 1, True)[0, 0])
     assert abs(made - exact) < 2**-20 * exact
 
 
@@ -98,7 +98,7 @@ def test_two_parts_of_ten_bits_are_as_good_as_twenty_two():
 def test_what_is_not_finite_shows_in_the_moments(bits):
     u, v, x, y = matrix(40, 3), matrix(40, 3, seed=1), vector(40, seed=2), vector(40, seed=3)
     u[7, 1] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-    made = lra_moments.grams(u, v, x, y, number(1), 1, True)
+    made = lra_moments.grams(u, v, x, y, 1, True)
     assert not made[1].isfinite().any() and made[0, 0].isfinite()
 
 
@@ -203,6 +203,23 @@ def test_what_a_fit_needs_of_both_vectors(n, r, on_u):
     ours = kernel.ends(u, v, x, y, number(0.3), on_u, torch.stack((ux, uy)), torch.stack((vx, vy)))
     for found, exact in zip(ours, theirs, strict=True):
         assert float((found.cpu().double() - exact).norm() / exact.norm()) < 10 * EPS * (r + n) ** 0.5
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the problem is on the CPU")
+@pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-9, 1e18, 1e25, 1e30])
+def test_a_sudden_change_of_size_is_followed_as_without_kernels(size, monkeypatch):
+    found = []
+    for kernels in (True, False):
+        monkeypatch.setattr(lra_passes, "_has_kernels", lambda a, kernels=kernels: kernels)
+        u, v, d = factors(dtype=torch.float32)
+        bounds = torch.zeros(3)
+        for t in range(6):
+            h = normal(N, seed=t).float() * (size if t > 1 else 1)
+            u, v, d, bounds = fitted(h, normal(N, seed=50 + t).float(), u, v, d, bounds, t)
+        found.append((u, v, d, bounds))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+    assert found[0][2].abs().min() > 0
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the oracle's problem is on the CPU")

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator"
-r"""The Triton kernel of a low-rank preconditioner's moments: one product of :math:`W = [U\, V\, sx\, sy]` with itself.
+r"""The Triton kernel of a low-rank preconditioner's moments: one product of :math:`W = [U\, V\, x\, y]` with itself.
 
 On tensor cores each number is two of TF32, :math:`W = H + L` to within :math:`2^{-22}` of it. By symmetry two products will do,
 
@@ -32,10 +32,9 @@ def in_tf32(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def gram_kernel(  # type: ignore[no-untyped-def]
-    u, v, x, y, scale, out, numel, share, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr
+    u, v, x, y, out, numel, share, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr
 ):
     """The program's share of W^T W, ``[PAD, PAD]``; with ``PARTS`` by tensor cores."""
-    by = tl.load(scale)
     total = tl.zeros((PAD, PAD), dtype=tl.float32)
     mixed = tl.zeros((PAD, PAD), dtype=tl.float32)
     start = tl.program_id(0) * share
@@ -44,11 +43,10 @@ def gram_kernel(  # type: ignore[no-untyped-def]
     base = tl.where(columns < R, u + columns, tl.where(columns < 2 * R, v + (columns - R), ends))
     width = tl.where(columns < 2 * R, R, 1).to(tl.int64)
     known = columns < 2 * R + 2
-    times = tl.where(columns < 2 * R, 1.0, by)
     for at in range(0, share, ROWS):
         rows = start + at + tl.arange(0, ROWS)
         inside = (rows < numel)[:, None] & known[None, :]
-        w = tl.load(base[None, :] + rows.to(tl.int64)[:, None] * width[None, :], mask=inside, other=0.0) * times[None, :]
+        w = tl.load(base[None, :] + rows.to(tl.int64)[:, None] * width[None, :], mask=inside, other=0.0)
         if PARTS:
             high = in_tf32(w)
             low = w - high
@@ -62,11 +60,9 @@ def gram_kernel(  # type: ignore[no-untyped-def]
     tl.store(square, total)
 
 
-def grams(u: Tensor, v: Tensor, x: Tensor, y: Tensor, scale: Tensor, programs: int, parts: bool | None = None) -> Tensor:
-    """W^T W, ``[2r + 2, 2r + 2]`` in float64, summed by at most so many programs; x and y count times ``scale``, 0-d.
-
-    ``parts``: on tensor cores, by default where there are some.
-    """
+def grams(u: Tensor, v: Tensor, x: Tensor, y: Tensor, programs: int, parts: bool | None = None) -> Tensor:
+    """W^T W, ``[2r + 2, 2r + 2]`` in float64, summed by at most so many programs; ``parts``: on tensor cores, by default where
+    there are some."""
     r, n = u.shape[1], len(u)
     pad = max(16, launching.power_of_two(2 * r + 2))
     rows, warps = (64, 4) if pad == 64 else (32, 1)
@@ -74,9 +70,7 @@ def grams(u: Tensor, v: Tensor, x: Tensor, y: Tensor, scale: Tensor, programs: i
     out = u.new_empty(launching.pieces(n, share), pad, pad)
     parts = has_tf32(u.device) if parts is None else parts
     constants = (r, pad, rows, int(parts))
-    launching.run(
-        gram_kernel, (len(out), 1, 1), (u, v, x, y, scale, out), sizes=(n, share), constants=constants, num_warps=warps
-    )
+    launching.run(gram_kernel, (len(out), 1, 1), (u, v, x, y, out), sizes=(n, share), constants=constants, num_warps=warps)
     return out.sum(0, dtype=torch.float64)[: 2 * r + 2, : 2 * r + 2]
 
 
