@@ -163,7 +163,7 @@ def train(trial: Trial, pass_: Pass) -> dict[str, Any]:
 def timed(trial: Trial, pass_: Pass) -> float:
     """Milliseconds a step, forward and backward included, over all steps after a third of them."""
     run, start = Run(trial, pass_), 0.0
-    steps = 120 if run.setting.device == "cuda" else 60
+    steps = 120 if run.setting.device == "cuda" else 30
     for t in range(steps):
         if t == steps // 3:
             _wait(run.setting.device)
