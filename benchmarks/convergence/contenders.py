@@ -15,6 +15,9 @@ NAMES = (
     *("LaProp", "NAdam"),
 )
 
+OPTIONS: dict[str, dict[str, Any]] = {"NAdam": {"decoupled_weight_decay": True}}
+"""What a contender needs so that its decay is decoupled, as everybody else's is: the search takes that for granted."""
+
 DECAY = 1e-4
 """What a step subtracts of a weight, ``lr * weight_decay``, in the search for the learning rate."""
 
@@ -58,7 +61,7 @@ class Search:
             yield self._trial(best, decay)
         winner = self.best()
         for seed in SEEDS:
-            yield Trial(self.name, winner.lr, winner.weight_decay, seed)
+            yield Trial(self.name, winner.lr, winner.weight_decay, seed, winner.options)
 
     def best(self) -> Trial:
         """The trial on seed 0 with the lowest loss."""
@@ -66,7 +69,7 @@ class Search:
         return min(tuned, key=lambda t: tuned[t] if tuned[t] == tuned[t] else float("inf"))
 
     def _trial(self, lr: float, decay: float) -> Trial:
-        return Trial(self.name, lr, decay / lr, 0)
+        return Trial(self.name, lr, decay / lr, 0, OPTIONS.get(self.name, {}))
 
 
 def _parameter() -> Any:
