@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import hbcore
@@ -27,13 +27,17 @@ SEEDS = (1, 2, 3, 4)
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: an optimizer, its options, a seed."""
+    """One run: an optimizer, what was searched for, a seed."""
 
     name: str
     lr: float
     weight_decay: float
     seed: int
-    options: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the optimizer needs beside them."""
+        return OPTIONS.get(self.name, {})
 
     @property
     def key(self) -> str:
@@ -61,7 +65,7 @@ class Search:
             yield self._trial(best, decay)
         winner = self.best()
         for seed in SEEDS:
-            yield Trial(self.name, winner.lr, winner.weight_decay, seed, winner.options)
+            yield Trial(self.name, winner.lr, winner.weight_decay, seed)
 
     def best(self) -> Trial:
         """The trial on seed 0 with the lowest loss."""
@@ -69,7 +73,7 @@ class Search:
         return min(tuned, key=lambda t: tuned[t] if tuned[t] == tuned[t] else float("inf"))
 
     def _trial(self, lr: float, decay: float) -> Trial:
-        return Trial(self.name, lr, decay / lr, 0, OPTIONS.get(self.name, {}))
+        return Trial(self.name, lr, decay / lr, 0)
 
 
 def _parameter() -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import NAMES, OPTIONS, SEEDS, Search, Trial
+from contenders import NAMES, SEEDS, Search, Trial
 from train import SETTINGS, Pass, Setting, Text, timed, train
 
 import hbcore
@@ -61,7 +61,7 @@ def finish(setting: Setting, runs: Path, out: Path) -> None:
     for name in whole:
         first = next(r for r in found if r["name"] == name and r["seed"] == SEEDS[0])
         if "error" not in first:
-            times[name] = timed(Trial(name, first["lr"], first["weight_decay"], first["seed"], OPTIONS.get(name, {})), pass_)
+            times[name] = timed(Trial(name, first["lr"], first["weight_decay"], first["seed"]), pass_)
     result = {
         "device": torch.cuda.get_device_name() if setting.device == "cuda" else platform.processor(),
         "torch": torch.__version__,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from struct import pack
 
 import torch
@@ -20,15 +20,21 @@ class Addresses:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
-        self.addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
         self._each = list(range(len(self._tensors)))
 
     def unchanged(self, now: list[Tensor] | None = None) -> bool:
         """Whether they lie where they lay; or other tensors, ``now``, that are to be the same memory."""
         tensors = self._tensors if now is None else now
         if _same is not None:
-            return _same(tensors, self.addresses, self._each)
-        return list(map(Tensor.data_ptr, tensors)) == self.addresses
+            return _same(tensors, self._addresses, self._each)
+        return list(map(Tensor.data_ptr, tensors)) == self._addresses
+
+
+def as_bytes(*columns: Iterable[int]) -> bytes:
+    """Integers of 64 bits as memory has them, one column after the other."""
+    values = [value for column in columns for value in column] if len(columns) > 1 else [*columns[0]]
+    return pack(f"{len(values)}q", *values)
 
 
 class Pointers:
@@ -51,6 +57,6 @@ class Pointers:
                 if len(each) == len(tensors) and _same(tensors, addresses, each):
                     return data
         addresses = list(map(Tensor.data_ptr, tensors))
-        data = pack(f"{len(addresses)}q", *addresses)
+        data = as_bytes(addresses)
         self._kept.append((addresses, list(range(len(addresses))), data))
         return data

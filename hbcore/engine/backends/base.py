@@ -5,12 +5,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from struct import pack
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from hbcore.engine.addresses import as_bytes
 from hbcore.engine.graph.program import DRAW, Bits, Program
 from hbcore.rules.noise import element_words, words
 
@@ -155,12 +155,6 @@ def packed(*columns: Iterable[int]) -> array[int]:
     found = array("q")
     found.frombytes(as_bytes(*columns))
     return found
-
-
-def as_bytes(*columns: Iterable[int]) -> bytes:
-    """Integers of 64 bits as memory has them, one column after the other."""
-    values = [value for column in columns for value in column] if len(columns) > 1 else [*columns[0]]
-    return pack(f"{len(values)}q", *values)
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from hbcore.engine.graph.program import NOISE, Program, Reduction
 from hbcore.engine.graph.scalar_inputs import capturing
 from hbcore.errors import CompileError
 from hbcore.rules.direct_launch import launcher_of
+from hbcore.rules.launching import on
 from hbcore.rules.transform import Domain
 from hbcore.state.blocks import BLOCK
 
@@ -100,7 +100,7 @@ class TritonExecutable:
 
     def prepare(self, batch: Batch) -> None:
         """Update the device tables for ``batch``, and compile missing variants."""
-        with current(batch.tensors["param"][0].device):
+        with on(batch.tensors["param"][0].device):
             self._prepare(batch)
 
     def _prepare(self, batch: Batch) -> None:
@@ -127,7 +127,7 @@ class TritonExecutable:
         for name in self.program.phases[phase].sums:
             if name in batch.model:
                 self.tables.model[self.layout.reductions.index(name)] = batch.model[name]
-        with current(self.tables.device):  # also where a kernel is loaded
+        with on(self.tables.device):  # also where a kernel is loaded
             launches = self._launches.get(phase) or self._bind(phase)
             for launch in launches:
                 launch()
@@ -222,13 +222,6 @@ class TritonExecutable:
     def constants(self, block: int, aligned: bool) -> dict[str, int]:
         """What a kernel is compiled for, in the order of its arguments."""
         return {"CHUNK": self.chunk, "BLOCK": block, "TAIL": max(block // TAILS, BLOCK), "ALIGNED": aligned}
-
-
-def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make ``device`` current, because Triton launches there; free if it already is."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 def _interpreted() -> bool:

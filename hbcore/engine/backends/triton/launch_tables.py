@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbcore.engine.backends.base import Batch, as_bytes
+from hbcore.engine.addresses import as_bytes
+from hbcore.engine.backends.base import Batch
 from hbcore.engine.backends.triton.codegen import KernelLayout
 from hbcore.errors import CompileError
 

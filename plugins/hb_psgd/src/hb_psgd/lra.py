@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from hb_psgd.lra_passes import NONE, Change, Moments, ends, grown, inner, moments, pair, plus, scaled, through
+from hb_psgd.lra_passes import NONE, Change, Moments, ends, grown, inner, moments, pair, plus, through
 
 Number: TypeAlias = "Tensor | float"
 
@@ -147,9 +147,9 @@ def fit(
     sizes = torch.stack([sums.amax(size) for size in local]).double()
     size = sizes[1:].amax()
     usable = size.isfinite() & (sizes > 0).all()
-    rest = scaled(x, y, torch.where(usable, 1 / size, 0.0).to(x.dtype))
-    s = _solved(moments(u, v, x, y, rest, sums.total), usable, on_u, balance, x.dtype)
-    e = ends(u, v, x, y, rest, on_u, s.ux, s.vx, s.uy, s.vy)
+    inverse = torch.where(usable, 1 / size, 0.0).to(x.dtype)
+    s = _solved(moments(u, v, x, y, inverse, sums.total), usable, on_u, balance, x.dtype)
+    e = ends(u, v, x, y, inverse, on_u, s.ux, s.vx, s.uy, s.vy)
     del x, y
     na, nb = sums.total(e.squares).sqrt()
     own = torch.stack((sums.amax(e.gain) + sums.amax(e.loss), na * s.lengths[0] + nb * s.lengths[1]))

@@ -35,20 +35,6 @@ def tile_of(a, first, numel, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
-def inner_kernel(  # type: ignore[no-untyped-def]
-    a, x, d, out, numel, share, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr
-):
-    """``out[program]``: the program's share of :math:`A^T (d x)`."""
-    total = tl.zeros((PAD,), dtype=tl.float32)
-    start = tl.program_id(0) * share
-    for at in range(0, share, ROWS):
-        rows = start + at + tl.arange(0, ROWS)
-        value = tl.load(x + rows, mask=rows < numel, other=0.0) * tl.load(d + rows, mask=rows < numel, other=0.0)
-        total += tl.sum(tile_of(a, start + at, numel, R, PAD, ROWS) * value[:, None], 0)
-    tl.store(out + tl.program_id(0) * PAD + tl.arange(0, PAD), total)
-
-
-@triton.jit
 def plus_kernel(  # type: ignore[no-untyped-def]
     x, a, c, d, out, numel, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -59,25 +45,6 @@ def plus_kernel(  # type: ignore[no-untyped-def]
     moved = tl.sum(tile_of(a, first, numel, R, PAD, ROWS) * weights[None, :], 1)
     value = (tl.load(x + rows, mask=rows < numel, other=0.0) + moved) * tl.load(d + rows, mask=rows < numel, other=0.0)
     tl.store(out + rows, value, mask=rows < numel)
-
-
-@triton.jit
-def through_kernel(  # type: ignore[no-untyped-def]
-    x, a, c, d, out, sums, numel, share, R: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr
-):
-    """``out = d x + A c``, and in ``sums[program]`` the program's share of :math:`A^T \\mathrm{out}`, from one look at A."""
-    total = tl.zeros((PAD,), dtype=tl.float32)
-    columns = tl.arange(0, PAD)
-    weights = tl.load(c + columns, mask=columns < R, other=0.0)
-    start = tl.program_id(0) * share
-    for at in range(0, share, ROWS):
-        rows = start + at + tl.arange(0, ROWS)
-        tile = tile_of(a, start + at, numel, R, PAD, ROWS)
-        value = tl.load(x + rows, mask=rows < numel, other=0.0) * tl.load(d + rows, mask=rows < numel, other=0.0)
-        value += tl.sum(tile * weights[None, :], 1)
-        tl.store(out + rows, value, mask=rows < numel)
-        total += tl.sum(tile * value[:, None], 0)
-    tl.store(sums + tl.program_id(0) * PAD + columns, total)
 
 
 @triton.jit
@@ -184,15 +151,6 @@ def moments_kernel(  # type: ignore[no-untyped-def]
     tl.store(line + 3 * PAD, vy)
 
 
-def inner(a: Tensor, x: Tensor, d: Tensor) -> Tensor:
-    """See :func:`hb_psgd.lra_passes.inner`."""
-    r, pad, rows = sizes_of(a)
-    programs, share = shares_of(len(a), rows)
-    out = a.new_empty(programs, pad)
-    launching.run(inner_kernel, (programs, 1, 1), (a, x, d, out), sizes=(len(a), share), constants=(r, pad, rows))
-    return out.sum(0)[:r]
-
-
 def plus(x: Tensor, a: Tensor, c: Tensor, d: Tensor, out: Tensor | None) -> Tensor:
     """See :func:`hb_psgd.lra_passes.plus`."""
     r, pad, rows = sizes_of(a)
@@ -200,16 +158,6 @@ def plus(x: Tensor, a: Tensor, c: Tensor, d: Tensor, out: Tensor | None) -> Tens
     grid, tensors = (launching.pieces(len(a), rows), 1, 1), (x, a, c.contiguous(), d, out)
     launching.run(plus_kernel, grid, tensors, sizes=(len(a),), constants=(r, pad, rows))
     return out
-
-
-def through(x: Tensor, a: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`hb_psgd.lra_passes.through`."""
-    r, pad, rows = sizes_of(a)
-    programs, share = shares_of(len(a), rows)
-    out, sums = torch.empty_like(x), a.new_empty(programs, pad)
-    tensors, constants = (x, a, c.contiguous(), d, out, sums), (r, pad, rows)
-    launching.run(through_kernel, (programs, 1, 1), tensors, sizes=(len(a), share), constants=constants)
-    return out, sums.sum(0)[:r]
 
 
 def pair(
@@ -248,17 +196,13 @@ def ends(
     return first, second, gap, gain, loss, squares.sum(0)
 
 
-def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor, scale: Tensor) -> list[Tensor]:
-    """U^T U, V^T V, V^T U, U^T x, V^T x, U^T y and V^T y, with x and y times ``scale``, summed over the programs in float64.
-
-    The sums are scaled, not the vectors: the kernel takes seven times as long if it multiplies each element first.
-    """
+def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
+    """U^T U, V^T V, V^T U, U^T x, V^T x, U^T y and V^T y, summed over the programs in float64."""
     r, pad, rows = sizes_of(u)
     if r <= lra_moments.WIDEST:
         whole = lra_moments.grams(u, v, x, y, THIN_PROGRAMS if r < 16 else PROGRAMS)
         uu, vv, vu = whole[:r, :r], whole[r : 2 * r, r : 2 * r], whole[r : 2 * r, :r]
-        ends = whole[: 2 * r, 2 * r : 2 * r + 2] * scale
-        return [uu, vv, vu, ends[:r, 0], ends[r:, 0], ends[:r, 1], ends[r:, 1]]
+        return [uu, vv, vu, whole[:r, 2 * r], whole[r : 2 * r, 2 * r], whole[:r, 2 * r + 1], whole[r : 2 * r, 2 * r + 1]]
     rows = min(rows, THIN)
     programs, share = shares_of(len(u), rows, THIN_PROGRAMS)
     grams, vectors = u.new_empty(programs, 3, pad, pad), u.new_empty(programs, 4, pad)
@@ -266,7 +210,7 @@ def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor, scale: Tensor) -> list[T
     warps = 1 if pad == 16 else 4
     launching.run(moments_kernel, (programs, 1, 1), tensors, sizes=(len(u), share), constants=(r, pad, rows), num_warps=warps)
     squares, lines = grams.sum(0, dtype=torch.float64)[:, :r, :r], vectors.sum(0, dtype=torch.float64)[:, :r]
-    return [*squares.unbind(), *(lines * scale).unbind()]
+    return [*squares.unbind(), *lines.unbind()]
 
 
 def sizes_of(a: Tensor) -> tuple[int, int, int]:

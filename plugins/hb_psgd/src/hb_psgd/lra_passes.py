@@ -1,6 +1,6 @@
 r"""The passes over ``[N, r]`` that a low-rank preconditioner takes, each of which reads its matrices once.
 
-On a GPU they are kernels of :mod:`hb_psgd.lra_kernel`, elsewhere products of torch.
+On a GPU they are kernels of :mod:`hb_psgd.lra_kernel` and :mod:`hb_psgd.lra_factor_kernel`, elsewhere products of torch.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Change(NamedTuple):
         """Whether it is anything."""
         return self.turn is not None or bool(self.columns)
 
-    def arguments(self, like: Tensor) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
-        """What the kernels take: T, the columns, and the weights as one tensor of ``like``'s dtype."""
-        return self.turn, [*self.columns], torch.stack([*self.weights]).to(like.dtype) if self.columns else None
+    def together(self, dtype: torch.dtype) -> Tensor | None:
+        """The weights as one tensor, ``[2, r]``."""
+        return torch.stack([*self.weights]).to(dtype) if self.columns else None
 
 
 NONE = Change()
@@ -66,9 +66,9 @@ def inner(a: Tensor, x: Tensor, d: Tensor, change: Change = NONE) -> Tensor:
     """:math:`A^T (d x)` for ``[N, r]`` and ``[N]``, where A is first overwritten with what becomes of it."""
     if not _has_kernels(a):
         return rewrite(a, change).mT @ (d * x)
-    from hb_psgd import lra_change_kernel, lra_kernel  # Triton is slow to import, and not everywhere
+    from hb_psgd import lra_factor_kernel  # Triton is slow to import, and not everywhere
 
-    return lra_change_kernel.inner(a, *change.arguments(a), x, d) if change.changes else lra_kernel.inner(a, x, d)
+    return lra_factor_kernel.inner(a, x, d, change)
 
 
 def plus(x: Tensor, a: Tensor, c: Tensor, d: Tensor, out: Tensor | None = None) -> Tensor:
@@ -86,9 +86,9 @@ def through(x: Tensor, a: Tensor, c: Tensor, d: Tensor, change: Change = NONE) -
     if not _has_kernels(a):
         y = torch.addmv(d * x, rewrite(a, change), c)
         return y, a.mT @ y
-    from hb_psgd import lra_change_kernel, lra_kernel
+    from hb_psgd import lra_factor_kernel
 
-    return lra_change_kernel.through(a, *change.arguments(a), x, d, c) if change.changes else lra_kernel.through(x, a, c, d)
+    return lra_factor_kernel.through(x, a, c, d, change)
 
 
 def pair(
@@ -109,18 +109,6 @@ def pair(
     _, x, y = (torch.where(z.isfinite(), z, 0.0) for z in vectors)
     first, second, third = (torch.where(size.isfinite(), size, float("inf")) for size in sizes)
     return x, y, (first, second, third)
-
-
-def scaled(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """Multiply two vectors by a number, in place; or leave that to the kernels, which read them anyway.
-
-    Returns:
-        What :func:`moments` and :func:`ends` are still to multiply them by.
-    """
-    if _has_kernels(x[:, None]):
-        return scale
-    torch._foreach_mul_([x, y], scale)
-    return torch.ones_like(scale)
 
 
 def grown(d: Tensor, gap: Tensor, one: Tensor, by: Tensor, out: Tensor | None = None) -> Tensor:
@@ -158,12 +146,13 @@ def ends(
     r"""In one pass over U and V, :math:`a = x + U u_x`, :math:`b = y - V v_y`, :math:`(I + V U^T) a = a + V v_x` and
     :math:`(I + U V^T)^{-1} b = b - U u_y`, which times x and y are the parts of the gap.
 
-    x and y count times ``scale``, see :func:`scaled`. y may be overwritten.
+    x and y count times ``scale``, 0-d; they may be overwritten.
     """
     if _has_kernels(u):
         from hb_psgd import lra_kernel
 
         return Ends(*lra_kernel.ends(u, v, x, y, scale, on_u, torch.stack((ux, uy)), torch.stack((vx, vy))))
+    torch._foreach_mul_([x, y], scale)
     a, b = torch.addmv(x, u, ux), torch.addmv(y, v, vy, alpha=-1)
     squares = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in (a, b)])
     lifted = torch.addmv(a, v, vx)
@@ -175,16 +164,19 @@ def ends(
 
 
 def moments(u: Tensor, v: Tensor, x: Tensor, y: Tensor, scale: Tensor, total: Callable[[Tensor], Tensor]) -> Moments:
-    """All in one pass over U and V; x and y count times ``scale``, see :func:`scaled`. ``total`` sums over the ranks."""
+    """All in one pass over U and V; ``total`` sums over the ranks.
+
+    x and y count times ``scale``, 0-d. The sums are scaled: a kernel that scales each element takes seven times as long.
+    """
     r = u.shape[1]
     if _has_kernels(u):
         from hb_psgd import lra_kernel
 
-        parts = lra_kernel.moments(u, v, x, y, scale)
+        parts = lra_kernel.moments(u, v, x, y)
     else:
         parts = [_product(u, u), _product(v, v), _product(v, u), u.mT @ x, v.mT @ x, u.mT @ y, v.mT @ y]
     whole = total(torch.cat([part.reshape(-1) for part in parts]).double())
-    squares, lines = whole[: 3 * r * r].view(3, r, r), whole[3 * r * r :].view(4, r)
+    squares, lines = whole[: 3 * r * r].view(3, r, r), whole[3 * r * r :].view(4, r) * scale
     return Moments(*squares.unbind(), *lines.unbind())
 
 
@@ -193,17 +185,17 @@ def rewrite(factor: Tensor, change: Change) -> Tensor:
     if not change.changes:
         return factor
     if _has_kernels(factor):
-        from hb_psgd import lra_change_kernel
+        from hb_psgd import lra_factor_kernel
 
-        lra_change_kernel.rewrite(factor, *change.arguments(factor))
+        lra_factor_kernel.rewrite(factor, change)
         return factor
-    turn, columns, weights = change.arguments(factor)
+    weights = change.together(factor.dtype)
     for first in range(0, len(factor), ROWS):
         rows = slice(first, first + ROWS)
         piece = factor[rows]
-        new = piece if turn is None else piece @ turn
+        new = piece if change.turn is None else piece @ change.turn
         if weights is not None:
-            new = torch.addmm(new, torch.stack([c[rows] for c in columns], 1), weights)
+            new = torch.addmm(new, torch.stack([c[rows] for c in change.columns], 1), weights)
         piece.copy_(new)
     return factor
 

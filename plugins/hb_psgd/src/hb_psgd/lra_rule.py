@@ -132,7 +132,7 @@ class PreconditionByLRA(Transform):
         pair = pair_of(self, c)
         target = pair[0] if pair is not None else u if self.momentum_into_precond_update else c.grad
         d = new["d"] = self.started(s["d"], target, c, sums)
-        result = lra.precondition(u, factor_u, factor_v, d, c.total) if self.delayed else u
+        before = lra.precondition(u, factor_u, factor_v, d, c.total) if self.delayed else None
         changes = (NONE, NONE)
         if c.refresh:
             fits = s["psgd_lra.fits"]
@@ -147,10 +147,10 @@ class PreconditionByLRA(Transform):
                 if change.changes and name not in new:
                     new[name] = _own(name, s, c)
         factor_u, factor_v = new.get("U", factor_u), new.get("V", factor_v)
-        if self.delayed:
+        if before is not None:
             for factor, change in zip((factor_u, factor_v), changes, strict=True):
                 lra_passes.rewrite(factor, change)
-            return result, new
+            return before, new
         return lra.precondition(u, factor_u, factor_v, new["d"], c.total, c.into("update"), changes), new
 
     def started(self, d: Tensor, x: Tensor, c: Context, sums: lra.Sums) -> Tensor:

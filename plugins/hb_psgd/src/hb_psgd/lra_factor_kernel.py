@@ -1,7 +1,9 @@
 # mypy: disable-error-code="untyped-decorator"
-"""The Triton kernels of :mod:`hb_psgd.lra_passes` that overwrite a factor, alone or together with a product that follows."""
+"""The Triton kernels of :mod:`hb_psgd.lra_passes` over one factor: they overwrite it, or multiply by it, or both at once."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -10,6 +12,9 @@ from torch import Tensor
 
 from hb_psgd.lra_kernel import shares_of, sizes_of, tile_of
 from hbcore.api import launching
+
+if TYPE_CHECKING:
+    from hb_psgd.lra_passes import Change
 
 
 @triton.jit
@@ -54,19 +59,20 @@ def rewrite_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def rewritten_kernel(  # type: ignore[no-untyped-def]
+def product_kernel(  # type: ignore[no-untyped-def]
     a, turn, first_column, second_column, weights, x, d, c, out, sums, numel, share, R: tl.constexpr, PAD: tl.constexpr,
-    ROWS: tl.constexpr, TURNS: tl.constexpr, MOVES: tl.constexpr, THROUGH: tl.constexpr,
+    ROWS: tl.constexpr, TURNS: tl.constexpr, MOVES: tl.constexpr, CHANGES: tl.constexpr, THROUGH: tl.constexpr,
 ):  # fmt: skip
-    """:func:`rewrite_kernel`, and in ``sums[program]`` the program's share of :math:`A^T y` with the new A, from one look at
-    the old one: y is d x, or with ``THROUGH`` :math:`d x + A c`, which is written to ``out``."""
+    """The program's share of :math:`A^T y`, in ``sums[program]``, from one look at A, with ``CHANGES`` first overwritten
+    as :func:`rewrite_kernel` does it. y is d x, or with ``THROUGH`` :math:`d x + A c`, which is written to ``out``."""
     total, columns = tl.zeros((PAD,), dtype=tl.float32), tl.arange(0, PAD)
     start = tl.program_id(0) * share
     for at in range(0, share, ROWS):
         rows = start + at + tl.arange(0, ROWS)
         tile = tile_of(a, start + at, numel, R, PAD, ROWS)
-        tile = changed(tile, turn, first_column, second_column, weights, rows, numel, R, PAD, TURNS, MOVES)
-        keep_tile(a, tile, rows, numel, R, PAD)
+        if CHANGES:
+            tile = changed(tile, turn, first_column, second_column, weights, rows, numel, R, PAD, TURNS, MOVES)
+            keep_tile(a, tile, rows, numel, R, PAD)
         value = tl.load(x + rows, mask=rows < numel, other=0.0) * tl.load(d + rows, mask=rows < numel, other=0.0)
         if THROUGH:
             value += tl.sum(tile * tl.load(c + columns, mask=columns < R, other=0.0)[None, :], 1)
@@ -75,39 +81,38 @@ def rewritten_kernel(  # type: ignore[no-untyped-def]
     tl.store(sums + tl.program_id(0) * PAD + columns, total)
 
 
-def rewrite(a: Tensor, turn: Tensor | None, columns: list[Tensor], weights: Tensor | None) -> None:
-    """Overwrite ``a`` with ``A T`` plus two columns times the rows of ``weights``; either may be absent."""
+def rewrite(a: Tensor, change: Change) -> None:
+    """See :func:`hb_psgd.lra_passes.rewrite`."""
     r, pad, rows = sizes_of(a)
-    constants = (r, pad, rows, int(turn is not None), int(bool(columns)))
-    tensors = _change(a, turn, columns, weights)
-    launching.run(rewrite_kernel, (launching.pieces(len(a), rows), 1, 1), tensors, sizes=(len(a),), constants=constants)
+    tensors, flags = _arguments(a, change)
+    grid = (launching.pieces(len(a), rows), 1, 1)
+    launching.run(rewrite_kernel, grid, tensors, sizes=(len(a),), constants=(r, pad, rows, *flags))
 
 
-def inner(a: Tensor, turn: Tensor | None, columns: list[Tensor], weights: Tensor | None, x: Tensor, d: Tensor) -> Tensor:
-    """:func:`rewrite`, and :math:`A^T (d x)` with the new A."""
-    return _rewritten(a, turn, columns, weights, x, d, None)[1]
+def inner(a: Tensor, x: Tensor, d: Tensor, change: Change) -> Tensor:
+    """See :func:`hb_psgd.lra_passes.inner`."""
+    return _product(a, x, d, None, change)[1]
 
 
-def through(
-    a: Tensor, turn: Tensor | None, columns: list[Tensor], weights: Tensor | None, x: Tensor, d: Tensor, c: Tensor
-) -> tuple[Tensor, Tensor]:
-    """:func:`rewrite`, and with the new A :math:`y = d x + A c` and :math:`A^T y`."""
-    return _rewritten(a, turn, columns, weights, x, d, c.contiguous())
+def through(x: Tensor, a: Tensor, c: Tensor, d: Tensor, change: Change) -> tuple[Tensor, Tensor]:
+    """See :func:`hb_psgd.lra_passes.through`."""
+    return _product(a, x, d, c.contiguous(), change)
 
 
-def _rewritten(
-    a: Tensor, turn: Tensor | None, columns: list[Tensor], weights: Tensor | None, x: Tensor, d: Tensor, c: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _product(a: Tensor, x: Tensor, d: Tensor, c: Tensor | None, change: Change) -> tuple[Tensor, Tensor]:
+    """y, where it is not d x, and A^T y."""
     r, pad, rows = sizes_of(a)
     programs, share = shares_of(len(a), rows)
     out, sums = x if c is None else torch.empty_like(x), a.new_empty(programs, pad)
-    tensors = (*_change(a, turn, columns, weights), x, d, x if c is None else c, out, sums)
-    constants = (r, pad, rows, int(turn is not None), int(bool(columns)), int(c is not None))
-    launching.run(rewritten_kernel, (programs, 1, 1), tensors, sizes=(len(a), share), constants=constants)
+    tensors, flags = _arguments(a, change)
+    constants = (r, pad, rows, *flags, int(change.changes), int(c is not None))
+    given = (*tensors, x, d, x if c is None else c, out, sums)
+    launching.run(product_kernel, (programs, 1, 1), given, sizes=(len(a), share), constants=constants)
     return out, sums.sum(0)[:r]
 
 
-def _change(a: Tensor, turn: Tensor | None, columns: list[Tensor], weights: Tensor | None) -> tuple[Tensor, ...]:
-    """The kernels' first arguments."""
-    left, right = columns or (a, a)
-    return a, a if turn is None else turn.contiguous(), left, right, a if weights is None else weights.contiguous()
+def _arguments(a: Tensor, change: Change) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """The kernels' first arguments, ``a`` in place of what there is none of; and whether it turns and moves."""
+    left, right = change.columns or (a, a)
+    turn, weights = a if change.turn is None else change.turn.contiguous(), change.together(a.dtype)
+    return (a, turn, left, right, a if weights is None else weights), (int(change.turn is not None), int(weights is not None))
