@@ -3,7 +3,9 @@
     python benchmarks/refreshing.py 'SOAP' 'SOAP matmul_precision="split"' --shapes gpt2_2d --out result.json
 
 Each contender is a name and options: those of hbcore, or with ``file.py:Class`` those of a peer. All are alive at once and
-take turns step by step; gradients move, as two sets of tensors take turns. Milliseconds:
+take turns of ``--turn`` steps; gradients move, as two sets of tensors take turns. With turns of one step each finds what its
+host code needs displaced from the processor's caches by the others, which makes a step's host time up to twice as long.
+Milliseconds:
 
 * ``host``: until ``step()`` returned, with nothing in the device's queue before it;
 * ``single``: the same until the device was done: median, mean and longest over all steps;
@@ -67,7 +69,6 @@ class Contender:
             if not step:
                 self.first = time.perf_counter() - start
         self.state = (self.allocated() - before) / self.numel
-        self.rows["single"].clear()
 
     def wait(self) -> None:
         """Until the device is done."""
@@ -78,11 +79,15 @@ class Contender:
         """Bytes on the device."""
         return torch.cuda.memory_allocated() if self.device == "cuda" else 0
 
-    def step(self) -> None:
-        """One step on the gradients whose turn it is."""
+    def feed(self) -> None:
+        """Set the gradients whose turn it is."""
         for p, g in zip(self.params, self._grads[self.turn % 2], strict=True):
             p.grad = g
         self.turn += 1
+
+    def step(self) -> None:
+        """One step on the next gradients."""
+        self.feed()
         self.optimizer.step()
 
     def timed(self) -> None:
@@ -90,9 +95,10 @@ class Contender:
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before = self.allocated()
+        self.feed()
         self.wait()
         start = time.perf_counter()
-        self.step()
+        self.optimizer.step()
         returned = time.perf_counter()
         self.wait()
         self.rows["host"].append((returned - start) * 1e3)
@@ -118,11 +124,12 @@ class Contender:
             "single_mean": statistics.fmean(single),
             "single_longest": max(single),
             "host_median": statistics.median(host),
-            "window": statistics.median(self.rows["window"]),
+            "window": statistics.median(self.rows["window"]) if self.rows["window"] else None,
             "first_step_s": self.first,
             "peak": self.peak / self.numel,
             "state": self.state,
             "singles": [round(x, 3) for x in single],
+            "hosts": [round(x, 3) for x in host],
         }
 
 
@@ -156,6 +163,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="gpt2_2d")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--turn", type=int, default=20, help="single steps that a contender makes in a row")
     parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="also name the kernels that take longest")
     parser.add_argument("--out", type=Path)
@@ -163,9 +171,10 @@ def main() -> None:
     everyone = [Contender(text, arguments.shapes, arguments.device) for text in arguments.contenders]
     gc.collect()
     gc.disable()
-    for _ in range(arguments.steps):
+    for start in range(0, arguments.steps, arguments.turn):
         for contender in everyone:
-            contender.timed()
+            for _ in range(min(arguments.turn, arguments.steps - start)):
+                contender.timed()
     for _ in range(arguments.windows):
         for contender in everyone:
             contender.window()
@@ -173,7 +182,8 @@ def main() -> None:
     for contender, row in zip(everyone, results, strict=True):
         if arguments.profile:
             row["kernels"] = profile(contender, arguments.profile)
-        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k != "singles"}))
+        shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k not in ("singles", "hosts")}
+        print(json.dumps(shown))
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
     about = {
         "device": device,

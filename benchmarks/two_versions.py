@@ -40,7 +40,8 @@ class Worker:
     """
 
     def __init__(self, root: Path, arguments: list[str]) -> None:
-        path = os.pathsep.join([str(root), *(str(root / "plugins" / name / "src") for name in PLUGINS)])
+        folders = [str(root), *(str(root / "plugins" / name / "src") for name in PLUGINS)]
+        path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-W", "ignore", __file__, "--worker", *arguments]
         self._process = subprocess.Popen(
             command, env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

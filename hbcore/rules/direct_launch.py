@@ -50,8 +50,10 @@ def launcher_of(compiled: Any, device: int) -> Launcher:
     return direct
 
 
-def _hook_test(compiled: Any) -> Callable[[], bool]:
+def _hook_test(compiled: Any) -> Callable[[], Any]:
     """A function that says whether somebody asked to be told of launches, as profilers do.
+
+    A hook does something if it is a function, or a chain of them that is not empty.
 
     Raises:
         AttributeError: there is no place where hooks are known to be set.
@@ -62,17 +64,13 @@ def _hook_test(compiled: Any) -> Callable[[], bool]:
 
     def hooked() -> bool:
         runtime = places.runtime
-        return _set(runtime.launch_enter_hook) or _set(runtime.launch_exit_hook)
+        before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+        return (before is not None and getattr(before, "calls", True)) or (after is not None and getattr(after, "calls", True))
 
     hooked()
     if hasattr(type(compiled), "launch_enter_hook"):  # where older releases look
         raise AttributeError("launch hooks are set in two places")
     return hooked
-
-
-def _set(hook: Any) -> bool:
-    """Whether a hook does something: it is a function, or a chain of them that is not empty."""
-    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def _stream_function(device: int) -> Callable[[int], int]:

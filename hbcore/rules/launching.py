@@ -14,6 +14,9 @@ from torch import Tensor
 
 from hbcore.rules.direct_launch import Launcher, launcher_of
 
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+"""Without the check whether CUDA is initialised, which it is where a tensor is on a GPU."""
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -64,9 +67,9 @@ def run(
     Counts are integers that may differ from call to call; the kernel declares them with ``do_not_specialize``. For each new
     tuple of sizes it is compiled anew.
     """
-    device = tensors[-1].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
+    index = tensors[-1].get_device()
+    if index >= 0 and index != _current_device():
+        with torch.cuda.device(index):
             run(kernel, grid, tensors, numbers, sizes, constants, num_warps, num_stages, counts)
         return
     addresses, bits = [t.data_ptr() for t in tensors], 0
@@ -78,13 +81,13 @@ def run(
         return
     dtypes = tuple([t.dtype for t in tensors])
     wide = tuple([not -(2**31) <= count < 2**31 for count in counts]) if counts else ()
-    launcher = _launcher(kernel, device.index, dtypes, len(numbers), wide, sizes, constants, num_warps, num_stages)
+    launcher = _launcher(kernel.warmup, index, dtypes, len(numbers), wide, sizes, constants, num_warps, num_stages)
     launcher(grid, (*addresses, *numbers, *counts, *sizes, *constants))  # of tensors it would ask for addresses
 
 
 @lru_cache(maxsize=512)
 def _launcher(
-    kernel: Any,
+    warmup: Callable[..., Any],
     device: int,
     dtypes: tuple[torch.dtype, ...],
     numbers: int,
@@ -94,10 +97,14 @@ def _launcher(
     num_warps: int,
     num_stages: int,
 ) -> Launcher:
-    """What launches a kernel compiled for 16-byte aligned tensors on the current ``device``; ``wide`` counts have 64 bits."""
+    """What launches a kernel compiled for 16-byte aligned tensors on the current ``device``; ``wide`` counts have 64 bits.
+
+    Args:
+        warmup: the kernel's method, which is compared by identity; the hash of a kernel is that of its source.
+    """
     counts = [2**40 if each else 2 for each in wide]
     arguments = (*dtypes, *[1.0] * numbers, *counts, *sizes, *constants)
-    return launcher_of(kernel.warmup(*arguments, grid=(1, 1, 1), num_warps=num_warps, num_stages=num_stages), device)
+    return launcher_of(warmup(*arguments, grid=(1, 1, 1), num_warps=num_warps, num_stages=num_stages), device)
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,10 @@ import torch
 from core.rules import matrix, optimizer_with, parameter, stepped
 
 from hbcore.api import Slot, zeros
+from hbcore.engine.backends.cpp import philox as cpp
+from hbcore.engine.backends.cpp.build import cpp_compiler
 from hbcore.engine.stacks import stack as stack_module
+from hbcore.errors import CompileError
 from hbcore.rules import launching, row_noise
 from hbcore.rules.noise import stream_key
 from hbcore.rules.row_noise import bits, normal, uniform
@@ -73,11 +76,42 @@ def test_numbers_are_philoxs_by_row_place_step_and_draw(step, draw):
             assert abs(float(pairs[row, place]) - wanted) < 2e-6
 
 
-def test_a_place_beyond_four_thousand_millions_has_a_call_of_its_own():
+@pytest.mark.parametrize("made_by", [row_noise.words, cpp.words])
+def test_a_place_beyond_four_thousand_millions_has_a_call_of_its_own(made_by):
     first = 2**32 - 2
-    found = row_noise._philox(KEYS, first, 4, 5, 6, torch.empty(5, 20, dtype=torch.int64))
+    found = made_by(KEYS, first, 4, 5, 6, torch.empty(5, 20, dtype=torch.int64))
     wanted = [[words(key, 4 * (first + i), 5, 6) for i in range(4)] for key in KEYS.tolist()]
     assert torch.equal(torch.stack(found, -1), torch.tensor(wanted))
+
+
+@pytest.mark.skipif(cpp_compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("numel", [1, 7, 4095, 4097, 140_000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_generated_code_draws_the_same(kind, numel):
+    assert cpp._function() is not None
+    for step, draw in WHEN:
+        assert torch.equal(KINDS[kind](KEYS, numel, step, draw, cpp.words), KINDS[kind](KEYS, numel, step, draw))
+
+
+def test_without_a_compiler_torch_draws(monkeypatch):
+    monkeypatch.setattr(cpp, "load", fails)
+    cpp._function.cache_clear()
+    assert torch.equal(normal(KEYS, 9, 5, 1, cpp.words), normal(KEYS, 9, 5, 1))
+    cpp._function.cache_clear()
+
+
+@pytest.mark.skipif(cpp_compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("compile", "in_cpp"), [("cpp", True), ("eager", False)])
+def test_rules_draw_in_what_their_step_is_in(compile, in_cpp, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpp, "words", lambda *given: (calls.append(given), row_noise.words(*given))[1])
+    drawing = matrix(lambda self, u, s, c: (c.probe(u), {"m": s["m"]}))
+    stepped(drawing, parameter(8, 8), compile=compile)
+    assert bool(calls) == in_cpp
+
+
+def fails(source):
+    raise CompileError("there is no compiler")
 
 
 @pytest.mark.parametrize("numel", [1, 2, 3, 4, 7, 2047, 2048, 2049, 4100])

@@ -48,7 +48,7 @@ def test_a_stack_may_have_more_than_two_thousand_million_elements(shape):
     whole = uniform(KEYS[:rows].cuda(), numel, 2, 1)
     first = numel // 4 - 250
     count = -(-numel // 4) - first
-    drawn = row_noise._philox(KEYS[:rows], first, count, 2, 1, torch.empty(5, rows * count, dtype=torch.int64))
+    drawn = row_noise.words(KEYS[:rows], first, count, 2, 1, torch.empty(5, rows * count, dtype=torch.int64))
     wanted = torch.stack([word >> 8 for word in drawn], -1).flatten(1).float() * 2.0**-24
     assert torch.equal(whole[:, 4 * first :].cpu(), wanted[:, : numel - 4 * first])
     assert torch.equal(whole[:, :4000].cpu(), uniform(KEYS[:rows], 4000, 2, 1))

@@ -193,6 +193,20 @@ def test_the_updates_of_a_stack_are_those_of_its_blocks():
     assert together["init_scale"][2] == 0 and together["init_scale"][0] != together["init_scale"][1]
 
 
+@pytest.mark.parametrize(
+    ("probability", "first", "wanted"), [(1.0, 5, 8), (1.0, 17, 24), (0.5, 9, 16), (0.1, 17, 20), (0.0, 5, 8)]
+)
+def test_a_block_whose_gradient_was_zero_starts_soon(probability, first, wanted):
+    parameter = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = PSGDKron([parameter], preconditioner_update_probability=probability, beta=0.0)
+    for step in range(1, 33):
+        parameter.grad = torch.full_like(parameter, float(step >= first)) + 0.1 * (step >= first) * torch.eye(4, 3)
+        optimizer.step()
+        if float(optimizer.state[parameter]["init_scale"]):
+            break
+    assert step == wanted
+
+
 def context(t, probe, step=1.0, refresh=True):
     return Context(
         param=None, grad=None, step=torch.tensor(step, dtype=torch.float64), divide=None, sum=None, amax=None, numel=None,

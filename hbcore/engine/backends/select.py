@@ -6,6 +6,7 @@ import torch
 
 from hbcore.engine.backends.base import Backend, Batch, Executable
 from hbcore.engine.backends.compiler import compiler_on_path
+from hbcore.engine.backends.cpp import philox
 from hbcore.engine.backends.cpp.backend import CppBackend
 from hbcore.engine.backends.cpp.build import cpp_compiler
 from hbcore.engine.backends.eager import EagerBackend
@@ -14,6 +15,7 @@ from hbcore.engine.backends.triton.backend import TritonBackend
 from hbcore.engine.graph.program import Program
 from hbcore.engine.report import Report
 from hbcore.errors import CompileError, FallbackWarning, OptionError
+from hbcore.rules.row_noise import Philox, words
 from hbcore.warn import warn_at_caller
 
 WORTH_COMPILING = 4_000_000
@@ -50,6 +52,11 @@ def _on_a_cpu(numel: int) -> str:
     if numel >= WORTH_GENERATING and cpp_compiler():
         return "cpp"
     return "inductor" if numel >= WORTH_COMPILING else "eager"
+
+
+def philox_of(choice: str, numel: int) -> Philox:
+    """What makes random words on a CPU: C++ where the segments are C++ too, with the same results."""
+    return philox.words if candidates(choice, torch.device("cpu"), numel)[0].name == CppBackend.name else words
 
 
 def compile_first(backends: list[Backend], program: Program, batch: Batch, report: Report) -> tuple[str, Executable]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hbcore.engine.backends.base import Backend, Executable
 from hbcore.engine.backends.eager import DirectExecutable
-from hbcore.engine.backends.select import candidates, compile_first, fell_back
+from hbcore.engine.backends.select import candidates, compile_first, fell_back, philox_of
 from hbcore.engine.core import OptimizerCore
 from hbcore.engine.graph.program import Program
 from hbcore.engine.graph.scalar_inputs import capturing
@@ -36,7 +36,7 @@ class Compiler:
     def __init__(self, core: OptimizerCore, numel: int) -> None:
         self._settings, self._report, self._numel = core.settings, core.report, numel
         inner = InnerSegments(self._settings, self._report, numel)
-        self.tools = Tools(self._settings.matmul_precision, inner)
+        self.tools = Tools(self._settings.matmul_precision, inner, philox_of(self._settings.compile, numel))
         self._programs: dict[SegmentKey, Program] = {}
 
     def trace(self, segment: Segment) -> None:

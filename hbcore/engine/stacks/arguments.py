@@ -232,7 +232,7 @@ class Arguments:
 
     def _drawing_of(self, part: Part) -> Drawing:
         """What draws for the rows."""
-        return Drawing(part)
+        return Drawing(part, self._turn.tools.philox)
 
     def _rows(self) -> tuple[int, ...]:
         """What comes before the shape of a row."""

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hbcore.engine.stacks.flat_stack import FlatStack
 from hbcore.engine.stacks.stack import Part
-from hbcore.rules.row_noise import bits
+from hbcore.rules.row_noise import Philox, bits
 
-Numbers: TypeAlias = Callable[[Tensor, int, int, int], Tensor]
-"""``numbers(keys, numel, step, draw)``, ``[rows, numel]``; see :mod:`hbcore.rules.row_noise`."""
+Numbers: TypeAlias = Callable[[Tensor, int, int, int, Philox], Tensor]
+"""``numbers(keys, numel, step, draw, philox)``, ``[rows, numel]``; see :mod:`hbcore.rules.row_noise`."""
 
 
 class Drawing:
@@ -22,10 +22,11 @@ class Drawing:
 
     Args:
         part: the rows. Their keys stay on the device.
+        philox: what makes the words on a CPU.
     """
 
-    def __init__(self, part: Part) -> None:
-        self._part = part
+    def __init__(self, part: Part, philox: Philox) -> None:
+        self._part, self._philox = part, philox
         self._keys: dict[str, Tensor] = {}
         self._what, self._step, self._drawn = "", 0, 0
 
@@ -34,7 +35,7 @@ class Drawing:
         self._what, self._step, self._drawn = what, step, 0
 
     def draw(self, numbers: Numbers, like: Tensor) -> Tensor:
-        """The next ``numbers(keys, numel, step, draw)``, of the shape and dtype of ``like``, in 24 bits each."""
+        """The next ``numbers``, of the shape and dtype of ``like``, in 24 bits each."""
         self._drawn += 1
         return self._made(numbers, self._what, like.shape, self._step, self._drawn).to(like.device, like.dtype)
 
@@ -43,7 +44,7 @@ class Drawing:
         return self._made(bits, f"round.{slot}", shape, step, 0)
 
     def _made(self, numbers: Numbers, what: str, shape: Sequence[int], step: int, draw: int) -> Tensor:
-        return numbers(self._keys_of(what), math.prod(shape[1:]), step, draw).view(*shape)
+        return numbers(self._keys_of(what), math.prod(shape[1:]), step, draw, self._philox).view(*shape)
 
     def _keys_of(self, what: str) -> Tensor:
         if what not in self._keys:
@@ -55,8 +56,8 @@ class Drawing:
 class FlatDrawing(Drawing):
     """The same for a flat rule: an element has the same numbers wherever it is, by its place in the whole parameter."""
 
-    def __init__(self, part: Part, stack: FlatStack) -> None:
-        super().__init__(part)
+    def __init__(self, part: Part, stack: FlatStack, philox: Philox) -> None:
+        super().__init__(part, philox)
         self._stack = stack
         self._rows: dict[tuple[int, ...], Tensor] = {}
 
@@ -64,14 +65,14 @@ class FlatDrawing(Drawing):
         """Parameters of which a rank has as many elements, from the same one on, are drawn together."""
         ranges, keys = self._stack.ranges, self._keys_of(what)
         if not shape or shape[0] != self._stack.key.shape[0]:  # of the group, not of its elements
-            return numbers(keys[:1], math.prod(shape), step, draw).view(*shape)
+            return numbers(keys[:1], math.prod(shape), step, draw, self._philox).view(*shape)
         each = math.prod(shape[1:])
         alike: dict[tuple[int, int], list[int]] = {}
         for row, r in enumerate(ranges):
             alike.setdefault((r.start * each if r.part else 0, r.part * each), []).append(row)
         made: Tensor | None = None
         for (start, count), rows in alike.items():
-            drawn = numbers(keys[self._places(rows)], start + count, step, draw)[:, start:]
+            drawn = numbers(keys[self._places(rows)], start + count, step, draw, self._philox)[:, start:]
             if len(ranges) == 1:
                 return drawn.reshape(*shape)
             made = drawn.new_empty(*shape) if made is None else made

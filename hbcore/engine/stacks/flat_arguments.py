@@ -28,7 +28,7 @@ class FlatArguments(Arguments):
         return ()
 
     def _drawing_of(self, part: Part) -> Drawing:
-        return FlatDrawing(part, self.stack)
+        return FlatDrawing(part, self.stack, self._turn.tools.philox)
 
     def _elements(self) -> int:
         return self.stack.numel

@@ -10,6 +10,7 @@ import torch
 from hbcore.engine.stacks.inner_segment import InnerSegments
 from hbcore.rules.launching import has_triton
 from hbcore.rules.products import IEEE, Products, Split, Triple
+from hbcore.rules.row_noise import Philox
 from hbcore.rules.split_product import WIDENS
 
 TENSOR_CORES = ((8, 0), (9, 0), (10, 0))
@@ -43,15 +44,17 @@ def triples(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Tools:
-    """How the rules multiply, and what compiles the rules within them.
+    """How the rules multiply and draw, and what compiles the rules within them.
 
     Attributes:
         matmul_precision: the option; None is ``"split"`` where that is faster, and ``"ieee"`` elsewhere.
         inner: the compiled inner rules.
+        philox: what makes random words on a CPU.
     """
 
     matmul_precision: str | None
     inner: InnerSegments
+    philox: Philox
 
     def products(self, device: torch.device) -> Products:
         """What ``c.products`` is on a device."""

@@ -96,9 +96,9 @@ INLINE int32_t root_code(float x, float largest) {
     return int32_t(above) - (y <= above * (above - 1.0f) ? 1 : 0);
 }
 
-// Philox-4x32-10, as in hbcore/rules/noise.py: four words.
-INLINE void philox(uint64_t key, uint64_t index, uint32_t* w) {
-    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32), c0 = uint32_t(index), c1 = uint32_t(index >> 32), c2 = 0, c3 = 0;
+// Philox-4x32-10, as in hbcore/rules/noise.py: four words of a key and a counter of four words.
+INLINE void philox(uint64_t key, uint64_t index, uint32_t* w, uint32_t c2 = 0, uint32_t c3 = 0) {
+    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32), c0 = uint32_t(index), c1 = uint32_t(index >> 32);
     #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
         const uint64_t a = uint64_t(c0) * 0xD2511F53u, b = uint64_t(c2) * 0xCD9E8D57u;

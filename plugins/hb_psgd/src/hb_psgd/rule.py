@@ -19,6 +19,9 @@ from hb_psgd.newton import first_scales
 from hb_psgd.norms import PROBES
 from hbcore.api import Block, Context, Curvature, Domain, Slot, State, Transform, grid_view, hyper, matrix_view, zeros
 
+LOOK = 8
+"""Where more than one in so many steps refresh, blocks that can start are looked for in every so manyth step."""
+
 
 @dataclass(frozen=True)
 class KronFactors(Transform):
@@ -29,7 +32,7 @@ class KronFactors(Transform):
         Q \leftarrow \mathrm{rule}(Q, \tilde x) \;\text{ when due}
 
     The factors start as multiples of the identity at the first x that is not zero, and are zeros until then: x is looked at
-    whenever a refresh is due, and at the steps 1, 2, 4, 8, ...
+    in the steps 1, 2, 4, 8, ... and whenever a refresh is due, of frequent ones in every eighth step, see :meth:`looks`.
 
     Args:
         precond_lr: learning rate of the factors.
@@ -154,8 +157,8 @@ class KronFactors(Transform):
         """For each stack ``(x, s, c)`` the factors before this step's refresh, some of which may start from ``x``, and their
         scale's slot."""
         held, c = [self.held(s, x.ndim - 1) for x, s, _ in stacks], stacks[0][2]
-        if not c.refresh and int(c.step) & (int(c.step) - 1):
-            return [(h, {}) for h in held]  # a scale costs as much as an update, and hardly any block waits for one
+        if not self.looks(int(c.step), bool(c.refresh)):
+            return [(h, {}) for h in held]
         made: list[tuple[Held, dict[str, Tensor]]] = [(h, {}) for h in held]
         for dtype in {x.dtype: None for x, _, _ in stacks}:
             mine = [k for k, (x, _, _) in enumerate(stacks) if x.dtype == dtype]
@@ -171,6 +174,12 @@ class KronFactors(Transform):
                 begun = held[k]._replace(share=shares[len(held[k].q)][part], whole=whole[part])
                 made[k] = begun, {"init_scale": scale[part]}
         return made
+
+    def looks(self, step: int, refresh: bool) -> bool:
+        """Whether this step looks for blocks that can start. It costs a twentieth of a refresh, and hardly any block waits."""
+        if step & (step - 1) == 0:
+            return True
+        return refresh and (step % LOOK == 0 or self.rate(step) * LOOK < 1)
 
     def first_scales(self, stacks: Sequence[tuple[Tensor, State, Context]]) -> Tensor:
         """The scale of Q for the blocks of stacks of one dtype that start, one after the other; 0 where nothing is known."""
