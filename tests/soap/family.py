@@ -27,7 +27,6 @@ REPEATING = ("SOAPNAdam", "SOLP", "HeavySOAPNAdam", "HeavySOAPAdEMAMix", "HeavyS
 
 BASIC = {"lr": 0.05, "betas": (0.9, 0.95), "shampoo_beta": 0.9, "eps": 1e-8, "weight_decay": 0.0, "merge_dims": False}
 OWN = {
-    "SOAPNAdam": {"decoupled_weight_decay": True},
     "SOAPAdEMAMix": {"betas": (0.9, 0.95, 0.99)},
     "KLSOAP": {"eps": 1e-3},
     "KLShampoo": {"dampening": 0.0},
@@ -80,8 +79,8 @@ def told(name, changed=None):
     h = {**FAMILY[name], **settings_of(name, changed)}
     for ours in ("dampening", "gradient_clipping", "update_clipping"):
         h.pop(ours, None)
-    if "decoupled_weight_decay" in h:
-        h["coupled"] = not h.pop("decoupled_weight_decay")
+    if FAMILY[name].get("inner") == "nadam":
+        h["coupled"] = not h.pop("decoupled_weight_decay", True)
     scheduler, scheduled = h.pop("precond_scheduler", (1 / 3, 9)), h.pop("use_precond_schedule", False)
     return {**h, "schedule": scheduler if scheduled else None}
 

@@ -71,6 +71,8 @@ def _by_rules(group: Group, name: str | None) -> dict[str, Any]:
         made["heavyball_momentum"] = "nesterov_ema" not in rules
     if rules & {"psgd", "delayed_psgd", "lather"} or (name or "").removeprefix("Foreach") in ("PSGDKron", "LATHER"):
         made["precond_rule"] = "quad" if entries.get("inverse_free") else "eq"
+    if rules & {"soap_nadam", "heavy_soap_nadam"}:
+        made["decoupled_weight_decay"] = True  # HeavyBall's option changes nothing
     if rules & {"delayed_psgd", "delayed_psgd_lra"}:
         made["delayed"] = True
     if rules == {"psgd"} and entries.get("exp_avg_input") is None:

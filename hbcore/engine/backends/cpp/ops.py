@@ -184,14 +184,14 @@ def _to_copy(c: Call) -> str:
 
 
 CALLS = {
-    aten.exp.default: _function("exp"), aten.exp2.default: _function("exp2"), aten.expm1.default: _function("expm1"),
-    aten.log.default: _function("log"), aten.log2.default: _function("log2"), aten.log1p.default: _function("log1p"),
-    aten.log10.default: _function("log10"), aten.tanh.default: _function("tanh"), aten.erf.default: _function("erf"),
+    aten.exp.default: _own("exp"), aten.exp2.default: _function("exp2"), aten.expm1.default: _function("expm1"),
+    aten.log.default: _own("log"), aten.log2.default: _function("log2"), aten.log1p.default: _own("log1p"),
+    aten.log10.default: _function("log10"), aten.tanh.default: _own("tanh"), aten.erf.default: _function("erf"),
     aten.sin.default: _function("sin"), aten.cos.default: _function("cos"), aten.atan.default: _function("atan"),
     aten.atan2.default: _own("atan2", 2), aten.pow.Tensor_Scalar: _power, aten.pow.Tensor_Tensor: _power,
-    aten.sigmoid.default: lambda c: f"1 / (1 + {library('exp', c, f'-{c.arg(0)}')})",
+    aten.sigmoid.default: lambda c: f"1 / (1 + exp(-{c.arg(0)}))",
 }  # fmt: skip
-"""Operations that call the C library. A loop with such a call is not vectorised, so it gets nothing else to do."""
+"""Operations that call the C library, or in float32 a series. A loop with a call is not vectorised, and does nothing else."""
 
 OPERATIONS: dict[Any, Callable[[Call], str]] = {
     **CALLS,

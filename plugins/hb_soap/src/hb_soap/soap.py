@@ -85,20 +85,19 @@ class SOLP(SOAP):
 class SOAPNAdam(SOAP):
     r"""NAdam in SOAP's eigenbasis: Dozat 2016 in Vyas et al. 2024 (arXiv:2409.11321).
 
-    .. math:: p_t = p_{t-1} - \mathrm{lr}\; Q_0 \operatorname{NAdam}(Q_0^\top (G + \lambda p_{t-1})\, Q_1)\,Q_1^\top
-
-    As in NAdam, weight decay is added to the gradient unless ``decoupled_weight_decay``.
+    .. math:: p_t = p_{t-1} - \mathrm{lr} \left(Q_0 \operatorname{NAdam}(Q_0^\top G Q_1)\,Q_1^\top + \lambda p_{t-1}\right)
 
     Args:
         momentum_decay: how fast the momentum rises from half of ``betas[0]`` to all of it, at least 0.
-        decoupled_weight_decay: decay the weights rather than regularise the loss.
+        decoupled_weight_decay: decay the weights, as HeavyBall does whatever its option says. With False the decay is added to
+            the gradient, as NAdam's is by default: SOAP's default of 0.01 is more than most gradients then, and outweighs them.
 
     The others, and the state, are those of :class:`SOAP`.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     momentum_decay: float = 4e-3
-    decoupled_weight_decay: bool = False
+    decoupled_weight_decay: bool = True
 
     @staticmethod
     def chain(h: Any) -> tuple[Transform, ...]:
