@@ -49,6 +49,12 @@ def test_training_continues_as_in_heavyball(version, name):
         assert max(found) < BOUNDS.get(name, ROUNDING)
 
 
+@pytest.mark.parametrize("name", ["SOAPNAdam", "HeavySOAPNAdam"])
+def test_decay_is_decoupled_where_heavyballs_option_says_otherwise_and_does_nothing(name):
+    _, done = converted("3.2.1", name)
+    assert all(group["decoupled_weight_decay"] for group in done.state_dict["param_groups"])
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_adamw_continues_within_rounding(version):
     content, done = converted(version, "AdamW")
