@@ -40,7 +40,7 @@ ENGINE = "hbcore/engine"
 CORE = (
     "tracing input_errors replans refreshes old_slots split palm parallel checkpoints ema oracles host_scalars schedulers "
     "state complex matrix_chains bound_rules user_faults contract gradient_release fallback triton_codegen stacks scalar_slots "
-    "draws backends"
+    "draws backends rule_refresh rule_errors idle_options flat newton offload"
 )
 RULES = (
     "soap/test_soap_rule muon/test_muon_adamw muon/test_scion psgd/test_kron "
@@ -53,7 +53,7 @@ TESTS = (
     *(f"tests/{name}.py" for name in RULES.split()),
     *("-k", f"not ({' or '.join(SLOW.split())})"),
 )
-"""What pytest gets: tests that know the engine, and take about a minute together."""
+"""What pytest gets: tests that know the engine, and take a minute or two together."""
 
 FLIPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
