@@ -65,19 +65,19 @@ def _muon() -> Iterable[Bar]:
 
 def _preconditioned() -> Iterable[Bar]:
     names = {
-        ("h200-soap-3", 'SOAP precondition_frequency=10 matmul_precision="split"'): "SOAP, a refresh every 10 steps",
-        ("h200-soap-3", 'SOAP precondition_frequency=1 matmul_precision="split"'): "SOAP, a refresh every step",
+        ("h200-soap-5", 'SOAP precondition_frequency=10 matmul_precision="split"'): "SOAP, a refresh every 10 steps",
+        ("h200-soap-5", 'SOAP precondition_frequency=1 matmul_precision="split"'): "SOAP, a refresh every step",
         (
             "h200-soap",
             "soap.py:SOAP precondition_frequency=10 max_precond_dim=2048 lr=0.003",
         ): "SOAP's authors, a refresh every 10 steps",
         (
-            "h200-psgd",
+            "h200-psgd-6",
             'PSGDKron preconditioner_update_probability=0.03 matmul_precision="split"',
         ): "PSGDKron, a refresh at 3% of steps",
         (
-            "h200-psgd",
-            'PSGDKron preconditioner_update_probability=1 matmul_precision="split"',
+            "h200-psgd-6",
+            'PSGDKron preconditioner_update_probability=1.0 matmul_precision="split"',
         ): "PSGDKron, a refresh every step",
         (
             "h200-psgd",
@@ -119,7 +119,7 @@ CHARTS = {
     "muon": Chart("Muon, float32, H100: ms a step", ("h100-muon",), _muon),
     "preconditioned": Chart(
         "GPT-2's hidden matrices, float32, H200: ms a step, in the mean",
-        ("h200-soap", "h200-soap-3", "h200-psgd"),
+        ("h200-soap", "h200-soap-5", "h200-psgd", "h200-psgd-6"),
         _preconditioned,
     ),
     "compare": Chart("Validation loss after 300 steps, two CPU cores", ("cpu2-soap-compare",), _compared),
