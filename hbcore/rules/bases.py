@@ -100,14 +100,24 @@ def eigenbasis(p: Tensor) -> Tensor:
     """Eigenvectors of symmetric matrices ``[B, n, n]`` as columns, largest eigenvalue first.
 
     Zero gives the unit vectors. So does a matrix that is not finite, on which the solver would raise. Where the solver fails
-    it runs again in float64.
+    it runs again in float64. It raises; or it returns NaN, as LAPACK's does for some finite matrices with many rows of zeros.
     """
-    p = torch.where(p.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), p, 0.0)
+    p = torch.where(_finite(p), p, 0.0)
     try:
         vectors: Tensor = torch.linalg.eigh(p)[1]
+        failed = ~_finite(vectors).flatten()
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        vectors = torch.linalg.eigh(p.double())[1].to(p.dtype)
+        vectors, failed = torch.empty_like(p), torch.ones(len(p), dtype=torch.bool, device=p.device)
+    if failed.any():  # the solver has waited for the device anyway
+        again = torch.linalg.eigh(p[failed].double())[1]
+        unit = torch.eye(p.shape[-1], dtype=again.dtype, device=p.device)
+        vectors[failed] = torch.where(_finite(again), again, unit).to(p.dtype)
     return vectors.flip(-1)
+
+
+def _finite(p: Tensor) -> Tensor:
+    """Which of the matrices are finite, ``[B, 1, 1]``."""
+    return p.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
 
 
 def refreshed(p: Tensor, q: Tensor, products: Products = IEEE, solver: str = "qr") -> Tensor:

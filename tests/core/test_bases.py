@@ -70,6 +70,21 @@ def test_the_factor_of_a_vector():
     assert torch.equal(basis.averaged(torch.zeros(2, 3, 3, dtype=x.dtype), x, 0, 0.0), x[:, :, None] * x[:, None, :])
 
 
+def test_a_solver_that_returns_nan_runs_again_in_float64(monkeypatch):
+    """LAPACK's returned NaN for an embedding's second moments, finite and symmetric, most of whose rows are zeros."""
+    p, solve = torch.stack([spectrum([3, 2, 1], dtype=torch.float32)[0]] * 3), torch.linalg.eigh
+
+    def fails(matrices):
+        values, vectors = solve(matrices)
+        if matrices.dtype == torch.float32:
+            vectors[1] = float("nan")
+        return values, vectors
+
+    wanted = basis.eigenbasis(p)
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    assert torch.allclose(basis.eigenbasis(p).abs(), wanted.abs(), atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_eigenbasis_is_orthonormal_and_sorted(dtype):
     p = torch.cat([spectrum([4, 1, 9, 2], seed=s, dtype=dtype) for s in range(3)])
