@@ -27,6 +27,9 @@ OLDER = sorted(frozen.ROOT.glob("*.pt"))
 """From before there was a folder for each version: without names, options or gradients."""
 OLDER_OPTIONS = {"Muon": {"ns_dtype": "float32"}, "MuonAdamW": {"ns_dtype": "float32"}, "PSGDKron": {"precond_rule": "pro"}}
 
+CHANGED = {name: {"decoupled_weight_decay": False} for name in ("SOAPNAdam", "HeavySOAPNAdam")}
+"""Structural defaults that changed since, and that a checkpoint made with the old ones needs to be told."""
+
 BOUND = 1e-5
 """How far weights may be from the frozen ones, relative to their norm. The state is loaded bit for bit; the steps after it are
 not, because sums and matrix products round differently with the width of a machine's vectors and the version of its BLAS."""
@@ -37,7 +40,9 @@ def loaded(path: Path):
     saved = torch.load(path, weights_only=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", HbcoreWarning)
-        optimizer, params = frozen.built(saved["name"], saved["params"], {**saved["options"], "lr": 0.5})
+        optimizer, params = frozen.built(
+            saved["name"], saved["params"], {**CHANGED.get(saved["name"], {}), **saved["options"], "lr": 0.5}
+        )
     optimizer.load_state_dict(saved["optimizer"])
     return saved, optimizer, params
 
