@@ -2,15 +2,15 @@
 
 The file is committed. It holds
 
-* the counts, the slowest tests, where they ran, and the hash of the code they ran on (see ``code_hash.py``); CI says so when
-  that code has changed since;
+* the counts, the slowest tests, those that failed, where they ran, and the hash of the code they ran on (see
+  ``code_hash.py``); CI says so when that code has changed since;
 * how the numeric tests did at each vector width that torch has kernels for and this processor has, with one thread and two:
   sums differ in their order, and tolerances have to hold for all;
 * how many of a sample of mutants of the engine the tests killed, and which survived (see ``mutants.py``);
 * what came of each script of the folder that the variable CASES names, if it names one (see ``run_cases.py``).
 
-The four parts take hours together, and may run one at a time, also on several machines: ``--part numeric`` runs one of
-"tests", "numeric", "mutants" and "cases", and keeps what came out in ``build/full``. The result is written once all parts of
+The parts take hours together, and may run one at a time, also on several machines: ``--part numeric`` runs one of "tests",
+"long", "numeric", "mutants" and "cases", and keeps what came out in ``build/full``. The result is written once all parts of
 the present code are there, and says where each ran. Other arguments go to pytest; such a run ends after it and keeps nothing,
 because they may narrow it.
 
@@ -67,16 +67,24 @@ NUMERIC = (
 """What pytest gets: the tests that compare numbers with oracles, and nothing that takes a compiler."""
 
 
+LONG = ("tests/full", "tests/cli/test_compare_all.py", "tests/core/test_registers.py", "tests/testing/test_damage.py")
+"""Tests that train or compile for minutes: half of all the time, and a part of their own."""
+
+
 class Outcomes:
-    """A pytest plugin that counts each test's outcome once, and how long each test took."""
+    """A pytest plugin that counts each test's outcome once, and how long each test took; it says at once what failed."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter(passed=0, failed=0, skipped=0, xfailed=0)
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.failures: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count the call, and set-up or tear-down only where it went wrong or skipped the test; time all three."""
         self.seconds[report.nodeid] += report.duration
+        if report.failed:
+            self.failures.append(report.nodeid)
+            print(f"\nFAILED {report.nodeid}\n{report.longreprtext[-2000:]}", flush=True)
         if hasattr(report, "wasxfail") and report.skipped:
             self.counts["xfailed"] += 1
         elif report.when == "call" or report.failed or report.skipped:
@@ -163,11 +171,14 @@ def tests_run(arguments: Sequence[str] = ()) -> dict[str, Any]:
     started = time.monotonic()
     status = int(pytest.main(["-m", "full or not full", "-n", JOBS, "--dist", "worksteal", *arguments], plugins=[outcomes]))
     seconds = round(time.monotonic() - started)
-    return {"status": status, **outcomes.counts, "seconds": seconds, "slowest": outcomes.slowest()}
+    return {
+        "status": status, **outcomes.counts, "seconds": seconds, "slowest": outcomes.slowest(), "failures": outcomes.failures
+    }  # fmt: skip
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "tests": tests_run,
+    "tests": lambda: tests_run([f"--ignore={path}" for path in LONG]),
+    "long": lambda: tests_run(LONG),
     "numeric": numeric_runs,
     "mutants": mutants_killed,
     "cases": lambda: cases_run(CASES),
@@ -192,11 +203,11 @@ def run_part(part: str) -> None:
 def combined(parts: Mapping[str, Any]) -> dict[str, Any]:
     """The result that the parts make."""
     contents = {part: parts[part]["content"] for part in PARTS}
-    tests = contents.pop("tests")
+    tests = added(contents.pop("tests"), contents.pop("long"))
     again = parts[AGAIN]["content"] if AGAIN in parts else {"passed": 0, "failed": 0}
     if tests["failed"] and again["passed"] + again["failed"] == tests["failed"]:
-        tests = {**tests, "status": again["status"], "failed": again["failed"], "passed": tests["passed"] + again["passed"]}
-        tests[AGAIN] = again["passed"]
+        tests |= {"status": again["status"], "failed": again["failed"], "passed": tests["passed"] + again["passed"]}
+        tests |= {"failures": again["failures"], AGAIN: again["passed"]}
     red = any(run.get("status") for run in contents["numeric"].values()) or "error" in contents["mutants"]
     red = red or any(case["status"] != 0 for case in contents["cases"].values())
     return {
@@ -206,8 +217,16 @@ def combined(parts: Mapping[str, Any]) -> dict[str, Any]:
         "status": tests["status"] or int(red),
         **parts["tests"]["where"],
         **contents,
-        "ran": {part: parts[part]["where"] for part in contents},
+        "ran": {part: parts[part]["where"] for part in ("long", *contents)},
     }
+
+
+def added(tests: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """What came of tests that ran in two parts."""
+    counts = {name: tests[name] + more[name] for name in ("passed", "failed", "skipped", "xfailed", "seconds")}
+    slowest = sorted([*tests["slowest"].items(), *more["slowest"].items()], key=lambda item: -item[1])[:SLOWEST]
+    failures = [*tests["failures"], *more["failures"]]
+    return {"status": tests["status"] or more["status"], **counts, "slowest": dict(slowest), "failures": failures}
 
 
 def main(arguments: list[str]) -> int:

@@ -179,7 +179,7 @@ class TestFullRuns:
 
     @pytest.fixture
     def full(self, scripts, monkeypatch, tmp_path):
-        """The script in a checkout of its own, with a pytest that finds one test passed in 3 seconds and one in 7.5."""
+        """The script in a checkout of its own, with a pytest that finds one test passed in 3 seconds, and a long one in 7.5."""
         module = scripts("test_full")
 
         def passes(arguments, plugins):
@@ -188,7 +188,8 @@ class TestFullRuns:
                     report = SimpleNamespace(
                         nodeid=nodeid, when=when, duration=duration, failed=False, skipped=False, outcome="passed"
                     )
-                    plugins[0].pytest_runtest_logreport(report)
+                    if (nodeid == "slow") == ("tests/full" in arguments):
+                        plugins[0].pytest_runtest_logreport(report)
             return 0
 
         monkeypatch.setattr(module.pytest, "main", passes)
@@ -212,6 +213,7 @@ class TestFullRuns:
         result = json.loads(full.RESULT.read_text())
         assert (result["code"], result["status"], result["passed"], result["failed"]) == ("this code", 0, 2, 0)
         assert list(result["slowest"].items()) == [("slow", 7.5), ("quick", 3)]
+        assert (result["seconds"], result["failures"]) == (0, [])
         assert {name: run.get("passed") for name, run in result["numeric"].items()} == {
             "default, 1 thread": 9, "default, 2 threads": 9, "avx2, 1 thread": 9, "avx2, 2 threads": 9,
             "avx512, 1 thread": None, "avx512, 2 threads": None,
@@ -237,7 +239,7 @@ class TestFullRuns:
         assert not full.RESULT.exists()
 
     def test_parts_that_ran_apart_make_one_result(self, full, monkeypatch):
-        for part in ("mutants", "numeric", "cases"):
+        for part in ("mutants", "numeric", "cases", "long"):
             monkeypatch.setattr(full, "where", lambda part=part: {"python": part, "torch": "2", "system": "s", "gpu": None})
             assert full.main(["--part", part]) == 0
             assert not full.RESULT.exists()
@@ -245,16 +247,19 @@ class TestFullRuns:
         assert full.main(["--part", "tests"]) == 0
         result = json.loads(full.RESULT.read_text())
         assert (result["passed"], result["python"], result["mutants"]["killed"]) == (2, "3", 30)
-        assert {part: ran["python"] for part, ran in result["ran"].items()} == {p: p for p in ("numeric", "mutants", "cases")}
+        assert {part: ran["python"] for part, ran in result["ran"].items()} == {
+            p: p for p in ("long", "numeric", "mutants", "cases")
+        }
 
-    def test_tests_that_were_at_fault_run_again(self, full, monkeypatch):
+    def test_tests_that_were_at_fault_run_again(self, full, monkeypatch, capsys):
         passes = full.pytest.main
 
         def fails(arguments, plugins):
             passes(arguments, plugins)
             report = SimpleNamespace(nodeid="red", when="call", duration=1, failed=True, skipped=False, outcome="failed")
-            plugins[0].pytest_runtest_logreport(report)
-            return 1
+            if "tests/full" in arguments:
+                plugins[0].pytest_runtest_logreport(SimpleNamespace(**vars(report), longreprtext="assert 1 == 2"))
+            return int("tests/full" in arguments)
 
         def mended(arguments, plugins):
             assert "--last-failed" in arguments
@@ -264,6 +269,8 @@ class TestFullRuns:
 
         monkeypatch.setattr(full.pytest, "main", fails)
         assert full.main([]) == 1
+        assert json.loads(full.RESULT.read_text())["failures"] == ["red"]
+        assert "FAILED red\nassert 1 == 2" in capsys.readouterr().out
         monkeypatch.setattr(full.pytest, "main", mended)
         assert full.main(["--part", "again"]) == 0
         result = json.loads(full.RESULT.read_text())
@@ -274,7 +281,7 @@ class TestFullRuns:
         monkeypatch.setattr(full, "code_hash", lambda: "other code")
         assert full.main(["--part", "tests"]) == 0
         assert not full.RESULT.exists()
-        assert "there is no result yet of: numeric, mutants, cases" in capsys.readouterr().out
+        assert "there is no result yet of: long, numeric, mutants, cases" in capsys.readouterr().out
 
     @pytest.mark.parametrize("part", ["numeric", "mutants"])
     def test_what_goes_wrong_behind_the_tests_is_a_failure_too(self, full, monkeypatch, part):
@@ -313,8 +320,9 @@ class TestFullRuns:
         assert best not in full.CAPABILITIES or best in found
 
     def test_the_numeric_tests_are_there(self, scripts):
-        paths = [name for name in scripts("test_full").NUMERIC if name.startswith("tests/")]
-        assert len(paths) > 5
+        full = scripts("test_full")
+        paths = [name for name in (*full.NUMERIC, *full.LONG) if name.startswith("tests/")]
+        assert len(paths) > 9
         assert [name for name in paths if not (ROOT / name).exists()] == []
 
     def test_the_cases_of_a_folder_are_part_of_the_result(self, full, monkeypatch, tmp_path):

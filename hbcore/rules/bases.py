@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hbcore.rules.launching import has_triton
-from hbcore.rules.products import IEEE, Operand, Products, whole
+from hbcore.rules.products import IEEE, Operand, Products, Weights, whole
 
 Bases = Sequence["Tensor | None"]
 
@@ -52,10 +52,18 @@ def project_back(x: Tensor, bases: Bases, products: Products = IEEE, out: Tensor
     return project(x, [q if q is None else q.mT for q in bases], products, out)
 
 
-def along(x: Operand, q: Tensor, dim: int, products: Products = IEEE, out: Tensor | None = None) -> Tensor:
-    """``x`` times ``q`` ``[B, n, k]`` along dimension ``dim`` of its blocks; ``out`` is :func:`project`'s."""
+def along(
+    x: Operand, q: Tensor, dim: int, products: Products = IEEE, out: Tensor | None = None, other: Tensor | None = None
+) -> Tensor:
+    """``x`` times ``q`` ``[B, n, k]`` along dimension ``dim`` of its blocks.
+
+    Args:
+        out: :func:`project`'s; memory of neither factor, unless ``products.overwrites``.
+        other: for blocks that are matrices, ``[B, m]`` numbers by which their other dimension is multiplied.
+    """
     if x.ndim == 3:  # matrices, the usual case
-        return products.matmul(x, q, out) if dim else products.matmul(q.mT, x, out)
+        weights = None if other is None else Weights(other, columns=dim == 0)
+        return products.matmul(x, q, out, weights) if dim else products.matmul(q.mT, x, out, weights)
     before, after = math.prod(x.shape[1 : dim + 1]), math.prod(x.shape[dim + 2 :])
     count, n, k = q.shape
     if before == 1:

@@ -17,7 +17,7 @@ depth, and the first is added to it by the same call.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,17 +37,40 @@ Operand: TypeAlias = "Tensor | Halved"
 """A factor, or what :meth:`Products.prepared` made of one."""
 
 
+class Weights(NamedTuple):
+    """What the rows or the columns of a product are multiplied by.
+
+    Attributes:
+        numbers: for each matrix as many as it has rows or columns, ``[B, m]`` or ``[B, n]``.
+        columns: whether they are the columns'.
+    """
+
+    numbers: Tensor
+    columns: bool
+
+    def apply(self, product: Tensor) -> Tensor:
+        """``product`` ``[B, m, n]``, multiplied in place."""
+        return product.mul_(self.numbers[:, None, :] if self.columns else self.numbers[:, :, None])
+
+
 class Products(Protocol):
-    """How a matrix rule multiplies. Everything is a stack ``[B, m, k]``; pure functions."""
+    """How a matrix rule multiplies. Everything is a stack ``[B, m, k]``; pure functions.
+
+    Attributes:
+        overwrites: whether ``out`` of :meth:`matmul` may be memory of a factor.
+    """
+
+    overwrites: bool
 
     @property
     def finest(self) -> Products:
         """More exact products where there are some, of :class:`Split` float32's own: for a few products whose errors add up."""
 
-    def matmul(self, a: Operand, b: Operand, out: Tensor | None = None) -> Tensor:
+    def matmul(self, a: Operand, b: Operand, out: Tensor | None = None, weights: Weights | None = None) -> Tensor:
         """``a @ b`` for ``[B, m, k]`` and ``[B, k, n]``, either of which may be a transposed view.
 
-        It is written to ``out``, ``[B, m, n]`` and contiguous, if given: memory of neither factor.
+        It is written to ``out``, ``[B, m, n]`` and contiguous, if given: memory of neither factor, unless ``overwrites``.
+        ``weights`` multiply its rows or columns.
         """
 
     def squared(self, x: Operand) -> Tensor:
@@ -67,12 +90,15 @@ class Products(Protocol):
 class Exact:
     """In the dtype of the arguments, as torch multiplies."""
 
+    overwrites = False
+
     @property
     def finest(self) -> Products:
         return self
 
-    def matmul(self, a: Operand, b: Operand, out: Tensor | None = None) -> Tensor:
-        return torch.bmm(whole(a), whole(b), out=out)
+    def matmul(self, a: Operand, b: Operand, out: Tensor | None = None, weights: Weights | None = None) -> Tensor:
+        product = torch.bmm(whole(a), whole(b), out=out)
+        return product if weights is None else weights.apply(product)
 
     def squared(self, x: Operand) -> Tensor:
         x = whole(x)
@@ -92,13 +118,14 @@ class Triple(Exact):
     See :mod:`hbcore.rules.square_kernel`. Devices without kernels multiply as torch does.
     """
 
-    def matmul(self, a: Operand, b: Operand, out: Tensor | None = None) -> Tensor:
+    def matmul(self, a: Operand, b: Operand, out: Tensor | None = None, weights: Weights | None = None) -> Tensor:
         a, b = whole(a), whole(b)
         if a.dtype != torch.float32 or not (has_kernels(a) and b.numel()):
-            return super().matmul(a, b, out)
+            return super().matmul(a, b, out, weights)
         from hbcore.rules import float32_kernel  # Triton is slow to import, and not everywhere
 
-        return float32_kernel.product(a, b, out)
+        product = float32_kernel.product(a, b, out)
+        return product if weights is None else weights.apply(product)
 
     def squared(self, x: Operand) -> Tensor:
         x = whole(x)
@@ -120,6 +147,8 @@ class Split:
         finest: products of float32.
     """
 
+    overwrites = True  # what is multiplied are the parts
+
     def __init__(self, finest: Products | None = None) -> None:
         self._finest = finest
 
@@ -127,12 +156,13 @@ class Split:
     def finest(self) -> Products:
         return IEEE if self._finest is None else self._finest
 
-    def matmul(self, a: Operand, b: Operand, out: Tensor | None = None) -> Tensor:
+    def matmul(self, a: Operand, b: Operand, out: Tensor | None = None, weights: Weights | None = None) -> Tensor:
         left, right = halved(a), halved(b)
         if left.whole.dtype != torch.float32 or not (left.whole.numel() and right.whole.numel()):
-            return torch.bmm(whole(a), whole(b), out=out)
+            made = Exact().matmul(a, b, None, weights)
+            return made if out is None else out.copy_(made)
         total, x, y = product(left, right, out, together=left is not a and right is not b)
-        return _unscaled(total, x, y, out)
+        return _unscaled(total, x, y, out, weights)
 
     def squared(self, x: Operand) -> Tensor:
         return Exact().squared(x) if isinstance(x, Tensor) and x.dtype != torch.float32 else self._squared(x)
@@ -178,11 +208,12 @@ def _finite(new: Tensor, mean: Tensor, decay: float) -> Tensor:
     return torch.where(finite[:, None, None], new, mean * decay)
 
 
-def _unscaled(total: Tensor, x: Parts, y: Parts, out: Tensor | None) -> Tensor:
-    """A product ``[B, m, n]`` divided by the scales of its factors, in place or written to ``out``."""
+def _unscaled(total: Tensor, x: Parts, y: Parts, out: Tensor | None, weights: Weights | None) -> Tensor:
+    """A product ``[B, m, n]`` divided by the scales of its factors and weighted, in place or written to ``out``."""
     into = total if out is None else out
     if not has_kernels(total):
         s, r = x.scales(len(total)), y.scales(len(total))
-        return torch.mul(total, (1 / (s.double() * r.double()))[:, None, None], out=into)
-    divided: Tensor = kernels().unscale(total, x, y, into)
+        torch.mul(total, (1 / (s.double() * r.double()))[:, None, None], out=into)
+        return into if weights is None else weights.apply(into)
+    divided: Tensor = kernels().unscale(total, x, y, into, *(weights or (None, False)))
     return divided

@@ -96,8 +96,12 @@ def split_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def unscale_kernel(total, one, other, out, numel, first_one, first_other, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Divide a product by the scales of its factors.
+def unscale_kernel(  # type: ignore[no-untyped-def]
+    total, one, other, weights, out, numel, width, first_one, first_other,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Divide a product by the scales of its factors, and multiply its rows or columns, of which there are ``width``, by
+    weights.
 
     By two powers of two, of half the exponent each: the scales' product may be outside float32's range.
     """
@@ -109,7 +113,12 @@ def unscale_kernel(total, one, other, out, numel, first_one, first_other, BLOCK:
     upper = ((-first - second - half + 127) << 23).to(tl.float32, bitcast=True)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
-    tl.store(out + item * numel + at, tl.load(total + item * numel + at, mask=inside) * lower * upper, mask=inside)
+    value = tl.load(total + item * numel + at, mask=inside) * lower * upper
+    if ROWS:
+        value *= tl.load(weights + item * (numel // width) + at // width, mask=inside)
+    if COLUMNS:
+        value *= tl.load(weights + item * width + at % width, mask=inside)
+    tl.store(out + item * numel + at, value, mask=inside)
 
 
 def split(stacks: Sequence[Tensor], layouts: tuple[Layout, ...], together: bool = False) -> list[Parts]:
@@ -183,9 +192,16 @@ def _aligned(count: int, to: int) -> int:
     return pieces(count, to) * to
 
 
-def unscale(total: Tensor, one: Parts, other: Parts, out: Tensor) -> Tensor:
-    """``out``, with ``total`` ``[B, m, n]`` divided by the scales of both factors. It may be ``total``'s own memory."""
-    numel = total.shape[1] * total.shape[2]
-    tensors, sizes = (total, one.numbers, other.numbers, out), (numel, one.first_scale, other.first_scale)
-    run(unscale_kernel, (pieces(numel, BLOCK), len(total), 1), tensors, (), sizes, (BLOCK,), num_warps=8)
+def unscale(
+    total: Tensor, one: Parts, other: Parts, out: Tensor, weights: Tensor | None = None, of_columns: bool = False
+) -> Tensor:
+    """``out``, with ``total`` ``[B, m, n]`` divided by the scales of both factors; it may be ``total``'s own memory.
+
+    Its rows are multiplied by weights ``[B, m]``, or its columns by ``[B, n]``.
+    """
+    count, rows, columns = total.shape
+    tensors = (total, one.numbers, other.numbers, out if weights is None else weights.contiguous(), out)
+    sizes = (rows * columns, columns, one.first_scale, other.first_scale)
+    how = (int(weights is not None and not of_columns), int(weights is not None and of_columns), BLOCK)
+    run(unscale_kernel, (pieces(rows * columns, BLOCK), count, 1), tensors, (), sizes, how, num_warps=8)
     return out

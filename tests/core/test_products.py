@@ -15,7 +15,7 @@ from hb_soap import SOAP
 from hbcore.errors import OptionError, RuleError
 from hbcore.rules import halves
 from hbcore.rules.parts import EXPONENTS, Layout, views
-from hbcore.rules.products import Exact, Split
+from hbcore.rules.products import Exact, Split, Weights
 from hbcore.rules.split_product import DEPTH
 
 KINDS = {"exact": Exact(), "split": Split()}
@@ -74,6 +74,33 @@ def test_a_product_is_as_exact_as_float32(kind, case, view):
     found = KINDS[kind].matmul(a, b)
     assert found.dtype == torch.float32 and found.shape == (len(a), a.shape[1], b.shape[2])
     assert errors(found, a.double().numpy() @ b.double().numpy()).max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_multiply_rows_or_columns(kind, columns, dtype):
+    a, b = normal(3, 7, 5).to(dtype), normal(3, 5, 4, seed=1).to(dtype)
+    numbers = normal(3, 4 if columns else 7, seed=2).to(dtype)
+    wanted = a.double() @ b.double() * (numbers[:, None, :] if columns else numbers[:, :, None])
+    out = torch.empty(3, 7, 4, dtype=dtype)
+    for found in (
+        KINDS[kind].matmul(a, b, weights=Weights(numbers, columns)),
+        KINDS[kind].matmul(a, b, out, Weights(numbers, columns)),
+    ):
+        assert found.dtype == dtype and off(found.double(), wanted) < 1e-6
+    assert torch.equal(out, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("view", VIEWS)
+def test_split_products_may_be_written_over_a_factor(view, dtype):
+    a, b = (laid(normal(2, 6, 6, seed=i), transposed).to(dtype) for i, transposed in enumerate(VIEWS[view]))
+    wanted = Split().matmul(a, b)
+    for k in (0, 1):
+        factors = [a.clone(), b.clone()]
+        memory = factors[k] if factors[k].is_contiguous() else factors[k].mT  # the same memory, in the shape of the product
+        assert Split().overwrites and torch.equal(Split().matmul(*factors, memory), wanted) and torch.equal(memory, wanted)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.95])
@@ -204,6 +231,23 @@ def test_the_kernel_takes_scales_away_whatever_they_are(sizes):
     product = ((a.double() * s) @ (b.double() * r)).float().to(on)
     found = kernels.unscale(product, *made, torch.empty_like(product)).cpu().double()
     assert off(found, a.double() @ b.double()) < 1e-6
+
+
+@pytest.mark.parametrize("of_columns", [False, True])
+def test_the_kernel_weighs_what_it_takes_the_scales_from(of_columns, monkeypatch):
+    kernels, on = interpreter()
+    monkeypatch.setattr(kernels, "BLOCK", 16)
+    a, b, weights = (
+        normal(2, 7, 20).float(),
+        normal(2, 20, 5, seed=1).float(),
+        normal(2, 5 if of_columns else 7, seed=2).float(),
+    )
+    made = kernels.split([a.to(on), b.to(on)], (Layout(20, True), Layout(100, False)))
+    s, r = (parts.scales(2).cpu().double()[:, None, None] for parts in made)
+    product = ((a.double() * s) @ (b.double() * r)).float().to(on)
+    plain = kernels.unscale(product, *made, torch.empty_like(product)).cpu()
+    found = kernels.unscale(product, *made, torch.empty_like(product), weights.to(on), of_columns).cpu()
+    assert torch.equal(found, plain * (weights[:, None, :] if of_columns else weights[:, :, None]))
 
 
 SQUARES = {

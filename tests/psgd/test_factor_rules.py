@@ -8,9 +8,9 @@ import pytest
 import torch
 from core.kit import normal
 
-from hb_psgd import factor_rules, fitting, kron
-from hb_psgd.factor_rules import RULES, Factor, Settings, fitted
-from hb_psgd.fitting import all_fitted, collected
+from hb_psgd import fitting, kron
+from hb_psgd.factor_rules import RULES, Factor, Settings
+from hb_psgd.fitting import all_fitted, collected, fitted
 from hb_psgd.rule import PreconditionByKron
 from hbcore.api import Context
 from hbcore.rules.products import IEEE
@@ -31,24 +31,28 @@ def stack(rows, n, seed, dense=True, pair=False):
 
 
 def begin(factor):
-    return factor._replace(q=kron.begin([factor.q], factor.share)[0])
+    return factor if factor.share is None else factor._replace(q=kron.begin([factor.q], factor.share)[0], share=None)
 
 
 @pytest.mark.parametrize(("together", "moved"), [(1, 2**24), (60, 2**24), (250, 2**24), (2**25, 2**24), (2**25, 60), (250, 1)])
+@pytest.mark.parametrize("starts", [True, False])
 @pytest.mark.parametrize("rule", RULES)
-def test_factors_of_several_stacks_are_fitted_as_each_alone(monkeypatch, rule, together, moved):
+def test_factors_of_several_stacks_are_fitted_as_each_alone(monkeypatch, rule, starts, together, moved):
     """However many are fitted at once, and in how many parts they are moved, over their own evidence."""
     monkeypatch.setattr(fitting, "TOGETHER", together)
-    monkeypatch.setattr(factor_rules, "MOVED", moved)
+    monkeypatch.setattr(fitting, "MOVED", moved)
     pair = rule in ("eq", "qep")
     factors = [
         stack(3, 5, 1, pair=pair), stack(2, 4, 2, pair=pair), stack(7, 5, 3, pair=pair), stack(4, 5, 4, dense=False, pair=pair),
         stack(1, 4, 5, pair=pair), stack(2, 5, 6, dense=False, pair=pair),
     ]  # fmt: skip
-    given = list(factors)
+    if not starts:
+        factors = [begin(factor) for factor in factors]
+    given, before = list(factors), [factor.q.clone() for factor in factors]
     portions = all_fitted(RULES[rule], given, SETTINGS)
     made, bounds, old = (collected(portions, get) for get in (lambda p: p.new, lambda p: p.bound, lambda p: p.old))
     assert not given and set(made) == set(range(len(factors)))
+    assert all(torch.equal(factor.q, q) for factor, q in zip(factors, before, strict=True))  # they are the state's own
     monkeypatch.undo()
     for k, factor in enumerate(factors):
         q, bound = made[k], bounds[k]

@@ -9,7 +9,8 @@ import torch
 from core.kit import normal
 
 from hb_psgd import kron
-from hb_psgd.factor_rules import RULES, Factor, Settings, fitted
+from hb_psgd.factor_rules import RULES, Factor, Settings
+from hb_psgd.fitting import fitted
 from hb_psgd.kron import balance, per_block, whitening_scales
 from hbcore.rules.products import IEEE
 
@@ -92,6 +93,8 @@ def test_a_diagonal_is_fitted_as_by_torch(rule, n):
     torch.testing.assert_close(old.double(), begun, rtol=4 * EPS, atol=4 * EPS)
     torch.testing.assert_close(new.double(), wanted, rtol=16 * EPS, atol=16 * EPS)
     torch.testing.assert_close(risen.double(), wanted_bound, rtol=4 * EPS, atol=0)
+    same, again, bounds = kernel.diagonal(old, None, bound, first, 0.1, 0.8, 1.5, halves)
+    assert same is old and torch.equal(again, new) and torch.equal(bounds, risen)
 
 
 def test_a_diagonal_that_is_not_finite_has_no_finite_bound():

@@ -10,7 +10,7 @@ from hb_psgd import kron
 from hb_psgd.fitting import Portion, settle
 from hb_psgd.kron import begin, gram, memory_layout, multiply, precondition, second_moments, whitening_scale
 from hbcore.errors import OptionError
-from hbcore.rules.products import IEEE
+from hbcore.rules.products import IEEE, Split
 
 B = 3
 
@@ -77,6 +77,20 @@ def test_q_and_p_are_kronecker_products(shape, dense):
         assert torch.allclose(root[b].flatten(), q @ x[b].flatten(), rtol=1e-11)
         assert torch.allclose(twice[b].flatten(), q.mT @ q @ x[b].flatten(), rtol=1e-11)
         assert torch.allclose(kept[b].flatten(), q.mT @ q @ x[b].flatten(), rtol=1e-11)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("dense", [(True, True), (False, True), (True, False), (False, False)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 5), (3, 20), (20, 3)], ids=str)
+def test_split_products_take_diagonal_factors_along_and_write_over_the_stack(shape, dense, kept):
+    x, factors = normal(B, *shape, seed=9).float(), [q.float() for q in factors_for(shape, dense)]
+    p = [gram(q, IEEE) if kept and q.ndim == 3 else None for q in factors]
+    results = multiply(x, factors, IEEE), precondition(x, factors, IEEE, p)
+    for wanted, function in zip(results, (multiply, lambda *given: precondition(*given[:3], p, given[3])), strict=True):
+        memory = x.clone()
+        made = function(memory, factors, Split(), memory)
+        assert made.data_ptr() == memory.data_ptr()
+        assert torch.allclose(made, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_second_moments_are_sums_over_the_other_dimensions():

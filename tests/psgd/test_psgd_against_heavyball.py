@@ -22,7 +22,7 @@ import torch
 from core.kit import distance, normal
 
 import hbcore
-from hb_psgd import factor_rules, norms
+from hb_psgd import fitting, norms
 from hb_psgd.rule import KronFactors
 
 STEPS = 12
@@ -62,7 +62,7 @@ def heavyball(monkeypatch):
 
     monkeypatch.setattr(utils, "max_eigenvalue_spd", exact)
     monkeypatch.setattr(utils, "max_singular_value", exact)
-    monkeypatch.setattr(factor_rules, "norm_bound", exact)
+    monkeypatch.setattr(fitting, "norm_bound", exact)
     monkeypatch.setattr(norms, "_bound", exact)
     monkeypatch.setattr(norms, "LARGEST_TURN", 0.5)
     gather, drawn = KronFactors._factors, itertools.count(1)

@@ -70,7 +70,8 @@ def test_a_damaged_state_is_refused_as_a_whole_or_loaded_as_a_whole():
     property_of(60)()
 
 
-@pytest.mark.full
+@pytest.mark.full  # three minutes of a core that has nothing else to do
+@pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore")
 def test_two_thousand_damaged_states_are_refused_as_a_whole_or_loaded_as_a_whole():
     property_of(2000)()

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from hb_psgd.kron import Number, along, gram, has_kernels, multiply, per_block, second_moments, symmetric
-from hb_psgd.norms import norm_bound, procrustes
+from hb_psgd.norms import procrustes
 from hbcore.api import Products, bases
 
 
@@ -70,14 +70,15 @@ class Factor(NamedTuple):
 
     Attributes:
         q: ``[B, n, n]`` or ``[B, n]``.
-        share: ``[B]``, the multiple of the identity that ``q`` starts as in this step; 0 in blocks that have started.
+        share: ``[B]``, the multiple of the identity that ``q`` starts as in this step; 0 in blocks that have started,
+            None where none starts.
         bound: its running bound, ``[B]``.
         first, second: its evidence; ``second`` may also be ``[B]``, a multiple of the identity for each block.
         start: normal numbers ``[B, k, n]`` from which the norm's bound starts; empty for a diagonal.
     """
 
     q: Tensor
-    share: Tensor
+    share: Tensor | None
     bound: Tensor
     first: Tensor
     second: Tensor | float
@@ -86,11 +87,9 @@ class Factor(NamedTuple):
     def rows(self, part: slice) -> Factor:
         """Some of its blocks."""
         second = self.second[part] if isinstance(self.second, Tensor) else self.second
-        return Factor(self.q[part], self.share[part], self.bound[part], self.first[part], second, self.start[part])
+        share = None if self.share is None else self.share[part]
+        return Factor(self.q[part], share, self.bound[part], self.first[part], second, self.start[part])
 
-
-MOVED = 2**24
-"""How many elements of factors are moved at once, which bounds the memory for the products."""
 
 Gather = Callable[[Tensor, Tensor, Sequence[Tensor], Callable[[Tensor], Tensor], Products], Iterator[Evidence]]
 Move = Callable[[Factor, Tensor, Settings], Tensor]
@@ -104,7 +103,7 @@ class FactorRule:
         evidence: ``evidence(g, v, factors, precondition, products)`` for the dampened gradient ``g``, its noise ``v``, the
             factors of Q and a function that multiplies by P.
         newton: the same for a dampened Hessian-vector product and its vector, which P is to make alike.
-        move: ``move(factor, step, settings)``, the new factor; ``step`` is ``[B]``.
+        move: ``move(factor, step, settings)``, the new factor, perhaps in the memory of its evidence; ``step`` is ``[B]``.
         halves: how many parts of a step a diagonal factor takes, one after the other.
         reads_noise: whether ``evidence`` reads v.
         reads_factors: whether ``evidence`` and ``newton`` read the factors themselves, beside multiplying by P.
@@ -203,13 +202,14 @@ def from_both_sides(factor: Factor, step: Tensor, settings: Settings) -> Tensor:
         return _moved_diagonal(factor, step, 2)
     first, second = factor.first, factor.second
     q = _moved(factor, 0.5, step, settings.products.matmul)
-    if _is_multiple(second) and has_kernels(q, first):
+    if is_multiple(second) and has_kernels(q, first):
         from hb_psgd import fitting_kernel  # Triton is slow to import, and not everywhere
 
-        return fitting_kernel.moved(settings.products.matmul(q, first), q, step, second, 0.5, mirrored=True)
+        made = settings.products.matmul(q, first, first if settings.products.overwrites else None)
+        return fitting_kernel.moved(made, q, step, second, 0.5, mirrored=True)
     half = 0.5 * step
     by, keep = per_block(-half, q), torch.ones_like(half)
-    if not _is_multiple(second):
+    if not is_multiple(second):
         t = first - second
     else:
         t, keep = first, 1 + half * second
@@ -231,7 +231,7 @@ def _moved(factor: Factor, part: float, step: Tensor, product: Callable[[Tensor,
     q, first, second = factor.q, factor.first, factor.second
     if q.ndim == 2:
         return _moved_diagonal(factor, step, 1)
-    if not _is_multiple(second):
+    if not is_multiple(second):
         return product(first - second, q).mul_(per_block(-part * step, q)).add_(q)
     made = product(first, q)
     if has_kernels(made, q):
@@ -245,12 +245,12 @@ def _moved(factor: Factor, part: float, step: Tensor, product: Callable[[Tensor,
 def _moved_diagonal(factor: Factor, step: Tensor, halves: int) -> Tensor:
     """A diagonal after so many equal parts of a step, each :math:`1 - \\tfrac{s}{k} (T_1 - T_2)` times what was before."""
     second = factor.second
-    difference = factor.first - (per_block(second, factor.first) if _is_multiple(second) else second)
+    difference = factor.first - (per_block(second, factor.first) if is_multiple(second) else second)
     by = torch.rsub(difference.mul_(per_block(step, difference)), 1, alpha=1 / halves)
     return (by if halves == 1 else by.square_()).mul_(factor.q)
 
 
-def _is_multiple(second: Tensor | float) -> TypeGuard[Tensor]:
+def is_multiple(second: Tensor | float) -> TypeGuard[Tensor]:
     """Whether the second part of an evidence is a multiple of the identity for each block, ``[B]``."""
     return isinstance(second, Tensor) and second.ndim == 1
 
@@ -263,30 +263,3 @@ RULES: Mapping[str, FactorRule] = {
     "qep": FactorRule(whiteness_by_factor, likeness_by_factor, from_the_left, reads_factors=True),
 }
 """The rules by their names, the values of the option ``precond_rule``."""
-
-
-def fitted(rule: FactorRule, factor: Factor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The factor, which has begun, after one step of ``rule``, and its new bound. The evidence may be overwritten."""
-    norm = _norm(factor, settings.iterations)
-    bound = torch.maximum(torch.lerp(norm, factor.bound, float(settings.beta)), norm)
-    return _moved_by_parts(rule, factor, settings.lr / bound, settings), bound
-
-
-def _moved_by_parts(rule: FactorRule, factor: Factor, step: Tensor, settings: Settings) -> Tensor:
-    """The moved factor, in the evidence's memory if it is moved by several parts."""
-    q, first = factor.q, factor.first
-    parts = -(-q.numel() // MOVED)
-    if parts < 2 or q.ndim == 2 or first.dtype != q.dtype:
-        return rule.move(factor, step, settings)
-    length = -(-len(q) // parts)
-    for rows in (slice(begin, begin + length) for begin in range(0, len(q), length)):
-        first[rows] = rule.move(factor.rows(rows), step[rows], settings)
-    return first
-
-
-def _norm(factor: Factor, iterations: int) -> Tensor:
-    """A bound of the norm of the evidence's sum, ``[B]``."""
-    first, second = factor.first, factor.second
-    total = first if _is_multiple(second) else first + second
-    norm = total.amax(-1) if total.ndim == 2 else norm_bound(total, factor.start, iterations)
-    return norm + second if _is_multiple(second) else norm

@@ -9,12 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hb_psgd.factor_rules import Factor, FactorRule, Settings, fitted
-from hb_psgd.kron import balance, has_kernels, per_block
-from hb_psgd.norms import largest
+from hb_psgd.factor_rules import Factor, FactorRule, Settings, is_multiple
+from hb_psgd.kron import add_identity, balance, has_kernels, per_block
+from hb_psgd.norms import largest, norm_bound
 
 TOGETHER = 2**26
 """How many elements of factors are fitted at once. Three times as many are needed in between."""
+
+MOVED = 2**24
+"""How many elements of factors are moved at once, which bounds the memory for the products."""
 
 
 class Portion(NamedTuple):
@@ -43,14 +46,14 @@ def all_fitted(rule: FactorRule, factors: list[Factor], settings: Settings) -> l
     alike = dict[tuple[object, ...], list[int]]()
     for k, factor in [*waiting.items()]:
         if (alone := _diagonal(rule, factor, settings)) is not None:
-            made.append(Portion([(k, slice(0, len(factor.q)))], *alone))
+            made.append(Portion([(k, slice(0, factor.q.shape[0]))], *alone))
             continue
         ndim = factor.second.ndim if isinstance(factor.second, Tensor) else 1
         alike.setdefault((factor.q.shape[1:], factor.q.dtype, ndim), []).append(k)
         del factor
     for same in alike.values():
         most = max(1, TOGETHER // max(1, waiting[same[0]].q[0].numel()))
-        portions = list(_portions([(k, len(waiting[k].q)) for k in same], most))
+        portions = list(_portions([(k, waiting[k].q.shape[0]) for k in same], most))
         for parts in portions:
             joined = _joined([waiting[k].rows(part) for k, part in parts])
             if parts is portions[-1]:
@@ -85,7 +88,7 @@ def settle(portions: Sequence[Portion], stacks: Sequence[Sequence[int]], bounds:
         shares, fine = balance(torch.cat([sizes[k] for k in order]).view(d, -1), new)
         new = torch.where(fine, new, torch.cat([bounds[k] for k in order]).view(d, -1))
         counts = [len(bounds[stack[0]]) for stack in group]
-        each = (torch.split(new, counts, 1), torch.split(shares, counts, 1), torch.split(fine, counts))
+        each = (new.split_with_sizes(counts, 1), shares.split_with_sizes(counts, 1), fine.split_with_sizes(counts))
         for stack, own, by, ok in zip(group, *each, strict=True):
             kept.update(zip(stack, own, strict=True))
             share.update(zip(stack, by, strict=True))
@@ -107,7 +110,7 @@ def collected(portions: Sequence[Portion], what: Callable[[Portion], Tensor]) ->
     found: dict[int, list[Tensor]] = {}
     for p in portions:
         lengths = [rows.stop - rows.start for _, rows in p.parts]
-        for (k, _), piece in zip(p.parts, torch.split(what(p), lengths), strict=True):
+        for (k, _), piece in zip(p.parts, what(p).split_with_sizes(lengths), strict=True):
             found.setdefault(k, []).append(piece)
     return {k: _cat(pieces) for k, pieces in found.items()}
 
@@ -115,7 +118,7 @@ def collected(portions: Sequence[Portion], what: Callable[[Portion], Tensor]) ->
 def _diagonal(rule: FactorRule, factor: Factor, settings: Settings) -> tuple[Tensor, Tensor, Tensor] | None:
     """A diagonal factor as it begins, fitted, and its bound, by one kernel; None where there is none for it."""
     q, share, bound, first, second, _ = factor
-    if q.ndim != 2 or isinstance(second, Tensor) or not has_kernels(q, share, bound, first):
+    if q.ndim != 2 or isinstance(second, Tensor) or not has_kernels(q, bound, first):
         return None
     from hb_psgd import fitting_kernel  # Triton is slow to import, and not everywhere
 
@@ -143,16 +146,18 @@ def _portions(stacks: Sequence[tuple[int, int]], most: int) -> Iterator[list[tup
 
 def _joined(factors: Sequence[Factor]) -> Factor:
     """The rows of several stacks as one, which have begun; the multiple of the identity as a tensor."""
-    q, share, bound, first = (torch.cat(parts) for parts in zip(*(factor[:4] for factor in factors), strict=True))
-    (q if q.ndim == 2 else q.diagonal(dim1=1, dim2=2)).add_(share[:, None])
+    q, bound, first = map(_cat, zip(*((factor.q, factor.bound, factor.first) for factor in factors), strict=True))
+    shares = [factor.share for factor in factors if factor.share is not None]
+    if shares:
+        q = add_identity(q.clone() if len(factors) == 1 else q, _cat(shares))  # a stack's own factors stay as they are
     start = _cat([factor.start for factor in factors]) if q.ndim == 3 else factors[0].start
     seconds = [factor.second for factor in factors]
     levels = tuple(second for second in seconds if not isinstance(second, Tensor))
     if levels:
-        second = _levels(levels, tuple(len(factor.q) for factor in factors), q.device, q.dtype)
+        second = _levels(levels, tuple(factor.q.shape[0] for factor in factors), q.device, q.dtype)
     else:
         second = _cat([second for second in seconds if isinstance(second, Tensor)])
-    return Factor(q, share, bound, first, second, start)
+    return Factor(q, None, bound, first, second, start)
 
 
 @lru_cache(maxsize=64)
@@ -164,3 +169,44 @@ def _levels(levels: tuple[float, ...], counts: tuple[int, ...], device: torch.de
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def fitted(rule: FactorRule, factor: Factor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """The factor, which has begun, after one step of ``rule``, and its new bound. The evidence may be overwritten."""
+    bound, step = _bounded(factor, settings)
+    return _moved_by_parts(rule, factor, step, settings), bound
+
+
+def _bounded(factor: Factor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """The new bound, and the step that follows from it, ``[B]`` each."""
+    first, second = factor.first, factor.second
+    if first.ndim == 3 and is_multiple(second) and has_kernels(first, second, factor.bound, factor.start):
+        from hb_psgd import norm_kernel  # Triton is slow to import, and not everywhere
+
+        numbers = float(settings.lr), float(settings.beta), settings.iterations
+        return norm_kernel.bounded(first, factor.start, second, factor.bound, *numbers)
+    norm = _norm(factor, settings.iterations)
+    bound = torch.maximum(torch.lerp(norm, factor.bound, float(settings.beta)), norm)
+    return bound, settings.lr / bound
+
+
+def _moved_by_parts(rule: FactorRule, factor: Factor, step: Tensor, settings: Settings) -> Tensor:
+    """The moved factor, in the evidence's memory if it is moved by several parts."""
+    q, first = factor.q, factor.first
+    parts = -(-q.numel() // MOVED)
+    if parts < 2 or q.ndim == 2 or first.dtype != q.dtype:
+        return rule.move(factor, step, settings)
+    length = -(-q.shape[0] // parts)
+    for rows in (slice(begin, begin + length) for begin in range(0, q.shape[0], length)):
+        moved = rule.move(factor.rows(rows), step[rows], settings)
+        if moved.data_ptr() != first[rows].data_ptr():
+            first[rows] = moved
+    return first
+
+
+def _norm(factor: Factor, iterations: int) -> Tensor:
+    """A bound of the norm of the evidence's sum, ``[B]``."""
+    first, second = factor.first, factor.second
+    total = first if is_multiple(second) else first + second
+    norm = total.amax(-1) if total.ndim == 2 else norm_bound(total, factor.start, iterations)
+    return norm + second if is_multiple(second) else norm

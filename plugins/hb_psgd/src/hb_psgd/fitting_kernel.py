@@ -114,9 +114,11 @@ def mirrored_kernel(x, q, step, level, part, n, TILE: tl.constexpr):  # type: ig
 
 @triton.jit
 def diagonal_kernel(  # type: ignore[no-untyped-def]
-    q, share, bound, first, old, new, risen, lr, beta, level, n, HALVES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One diagonal factor: begun in ``old``, fitted in ``new``, and its bound; ``HALVES`` of a step, one after the other."""
+    q, share, bound, first, old, new, risen, lr, beta, level, n,
+    HALVES: tl.constexpr, STARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One diagonal factor: begun in ``old`` if it ``STARTS``, fitted in ``new``, and its bound; ``HALVES`` of a step, one after
+    the other."""
     item = tl.program_id(0).to(tl.int64)
     each = tl.arange(0, BLOCK)
     most = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -126,16 +128,17 @@ def diagonal_kernel(  # type: ignore[no-untyped-def]
     norm = tl.max(most, 0) + level
     made = tl.maximum(beta * tl.load(bound + item) + (1 - beta) * norm, norm)
     s = lr / (made * HALVES)
-    begun = tl.load(share + item)
     tl.store(risen + item, made)
     for at in range(0, n, BLOCK):
         index = item * n + at + each
         inside = at + each < n
-        value = tl.load(q + index, mask=inside, other=0.0) + begun
+        value = tl.load(q + index, mask=inside, other=0.0)
+        if STARTS:
+            value += tl.load(share + item)
+            tl.store(old + index, value, mask=inside)
         factor = 1 - s * (tl.load(first + index, mask=inside, other=0.0) - level)
         if HALVES == 2:
             factor = factor * factor
-        tl.store(old + index, value, mask=inside)
         tl.store(new + index, value * factor, mask=inside)
 
 
@@ -176,27 +179,29 @@ def moved(x: Tensor, q: Tensor, step: Tensor, level: Tensor, part: float, mirror
     """``x``, overwritten with ``q (1 + s level) - s x`` and perhaps made symmetric; ``[B, n, n]``, ``s = part step``."""
     n = x.shape[-1]
     if not mirrored:
-        grid = (launching.pieces(n * n, BLOCK), len(x), 1)
+        grid = (launching.pieces(n * n, BLOCK), x.shape[0], 1)
         launching.run(moved_kernel, grid, (x, q, step, level), (part,), (n * n,), (BLOCK,), num_warps=8)
         return x
     across = launching.pieces(n, TILE)
-    grid = (across * (across + 1) // 2, len(x), 1)
+    grid = (across * (across + 1) // 2, x.shape[0], 1)
     launching.run(mirrored_kernel, grid, (x, q, step, level), (part,), (n,), (TILE,), num_warps=8)
     return x
 
 
 def diagonal(
-    q: Tensor, share: Tensor, bound: Tensor, first: Tensor, lr: float, beta: float, level: float, halves: int
+    q: Tensor, share: Tensor | None, bound: Tensor, first: Tensor, lr: float, beta: float, level: float, halves: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A diagonal factor ``[B, n]`` as it begins, fitted, and its bound ``[B]``."""
-    n = q.shape[1]
-    old, new, risen = torch.empty_like(q), torch.empty_like(q), torch.empty_like(bound)
-    block, tensors = min(BLOCK, launching.power_of_two(n)), (q, share, bound, first, old, new, risen)
-    launching.run(diagonal_kernel, (len(q), 1, 1), tensors, (lr, beta, level), (n,), (halves, block), num_warps=4)
+    count, n = q.shape
+    old = q if share is None else torch.empty_like(q)
+    new, risen, starts = torch.empty_like(q), torch.empty_like(bound), share is not None
+    tensors = (q, bound if share is None else share, bound, first, old, new, risen)
+    constants = (halves, int(starts), min(BLOCK, launching.power_of_two(n)))
+    launching.run(diagonal_kernel, (count, 1, 1), tensors, (lr, beta, level), (n,), constants, num_warps=4)
     return old, new, risen
 
 
 def settled(new: Tensor, old: Tensor, share: Tensor, good: Tensor) -> None:
     """Overwrite fitted factors ``[B, ...]`` by what is stored of them; see :func:`hb_psgd.fitting.settle`."""
-    grid, numel = (launching.pieces(new[0].numel(), BLOCK), len(new), 1), new[0].numel()
+    grid, numel = (launching.pieces(new[0].numel(), BLOCK), new.shape[0], 1), new[0].numel()
     launching.run(settled_kernel, grid, (new, old, share, good), (), (numel,), (BLOCK,), num_warps=8)

@@ -81,10 +81,13 @@ def _stands_out(shape: Sequence[int]) -> bool:
 
 def begin(factors: Sequence[Tensor], share: Tensor) -> list[Tensor]:
     """Factors plus ``share`` ``[B]`` times the identity, which starts those that are zeros."""
-    begun = [q.clone() for q in factors]
-    for q in begun:
-        (q if q.ndim == 2 else q.diagonal(dim1=1, dim2=2)).add_(share[:, None])
-    return begun
+    return [add_identity(q.clone(), share) for q in factors]
+
+
+def add_identity(factor: Tensor, share: Tensor) -> Tensor:
+    """A factor plus ``share`` ``[B]`` times the identity, in place."""
+    (factor if factor.ndim == 2 else factor.diagonal(dim1=1, dim2=2)).add_(share[:, None])
+    return factor
 
 
 def multiply(x: Tensor, factors: Sequence[Tensor], products: Products, out: Tensor | None = None) -> Tensor:
@@ -92,18 +95,28 @@ def multiply(x: Tensor, factors: Sequence[Tensor], products: Products, out: Tens
 
     ``out`` is memory for the result, contiguous, which need not be used; it may be x's own.
     """
-    for k, i in enumerate(order := _products_first(factors)):
+    order, other = _order(factors, products)
+    for k, i in enumerate(order):
         q, place = factors[i], out if k == len(order) - 1 else None
         if q.ndim == 2:
             x = torch.mul(x, along(q, i, x), out=_into(x, k, place))
-        else:  # a product is not written over what it reads
-            x = bases.along(x, q.mT, i, products, place if k else None)
+        else:
+            x = bases.along(x, q.mT, i, products, _room(place, k, products), other)
     return x
 
 
-def _products_first(factors: Sequence[Tensor]) -> list[int]:
-    """The dimensions in an order in which as much as possible is done in place: those of dense factors first."""
-    return sorted(range(len(factors)), key=lambda i: factors[i].ndim == 2)
+def _order(factors: Sequence[Tensor], products: Products) -> tuple[list[int], Tensor | None]:
+    """The dimensions in an order in which as much as possible is done in place: those of dense factors first; and for matrices
+    with one diagonal factor that factor, if the product with the other one multiplies by it, too."""
+    order = sorted(range(len(factors)), key=lambda i: factors[i].ndim == 2)
+    if products.overwrites and len(order) == 2 and factors[order[0]].ndim == 3 and factors[order[1]].ndim == 2:
+        return order[:1], factors[order[1]]
+    return order, None
+
+
+def _room(place: Tensor | None, done: int, products: Products) -> Tensor | None:
+    """Where a product goes: not where the stack is at first, over what it reads, unless that is allowed."""
+    return place if done or products.overwrites else None
 
 
 def _into(x: Tensor, done: int, place: Tensor | None) -> Tensor | None:
@@ -128,17 +141,19 @@ def precondition(
 ) -> Tensor:
     r""":math:`Q^T Q x`, from the factors of Q, and of P for the dimensions where they are ``kept``; ``out`` as in
     :func:`multiply`."""
-    for k, i in enumerate(order := _products_first(factors)):
+    order, other = _order(factors, products)
+    square = None if other is None else other * other
+    for k, i in enumerate(order):
         q, p = factors[i], kept[i] if kept else None
         place = out if k == len(order) - 1 else None
         if q.ndim == 2:
             x = torch.mul(x, along(q * q, i, x), out=_into(x, k, place))
-        elif p is not None:  # a product is not written over what it reads
-            x = bases.along(x, p, i, products, place if k else None)
+        elif p is not None:
+            x = bases.along(x, p, i, products, _room(place, k, products), square)
         elif x[0].numel() < q.shape[-1] ** 2:
-            x = bases.along(bases.along(x, q.mT, i, products), q, i, products, place)
+            x = bases.along(bases.along(x, q.mT, i, products), q, i, products, place, square)
         else:  # the n_i^3 of the product are cheaper here
-            x = bases.along(x, gram(q, products), i, products, place if k else None)
+            x = bases.along(x, gram(q, products), i, products, _room(place, k, products), square)
     return x
 
 
@@ -176,7 +191,12 @@ def second_moments(x: Operand, i: int, dense: bool, products: Products) -> Tenso
     if not dense:
         x = x if isinstance(x, Tensor) else x.whole
         others = [d for d in range(1, x.ndim) if d != i + 1]
-        return x.square().sum(others) if others else x.square()
+        if not others:
+            return x.square()
+        if not x.is_cuda:
+            return x.square().sum(others)  # a CPU takes longer for the norm
+        norms: Tensor = torch.linalg.vector_norm(x, dim=others)
+        return norms.square_()  # without the squares of x, which would be written and read
     if i == len(x.shape) - 2:
         return products.squared(x.reshape(count, -1, n).mT)
     if i == 0:
@@ -187,7 +207,7 @@ def second_moments(x: Operand, i: int, dense: bool, products: Products) -> Tenso
 
 def along(numbers: Tensor, i: int, like: Tensor) -> Tensor:
     """``[B, n_i]`` in the shape that multiplies dimension i of a stack such as ``like``."""
-    return numbers.view(len(like), *(n if d == i else 1 for d, n in enumerate(like.shape[1:])))
+    return numbers.view(like.shape[0], *(n if d == i else 1 for d, n in enumerate(like.shape[1:])))
 
 
 def per_block(numbers: Tensor, like: Tensor) -> Tensor:

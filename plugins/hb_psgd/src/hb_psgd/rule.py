@@ -226,13 +226,12 @@ class KronFactors(Transform):
             v = noisy  # nobody reads it, and memory is short here
         del noise
         gather, begun = rule.evidence if pair is None else rule.newton, held.begun() if rule.reads_factors else held
-        share = torch.zeros_like(held.bounds[0]) if held.share is None else held.share
         evidence = gather(noisy, v, begun.q, lambda g: begun.precondition_begun(g, c), c.products)
         del noisy, v
         for q, bound, (first, second) in zip(held.q, held.bounds, evidence, strict=True):
-            like = q.new_empty(len(q), PROBES if q.ndim == 3 else 0, q.shape[-1])
+            like = q.new_empty(q.shape[0], PROBES if q.ndim == 3 else 0, q.shape[-1])
             start = c.probe(like) if q.ndim == 3 else like
-            yield Factor(q, share, bound, first, second, start)
+            yield Factor(q, held.share, bound, first, second, start)
 
 
 @dataclass(frozen=True)
