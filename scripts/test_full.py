@@ -67,8 +67,13 @@ NUMERIC = (
 """What pytest gets: the tests that compare numbers with oracles, and nothing that takes a compiler."""
 
 
-LONG = ("tests/full", "tests/cli/test_compare_all.py", "tests/core/test_registers.py", "tests/testing/test_damage.py")
-"""Tests that train or compile for minutes: half of all the time, and a part of their own."""
+LONG = (
+    "tests/core/test_registers.py",
+    "tests/testing/test_damage.py",
+    *(f"tests/full/test_{name}.py" for name in ("learns", "ecc_learns", "psgd_drift")),
+    *("tests/cli/test_compare_all.py", "tests/full/test_option_pairs.py"),
+)
+"""Tests that train or compile for minutes, half of all the time: a part of their own, which begins with the longest."""
 
 
 class Outcomes:
@@ -166,10 +171,10 @@ def cases_run(folder: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def tests_run(arguments: Sequence[str] = ()) -> dict[str, Any]:
-    """Run pytest on everything; its counts, and the slowest tests."""
+    """Run pytest on everything; its counts, the slowest tests, and those that failed."""
     outcomes = Outcomes()
     started = time.monotonic()
-    status = int(pytest.main(["-m", "full or not full", "-n", JOBS, "--dist", "worksteal", *arguments], plugins=[outcomes]))
+    status = int(pytest.main(["-m", "full or not full", "-n", JOBS, *arguments], plugins=[outcomes]))
     seconds = round(time.monotonic() - started)
     return {
         "status": status, **outcomes.counts, "seconds": seconds, "slowest": outcomes.slowest(), "failures": outcomes.failures
@@ -177,8 +182,8 @@ def tests_run(arguments: Sequence[str] = ()) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "tests": lambda: tests_run([f"--ignore={path}" for path in LONG]),
-    "long": lambda: tests_run(LONG),
+    "tests": lambda: tests_run(["--dist=worksteal", *(f"--ignore={path}" for path in LONG)]),
+    "long": lambda: tests_run(["--dist=load", "--maxschedchunk=1", *LONG]),
     "numeric": numeric_runs,
     "mutants": mutants_killed,
     "cases": lambda: cases_run(CASES),

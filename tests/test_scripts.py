@@ -188,7 +188,7 @@ class TestFullRuns:
                     report = SimpleNamespace(
                         nodeid=nodeid, when=when, duration=duration, failed=False, skipped=False, outcome="passed"
                     )
-                    if (nodeid == "slow") == ("tests/full" in arguments):
+                    if (nodeid == "slow") == ("--dist=load" in arguments):
                         plugins[0].pytest_runtest_logreport(report)
             return 0
 
@@ -257,9 +257,9 @@ class TestFullRuns:
         def fails(arguments, plugins):
             passes(arguments, plugins)
             report = SimpleNamespace(nodeid="red", when="call", duration=1, failed=True, skipped=False, outcome="failed")
-            if "tests/full" in arguments:
+            if "--dist=load" in arguments:
                 plugins[0].pytest_runtest_logreport(SimpleNamespace(**vars(report), longreprtext="assert 1 == 2"))
-            return int("tests/full" in arguments)
+            return int("--dist=load" in arguments)
 
         def mended(arguments, plugins):
             assert "--last-failed" in arguments

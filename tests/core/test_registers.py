@@ -26,9 +26,10 @@ pytest.importorskip("triton")
 MOST = 128
 """Of 65,536 registers a multiprocessor then holds 16 warps, enough to wait for memory in turn."""
 
-SPILLED = 64
-"""Bytes: a division of float64 scalars is a call, around which a few registers are kept, once a program instance.
-HyperBall, which divides three, keeps 56."""
+SPILLED = 80
+"""Bytes written and read. A division of float64 scalars is a call, around which a few registers are kept, once a program
+instance: HyperBall, which divides three, keeps 56, and up to 80 with the compiler of Triton 3.6. That one also keeps 72 of
+SignLaProp's, six registers, to make do with 32 a thread."""
 
 SHAPES = ((64, 96), (64,))
 PACKED = {"param_ecc": "bf16+8", "ecc": "bf16+8"}
@@ -42,8 +43,8 @@ OPTIONS = [
 ]  # fmt: skip
 QUICK = ("AdamW", "SFAdamW", "AdEMAMix")
 SKIPPED = ("SAMWrapper", "SplitOpt", "SparseAdam")
-PARTS = 4
-"""How many tests share the optimizers: one alone takes ten minutes."""
+PARTS = 8
+"""How many tests share the optimizers: one alone would take ten minutes."""
 
 
 def programs(name, dtype, options):

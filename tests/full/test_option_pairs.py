@@ -41,6 +41,8 @@ VALUES: dict[str, dict[str, Any]] = {
     "multi_tensor": {"multi_tensor": False},
     "skip_nonfinite": {"skip_nonfinite": True},
     "capturable": {"capturable": True},
+    "matmul_precision": {"matmul_precision": "split"},
+    "report_norms": {"report_norms": True},
 }  # fmt: skip
 """Option -> a value that is not its default, with what that needs to mean anything."""
 
@@ -49,6 +51,7 @@ LEFT_OUT = {
     "compile_step": "another spelling of compile",
     "foreach": "another spelling of multi_tensor",
     "fused": "another spelling of multi_tensor",
+    "offload": "for parameters on a GPU; tests/core/test_offloaded.py",
 }
 
 
