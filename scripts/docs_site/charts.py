@@ -72,11 +72,11 @@ def _preconditioned() -> Iterable[Bar]:
             "soap.py:SOAP precondition_frequency=10 max_precond_dim=2048 lr=0.003",
         ): "SOAP's authors, a refresh every 10 steps",
         (
-            "h200-psgd-6",
+            "h200-psgd-8",
             'PSGDKron preconditioner_update_probability=0.03 matmul_precision="split"',
         ): "PSGDKron, a refresh at 3% of steps",
         (
-            "h200-psgd-6",
+            "h200-psgd-8",
             'PSGDKron preconditioner_update_probability=1.0 matmul_precision="split"',
         ): "PSGDKron, a refresh every step",
         (
@@ -119,7 +119,7 @@ CHARTS = {
     "muon": Chart("Muon, float32, H100: ms a step", ("h100-muon",), _muon),
     "preconditioned": Chart(
         "GPT-2's hidden matrices, float32, H200: ms a step, in the mean",
-        ("h200-soap", "h200-soap-5", "h200-psgd", "h200-psgd-6"),
+        ("h200-soap", "h200-soap-5", "h200-psgd", "h200-psgd-8"),
         _preconditioned,
     ),
     "compare": Chart("Validation loss after 300 steps, two CPU cores", ("cpu2-soap-compare",), _compared),
