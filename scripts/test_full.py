@@ -69,6 +69,7 @@ NUMERIC = (
 
 LONG = (
     "tests/ecc/test_every_code.py",
+    "tests/test_compare_and_tune_page.py",
     "tests/core/test_registers.py",
     "tests/testing/test_damage.py",
     *(f"tests/full/test_{name}.py" for name in ("learns", "ecc_learns", "psgd_drift")),
