@@ -40,7 +40,7 @@ ENGINE = "hbcore/engine"
 CORE = (
     "tracing input_errors replans refreshes old_slots split palm parallel checkpoints ema oracles host_scalars schedulers "
     "state complex matrix_chains bound_rules user_faults contract gradient_release fallback triton_codegen stacks scalar_slots "
-    "draws backends rule_refresh rule_errors idle_options flat newton offload"
+    "draws backends rule_refresh rule_errors idle_options flat newton offload offloaded offload_streams"
 )
 RULES = (
     "soap/test_soap_rule muon/test_muon_adamw muon/test_scion psgd/test_kron "
