@@ -75,7 +75,8 @@ LONG = (
     *(f"tests/full/test_{name}.py" for name in ("learns", "ecc_learns", "psgd_drift")),
     *("tests/cli/test_compare_all.py", "tests/full/test_option_pairs.py"),
 )
-"""Tests that train or compile for minutes, half of all the time: a part of their own, which begins with the longest."""
+"""Tests that train, compile or go through every float for minutes, more than half of all the time: a part of their own, which
+begins with the longest."""
 
 
 class Outcomes:

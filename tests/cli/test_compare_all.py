@@ -53,8 +53,8 @@ def bars(tmp_path_factory, worker_id) -> Callable[[], dict[str, float]]:
 
 
 def test_untuned_sgd_trains(bars):
-    """First, so that the others need not wait for it once they have trained."""
-    assert all(map(math.isfinite, bars().values()))
+    """To less than a guess of any byte. First, so that the others need not wait for it once they have trained."""
+    assert all(loss < math.log(256) - 1 for loss in bars().values())
 
 
 @pytest.mark.parametrize("name", NAMES)

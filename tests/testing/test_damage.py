@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from testing.broken import BROKEN
 
 import hbcore
 from hb_adam import AdamW
@@ -56,7 +57,13 @@ def property_of(examples: int):
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
     @settings(
-        max_examples=examples, derandomize=True, deadline=None, database=None, phases=shrinks, suppress_health_check=checks
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=shrinks,
+        suppress_health_check=checks,
+        report_multiple_bugs=False,
     )
     @given(st.sampled_from(NAMES), st.sampled_from(list(VARIANTS)), st.randoms(use_true_random=False))
     def holds(name, variant, random):
@@ -75,6 +82,15 @@ def test_a_damaged_state_is_refused_as_a_whole_or_loaded_as_a_whole():
 @pytest.mark.filterwarnings("ignore")
 def test_two_thousand_damaged_states_are_refused_as_a_whole_or_loaded_as_a_whole():
     property_of(2000)()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cls", BROKEN["a_damaged_state_is_refused_or_loads_whole"])
+def test_the_property_fails_for_what_loads_in_part_or_refuses_too_late(monkeypatch, cls):
+    sick = Patient(Subject(cls))
+    monkeypatch.setitem(globals(), "patient", lambda name, variant: sick)
+    with pytest.raises(AssertionError, match="expected"):
+        property_of(60)()
 
 
 def test_every_kind_of_damage_occurs_and_leaves_the_original_alone():
