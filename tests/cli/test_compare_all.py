@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -38,10 +39,10 @@ def losses(*arguments: str) -> dict[str, float]:
 
 
 @pytest.fixture(scope="session")
-def bars(tmp_path_factory, worker_id) -> Callable[[], dict[str, float]]:
+def bars(tmp_path_factory) -> Callable[[], dict[str, float]]:
     """What untuned SGD reaches, by itself and with a momentum that averages; trained by one of the processes that test."""
     folder = tmp_path_factory.getbasetemp()
-    kept = (folder if worker_id == "master" else folder.parent) / "bars.json"
+    kept = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "bars.json"
 
     def found() -> dict[str, float]:
         with FileLock(f"{kept}.lock"):
